@@ -1,0 +1,290 @@
+"""The records that pass between stages: frozen dataclasses that round-trip through JSON.
+
+Units and conventions: sparsity and accuracy are fractions in [0, 1], drops are in points of 100,
+times are milliseconds in reports and nanoseconds in raw samples, sizes are bytes, shapes are
+tuples of int. A value that was not measured is None. Layers and tensors are keyed by their fully
+qualified PyTorch name (`fqn`), never by position.
+
+SCHEMA_VERSION history (fields are added under a raised version, never renamed):
+    1  first version.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+SCHEMA_VERSION = 1
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """What the network expects: CHW shape and the preprocessing that produces it."""
+
+    shape: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str = "bicubic"
+    crop_pct: float = 0.875
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """The `model` section of report.json. `source` says where the weights came from."""
+
+    name: str
+    source: str
+    sha256: str | None
+    params: int | None
+    macs: int | None
+    input_shape: tuple[int, ...]
+    num_classes: int | None
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One prunable weight.
+
+    Attributes:
+        fqn: name of the weight tensor, e.g. "layer1.0.conv1.weight".
+        kind: "conv", "depthwise" or "linear".
+        role: place in the network, a key of the rule table in ranges.py.
+        shape: as PyTorch stores it (out, in, *kernel).
+        index: position in graph order, from 0.
+        stage: resolution stage of the network, from 0 (down-sampling starts a new one).
+        macs: multiply-adds of the dense layer at batch 1.
+    """
+
+    fqn: str
+    kind: str
+    role: str
+    shape: tuple[int, ...]
+    index: int
+    stage: int
+    macs: int
+
+    @property
+    def numel(self) -> int:
+        """Number of weights."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+
+@dataclass(frozen=True)
+class SparsityRange:
+    """Allowed sparsity [lo, hi] of one layer, and the rule or constraint that set it."""
+
+    lo: float
+    hi: float
+    reason: str
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """One strategy applied to one signal: a sparsity per layer.
+
+    `names` lists every strategy that coincides with it by formula, the first names the candidate.
+    """
+
+    signal: str
+    names: tuple[str, ...]
+    sparsity: dict[str, float]
+
+    @property
+    def strategy(self) -> str:
+        """The name the candidate carries."""
+        return self.names[0]
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Latency percentiles of one model. `source` is "device", "host" or None (not measured)."""
+
+    p50: float | None = None
+    p90: float | None = None
+    p99: float | None = None
+    samples: int = 0
+    threads: int | None = None
+    source: str | None = None
+
+
+@dataclass(frozen=True)
+class ParityInputs:
+    """What a parity check was run on: how many inputs, and "images" or "noise"."""
+
+    count: int
+    kind: str
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Agreement of a compact model with its masked model.
+
+    `max_rel_err` is relative to the reference output's largest magnitude.
+    """
+
+    max_abs_err: float
+    max_rel_err: float
+    top1_agreement: float
+    inputs: ParityInputs
+
+
+@dataclass(frozen=True)
+class DenseRow:
+    """The dense model's own measurements."""
+
+    accuracy_top1: float | None
+    latency_ms: Latency
+    peak_memory_bytes: int | None
+    file_bytes: int | None
+    params: int
+    macs: int
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One row of the report: what was made, what it costs and what it buys.
+
+    `accuracy_top1` is on validation images; `accuracy_drop` in points of dense minus this.
+    """
+
+    id: str
+    signal: str
+    strategy: str
+    kind: str
+    precision: str
+    sparsity: float
+    params: int
+    macs: int
+    input_shape: tuple[int, ...]
+    accuracy_top1: float | None = None
+    accuracy_drop: float | None = None
+    agreement_top1: float | None = None
+    kl_to_dense: float | None = None
+    latency_ms: Latency = field(default_factory=Latency)
+    speedup: float | None = None
+    speedup_ci: tuple[float, float] | None = None
+    peak_memory_bytes: int | None = None
+    file_bytes: int | None = None
+    parity: Parity | None = None
+    recovered_by: str | None = None
+    pareto: bool = False
+    artifact: str | None = None
+    masked_state_dict: str | None = None
+    also_named: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The candidate picked, why, and its accuracy on test images (read once, at the end)."""
+
+    id: str
+    reason: str
+    accuracy_top1_test: float | None = None
+
+
+@dataclass(frozen=True)
+class Constraints:
+    """What the user asked for; None where nothing was asked."""
+
+    max_drop: float | None = None
+    latency_ms: float | None = None
+    speedup: float | None = None
+    size_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class SkippedGroup:
+    """A coupled group that keeps its full width, the layers it holds and why."""
+
+    group: str
+    layers: tuple[str, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """report.json: the contract other tools read."""
+
+    model: ModelInfo
+    target: dict[str, Any]
+    environment: dict[str, Any]
+    data: dict[str, Any]
+    dense: DenseRow
+    candidates: tuple[Candidate, ...]
+    chosen: Chosen | None
+    constraints: Constraints
+    skipped_groups: tuple[SkippedGroup, ...]
+    warnings: tuple[str, ...]
+    seconds: dict[str, float]
+    schema_version: int = SCHEMA_VERSION
+
+
+def to_json(record: Any) -> Any:
+    """Return `record` as plain JSON values (dicts, lists, numbers, strings, None)."""
+    if dataclasses.is_dataclass(record) and not isinstance(record, type):
+        return {f.name: to_json(getattr(record, f.name)) for f in dataclasses.fields(record)}
+    if isinstance(record, dict):
+        return {str(key): to_json(value) for key, value in record.items()}
+    if isinstance(record, (list, tuple)):
+        return [to_json(value) for value in record]
+    return record
+
+
+def from_json(cls: type[T], data: Any) -> T:
+    """Rebuild a record of type `cls` from what `to_json` returned.
+
+    Raises:
+        ValueError: `data` does not have the shape of `cls`; the message names the field.
+    """
+    return typing.cast(T, _build(cls, data, cls.__name__))
+
+
+def _build(kind: Any, data: Any, where: str) -> Any:
+    origin = typing.get_origin(kind)
+    args = typing.get_args(kind)
+    if kind is Any:
+        return data
+    if origin in (typing.Union, types.UnionType):
+        if data is None and type(None) in args:
+            return None
+        return _build(next(arg for arg in args if arg is not type(None)), data, where)
+    if origin is dict:
+        _expect(isinstance(data, dict), where, "an object")
+        return {key: _build(args[1], value, f"{where}.{key}") for key, value in data.items()}
+    if origin is tuple:
+        _expect(isinstance(data, (list, tuple)), where, "a list")
+        kinds = args[:1] * len(data) if args[-1] is Ellipsis else args
+        _expect(len(kinds) == len(data), where, f"{len(kinds)} values")
+        return tuple(_build(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, data, strict=True)))
+    if dataclasses.is_dataclass(kind):
+        return _build_record(typing.cast(type, kind), data, where)
+    if kind is float:
+        _expect(isinstance(data, (int, float)) and not isinstance(data, bool), where, "a number")
+        return float(data)
+    _expect(isinstance(data, kind) and (kind is bool or not isinstance(data, bool)), where, kind.__name__)
+    return data
+
+
+def _build_record(cls: type, data: Any, where: str) -> Any:
+    _expect(isinstance(data, dict), where, "an object")
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for f in dataclasses.fields(cls):
+        if f.name in data:
+            values[f.name] = _build(hints[f.name], data[f.name], f"{where}.{f.name}")
+        elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+            raise ValueError(f"{where}.{f.name} is missing")
+    return cls(**values)
+
+
+def _expect(good: bool, where: str, wanted: str) -> None:
+    if not good:
+        raise ValueError(f"{where}: expected {wanted}")
