@@ -1,0 +1,52 @@
+# make demo    the whole job on the model and images shipped with the package
+# make test    the tests
+# make lint    style and types
+#
+# Each creates .venv on first use, installs the tested versions and runs. A later call installs nothing
+# unless pyproject.toml or constraints.txt changed.
+#
+#   PYTHON       the interpreter .venv is made with: 3.11 or newer
+#   TORCH_INDEX  an extra step first: install torch from this index, e.g. the CPU builds of PyTorch at
+#                https://download.pytorch.org/whl/cpu, which are far smaller than the default on x86 Linux
+#   OUT          where `make demo` writes
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+OUT ?= build/demo
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+STAMP := $(VENV)/.installed
+DEV_STAMP := $(VENV)/.installed-dev
+TORCH_PIN := $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
+
+.PHONY: demo test lint clean
+
+demo: $(STAMP)
+	$(BIN)/mm-edge demo --out $(OUT)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+lint: $(DEV_STAMP)
+	$(BIN)/ruff check mm_edge tests benchmarks
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "mm-edge needs Python 3.11 or newer; '$(PYTHON)' is older or absent: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# The stamp is written last, so that an interrupted install is done again.
+$(STAMP): pyproject.toml constraints.txt | $(BIN)/python
+	$(if $(TORCH_INDEX),$(PIP) $(TORCH_PIN) --index-url $(TORCH_INDEX))
+	$(PIP) -e '.[test]'
+	@touch $@
+
+$(DEV_STAMP): $(STAMP)
+	$(PIP) -e '.[test,dev]'
+	@touch $@
