@@ -1,0 +1,225 @@
+"""PyTorch to one raw ONNX graph, once, and from a compact graph to a deployable file.
+
+The raw graph is un-optimised: every parameter and floating-point buffer keeps its PyTorch name, so that
+structure is read and weights are swapped by name. Only what no weight takes part in is folded.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnx_ir.passes.common as ir_passes
+import onnxscript.optimizer
+import torch
+from torch import nn
+
+from mm_edge.errors import ExportError, ModelError
+
+FLOAT_TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE, ir.DataType.BFLOAT16)
+
+
+@dataclass(frozen=True)
+class RawGraph:
+    """The dense network as exported: static shapes, batch 1, weights under their own names.
+
+    Attributes:
+        model: the graph; treat it as read-only, candidates are made from copies.
+        parameters: names of the initialisers that a mask may zero.
+        buffers: names of the other floating-point state (BatchNorm statistics).
+        unused: parameters of the module that its forward pass never reads.
+    """
+
+    model: ir.Model
+    parameters: frozenset[str]
+    buffers: frozenset[str]
+    unused: tuple[str, ...] = ()
+
+
+def export_raw(module: nn.Module, example_input: torch.Tensor) -> RawGraph:
+    """Export `module` for inputs shaped like `example_input` (N, C, H, W).
+
+    Raises:
+        ExportError: torch.export refuses the network, or one of its parameters is lost on the way.
+    """
+    fresh = _without_caches(module)
+    state = {name for name, _ in fresh.named_parameters()}
+    buffers = {name for name, buffer in fresh.named_buffers() if buffer.is_floating_point()}
+    model = _export(fresh, example_input)
+    fold_constants(model, keep=state | buffers)
+    present = set(model.graph.initializers)
+    absent = sorted(state - present - _aliases(fresh))
+    unused = _never_read(fresh, example_input, absent)
+    lost = [name for name in absent if name not in unused]
+    if lost:
+        raise ExportError(
+            f"the export lost {len(lost)} of the network's parameters ({', '.join(lost[:3])}); "
+            "its forward pass computes with cached copies of them: clear its caches or give an .onnx file"
+        )
+    return RawGraph(model, frozenset(state & present), frozenset(buffers & present), tuple(absent))
+
+
+def raw_from_onnx(path: Path) -> RawGraph:
+    """Read a user's own .onnx as a raw graph; every floating-point initialiser counts as a parameter.
+
+    Raises:
+        ModelError: the file is not a readable ONNX model, or its shapes are not static at batch 1.
+    """
+    try:
+        model = ir.load(path)
+    except Exception as error:
+        raise ModelError(f"{path} is not an ONNX model ({type(error).__name__}); give a file made by torch.onnx.export") from error
+    _fix_batch(model, path)
+    ir_passes.InlinePass()(model)
+    ir_passes.LiftConstantsToInitializersPass(lift_all_constants=False, size_limit=0)(model)
+    ir_passes.IdentityEliminationPass()(model)
+    statistics = {
+        value.name
+        for node in model.graph
+        if node.op_type == "BatchNormalization"
+        for value in node.inputs[3:5]
+        if value is not None and value.name is not None
+    }
+    floats = {
+        name
+        for name, value in model.graph.initializers.items()
+        if value.dtype in FLOAT_TYPES and value.shape is not None and len(value.shape) > 0
+    }
+    fold_constants(model, keep=floats)
+    present = set(model.graph.initializers)
+    return RawGraph(model, frozenset((floats - statistics) & present), frozenset(statistics & present))
+
+
+def fold_constants(model: ir.Model, keep: Iterable[str]) -> None:
+    """Fold, in place, everything computed from constants alone except from the tensors named in `keep`.
+
+    Afterwards nodes have unique names, constants are initialisers, shapes are inferred, and no
+    floating-point constant has more than one reader.
+    """
+    names = set(keep)
+
+    def should_fold(node: ir.Node) -> bool | None:
+        return False if any(value is not None and value.name in names for value in node.inputs) else None
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ir_passes.ShapeInferencePass()(model)
+        onnxscript.optimizer.fold_constants(model, should_fold=should_fold, input_size_limit=1 << 22, output_size_limit=1 << 22)
+        ir_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+        ir_passes.RemoveUnusedNodesPass()(model)
+        ir_passes.ShapeInferencePass()(model)
+    _split_shared_constants(model, names)
+    for position, node in enumerate(model.graph):
+        node.name = f"{node.op_type}_{position}"
+
+
+def _export(module: nn.Module, example_input: torch.Tensor) -> ir.Model:
+    loud = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loud]
+    try:
+        for logger in loud:
+            logger.setLevel(logging.CRITICAL)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(module, (example_input,), dynamo=True, optimize=False, verbose=False)
+    except Exception as error:
+        raise ExportError(f"torch.export refuses this network: {_reason(error)}; export it yourself and give the .onnx file") from error
+    finally:
+        for logger, level in zip(loud, levels, strict=True):
+            logger.setLevel(level)
+    assert program is not None
+    return program.model
+
+
+def _reason(error: BaseException) -> str:
+    """Return the innermost cause's first line: the exporter wraps what went wrong several times."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+
+
+def _without_caches(module: nn.Module) -> nn.Module:
+    """Return a copy in eval mode whose lazily filled dictionaries of tensors are empty.
+
+    After one eval-mode forward timm's LeViT reads its attention biases from such a dictionary, and an
+    export would turn them into anonymous constants.
+    """
+    fresh = copy.deepcopy(module).eval()
+    for part in fresh.modules():
+        for value in vars(part).values():
+            if isinstance(value, dict) and value and all(isinstance(item, torch.Tensor) for item in value.values()):
+                if value is not part._parameters and value is not part._buffers:
+                    value.clear()
+    return fresh
+
+
+def _aliases(module: nn.Module) -> set[str]:
+    """Return the second and later names of tied parameters."""
+    first = {name for name, _ in module.named_parameters()}
+    return {name for name, _ in module.named_parameters(remove_duplicate=False)} - first
+
+
+def _never_read(module: nn.Module, example_input: torch.Tensor, names: list[str]) -> set[str]:
+    """Return those of `names` that no output depends on, by asking autograd."""
+    if not names:
+        return set()
+    parameters = dict(module.named_parameters())
+    chosen = [parameters[name].requires_grad_(True) for name in names]
+    with torch.enable_grad():
+        outputs = _tensors(module(example_input))
+        total = sum(output.float().sum() for output in outputs)
+        if not isinstance(total, torch.Tensor) or not total.requires_grad:
+            return set(names)
+        grads = torch.autograd.grad(total, chosen, allow_unused=True)
+    return {name for name, grad in zip(names, grads, strict=True) if grad is None}
+
+
+def _tensors(value: object) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        return [tensor for item in value for tensor in _tensors(item)]
+    return []
+
+
+def _fix_batch(model: ir.Model, path: Path) -> None:
+    """Set a symbolic batch of the graph's inputs to 1, and refuse other symbolic sizes."""
+    for value in model.graph.inputs:
+        if value.name in model.graph.initializers or value.shape is None:
+            continue
+        sizes = [size if isinstance(size, int) else None for size in value.shape]
+        if sizes and sizes[0] is None:
+            sizes[0] = 1
+        if None in sizes:
+            raise ModelError(f"{path}: input '{value.name}' has the shape {value.shape}; export it with a fixed height and width")
+        value.shape = ir.Shape([size for size in sizes if size is not None])
+
+
+def _split_shared_constants(model: ir.Model, keep: set[str]) -> None:
+    """Give every reader of a floating-point constant its own copy: each may lose other indices."""
+    for name, value in list(model.graph.initializers.items()):
+        uses = list(value.uses())
+        if name in keep or len(uses) < 2 or value.const_value is None or value.dtype not in FLOAT_TYPES:
+            continue
+        if value.const_value.size == 1:
+            continue
+        for position, use in enumerate(uses[1:], start=1):
+            twin = ir.Value(name=f"{name}__use{position}", shape=value.shape, type=value.type, const_value=value.const_value)
+            model.graph.register_initializer(twin)
+            use.node.replace_input_with(use.idx, twin)
+
+
+def constant_array(value: ir.Value | None) -> np.ndarray | None:
+    """Return the array of a constant value, or None when it is computed at run time."""
+    if value is None or value.const_value is None:
+        return None
+    return value.const_value.numpy()
