@@ -1,0 +1,479 @@
+"""The program that runs on the device: measures ONNX models and answers in JSON.
+
+This file is copied to boards and run alone, so it needs nothing but Python 3.8, numpy and onnxruntime, and imports
+nothing from mm_edge. A request is one JSON object on standard input,
+
+    {"schema_version": 1, "command": "measure", "options": {...}}
+
+and the answer is one line on standard output, `MM-EDGE-RESULT ` followed by a JSON object that holds either
+`result` or `error` ({"kind", "message"}). Whatever else a library or a login script prints is not the answer.
+
+Commands (options are validated on the other side; paths are this machine's):
+    info      cores, ISA flags, governor, frequency, temperature, memory, versions
+    measure   dense and candidate interleaved in one process, every sample in nanoseconds
+    memory    peak resident memory of one model in this fresh process, beyond the harness's own
+    null      the harness's own cost: a model that does nothing
+    evaluate  the outputs for a .npy of inputs, as base64 of little-endian float32
+
+How runs are interleaved. Models alternate in blocks (dense dense dense | candidate candidate candidate | ...), the
+order of the two swapping every time, and the first run of a block is not timed: right after a switch a model pays for
+the other's use of the caches, which it would not do when deployed alone (7 to 15 % of EfficientNet-Lite0's latency
+where it was tried). Two live sessions of several threads must not spin while the other runs: unrestrained, ONNX
+Runtime's threads made the same model measure between 8 and 23 ms instead of 3.4 ms. `session.force_spinning_stop`
+ends the spinning with each run and keeps it inside the run (3.7 ms), which `session.intra_op.allow_spinning=0` does not
+(4.7 ms), so the former is set unless the request says otherwise.
+"""
+
+from __future__ import annotations
+
+import base64
+import gc
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from typing import Any, Callable, Dict, List, Optional, Tuple
+
+SCHEMA_VERSION = 1
+RESULT_MARK = "MM-EDGE-RESULT "
+BLOCK = 4  # timed runs of one model before the other has its turn
+WARM_UP_WINDOW = 5  # warm-up is stable when the medians of two successive windows agree ...
+WARM_UP_TOLERANCE = 0.05  # ... to this fraction
+WARM_UP_SECONDS = 3.0  # and ends here in any case
+
+# An ONNX model of one Identity on one float: what is left when it runs is the harness.
+NULL_MODEL = bytes.fromhex(
+    "08073a3a0a100a017812017922084964656e7469747912046e756c6c5a0f0a0178120a0a08080112040a020801"
+    "620f0a0179120a0a08080112040a02080142040a00100d"
+)
+
+_DARWIN_FLAGS = {"FEAT_DotProd": "asimddp", "FEAT_I8MM": "i8mm", "FEAT_BF16": "bf16", "FEAT_SME": "sme"}
+_NUMPY_TYPES = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(double)": "float64",
+    "tensor(uint8)": "uint8",
+    "tensor(int8)": "int8",
+    "tensor(int32)": "int32",
+    "tensor(int64)": "int64",
+}
+
+
+class WorkerError(Exception):
+    """A request that cannot be met; `kind` is read by the other side."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+# --- what this machine is -------------------------------------------------------------------------------------------
+
+
+def isa() -> str:
+    """Return the instruction set this Python runs on: "x86_64", "aarch64" or platform's own word."""
+    machine = platform.machine().lower()
+    return {"amd64": "x86_64", "arm64": "aarch64"}.get(machine, machine)
+
+
+def read_cpu() -> Dict[str, Any]:
+    """Return {"model", "flags", "parts"}: name, sorted ISA flags, and ARM "implementer/part" of each kind of core."""
+    if sys.platform == "darwin":
+        return _read_darwin_cpu()
+    text = _read_text("/proc/cpuinfo") or ""
+    fields: Dict[str, List[str]] = {}
+    for line in text.splitlines():
+        key, _, value = line.partition(":")
+        fields.setdefault(key.strip().lower(), []).append(value.strip())
+    flags = (fields.get("flags") or fields.get("features") or [""])[0].split()
+    parts = zip(fields.get("cpu implementer", []), fields.get("cpu part", []))
+    names = fields.get("model name") or fields.get("model") or fields.get("hardware") or [platform.processor()]
+    return {"model": names[0], "flags": sorted(flags), "parts": sorted({i + "/" + p for i, p in parts})}
+
+
+def _read_darwin_cpu() -> Dict[str, Any]:
+    apple = isa() == "aarch64"  # macOS reports no part numbers; Apple makes every ARM Mac
+    flags = {"asimd"} if apple else set()
+    flags.update(flag for feature, flag in _DARWIN_FLAGS.items() if _sysctl("hw.optional.arm." + feature) == "1")
+    for name in ("machdep.cpu.features", "machdep.cpu.leaf7_features"):
+        flags.update(_sysctl(name).lower().split())
+    return {"model": _sysctl("machdep.cpu.brand_string"), "flags": sorted(flags), "parts": ["apple"] if apple else []}
+
+
+def _sysctl(name: str) -> str:
+    try:
+        done = subprocess.run(["sysctl", "-n", name], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False)
+    except OSError:
+        return ""
+    return done.stdout.decode("utf-8", "replace").strip()
+
+
+def usable_cores() -> List[int]:
+    """Return the numbers of the cores this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def physical_cores() -> int:
+    """Return how many physical cores this process may use: hyper-threads of one core count once."""
+    cores = usable_cores()
+    siblings = {_read_text("/sys/devices/system/cpu/cpu%d/topology/thread_siblings_list" % c) or str(c) for c in cores}
+    return max(1, len(siblings))
+
+
+def default_threads() -> int:
+    """Return the thread count meant by "auto": one per physical core, four at most.
+
+    More than four rarely helps a batch of one, and on big.LITTLE it pulls in the slow cores (8 threads were 12 times
+    slower than 4 there).
+    """
+    return min(4, physical_cores())
+
+
+def describe_machine() -> Dict[str, Any]:
+    """Return the record of the `info` command; what this machine does not tell is None."""
+    cpu = read_cpu()
+    return {
+        "isa": isa(),
+        "cpu_model": cpu["model"],
+        "flags": cpu["flags"],
+        "cpu_parts": cpu["parts"],
+        "cores": os.cpu_count() or 1,
+        "physical_cores": physical_cores(),
+        "threads_auto": default_threads(),
+        "governors": _governors(),
+        "frequency_khz": read_frequency_khz(),
+        "temperature_c": read_temperature_c(),
+        "memory_bytes": _meminfo("MemTotal"),
+        "memory_available_bytes": _meminfo("MemAvailable"),
+        "os": platform.system() + " " + platform.release(),
+        "host": platform.node(),
+        "python": platform.python_version(),
+        "numpy": _version("numpy"),
+        "onnxruntime": _version("onnxruntime"),
+        "providers": _providers(),
+        "emulated": os.environ.get("MM_EDGE_EMULATED") == "1",
+    }
+
+
+def read_frequency_khz() -> Optional[int]:
+    """Return the highest current core frequency in kHz, or None where the kernel does not say."""
+    found = []
+    for core in usable_cores():
+        text = _read_text("/sys/devices/system/cpu/cpu%d/cpufreq/scaling_cur_freq" % core)
+        if text and text.isdigit():
+            found.append(int(text))
+    if not found:
+        lines = (_read_text("/proc/cpuinfo") or "").splitlines()
+        found = [int(float(line.split(":")[1]) * 1000) for line in lines if line.lower().startswith("cpu mhz")]
+    return max(found) if found else None
+
+
+def read_temperature_c() -> Optional[float]:
+    """Return the hottest thermal zone in degrees Celsius, or None where there is none."""
+    base = "/sys/class/thermal"
+    zones = os.listdir(base) if os.path.isdir(base) else []
+    texts = [_read_text(os.path.join(base, zone, "temp")) for zone in zones if zone.startswith("thermal_zone")]
+    found = [int(text) / 1000.0 for text in texts if text and text.lstrip("-").isdigit()]
+    return max(found) if found else None
+
+
+def _governors() -> List[str]:
+    names = {_read_text("/sys/devices/system/cpu/cpu%d/cpufreq/scaling_governor" % c) for c in usable_cores()}
+    return sorted(name for name in names if name)
+
+
+def _meminfo(key: str) -> Optional[int]:
+    return _kilobytes(_read_text("/proc/meminfo"), key)
+
+
+def _kilobytes(text: Optional[str], key: str) -> Optional[int]:
+    for line in (text or "").splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def _read_text(path: str) -> Optional[str]:
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read().strip()
+    except OSError:
+        return None
+
+
+def _version(module: str) -> Optional[str]:
+    try:
+        return str(__import__(module).__version__)
+    except Exception:
+        return None
+
+
+def _providers() -> List[str]:
+    try:
+        import onnxruntime
+
+        return list(onnxruntime.get_available_providers())
+    except Exception:
+        return []
+
+
+# --- sessions and inputs --------------------------------------------------------------------------------------------
+
+
+def _import_onnxruntime() -> Any:
+    try:
+        import onnxruntime
+    except Exception as error:
+        raise WorkerError("onnxruntime", "onnxruntime cannot be imported: %s" % _one_line(error))
+    onnxruntime.set_default_logger_severity(3)
+    return onnxruntime
+
+
+def make_session(model: Any, options: Dict[str, Any]) -> Any:
+    """Return an onnxruntime session for `model` (path or bytes) as `options` ask.
+
+    `options`: threads (0 is auto), provider, session_options {key: value}, arena (default on), profile_prefix.
+    """
+    ort = _import_onnxruntime()
+    provider = options.get("provider", "CPUExecutionProvider")
+    if provider not in ort.get_available_providers():
+        have = ", ".join(ort.get_available_providers())
+        raise WorkerError("provider", "onnxruntime has no %s here; it has %s" % (provider, have))
+    settings = ort.SessionOptions()
+    settings.intra_op_num_threads = thread_count(options)
+    settings.inter_op_num_threads = 1
+    settings.enable_cpu_mem_arena = bool(options.get("arena", True))
+    entries = {"session.force_spinning_stop": "1"}
+    entries.update(options.get("session_options") or {})
+    for key, value in entries.items():
+        settings.add_session_config_entry(key, str(value))
+    try:
+        return ort.InferenceSession(model, settings, providers=[provider])
+    except Exception as error:
+        raise WorkerError("model", "onnxruntime cannot load the model: %s" % _one_line(error))
+
+
+def thread_count(options: Dict[str, Any]) -> int:
+    """Return the number of threads a request means; 0 is this machine's default."""
+    return int(options.get("threads") or 0) or default_threads()
+
+
+def make_inputs(session: Any, options: Dict[str, Any]) -> Dict[str, Any]:
+    """Return {input name: array}: the request's .npy file for a one-input model, else seeded noise of its shapes."""
+    import numpy as np
+
+    generator = np.random.RandomState(int(options.get("seed", 0)))
+    if options.get("input"):
+        return {session.get_inputs()[0].name: np.load(options["input"], allow_pickle=False)}
+    feeds = {}
+    for value in session.get_inputs():
+        dtype = _NUMPY_TYPES.get(value.type)
+        if dtype is None:
+            raise WorkerError("model", "input %r has type %s, which the worker cannot make up" % (value.name, value.type))
+        shape = [size if isinstance(size, int) else 1 for size in value.shape]
+        feeds[value.name] = generator.standard_normal(shape).astype(dtype)
+    return feeds
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(("%s: %s" % (type(error).__name__, error)).split())[:600]
+
+
+# --- commands -------------------------------------------------------------------------------------------------------
+
+
+def measure(options: Dict[str, Any]) -> Dict[str, Any]:
+    """Time `dense` and `candidate` in alternating blocks.
+
+    Options: dense, candidate (paths), pairs, and those of make_session and make_inputs.
+    Returns dense_ns and candidate_ns, equally long lists whose items belong in pairs, and how they were made.
+    """
+    runs = []
+    for key in ("dense", "candidate"):
+        session = make_session(options[key], options)
+        runs.append(_bind(session, make_inputs(session, options)))
+    gc.collect()
+    gc.disable()
+    before = _clock_state()
+    warm_up, stable = _warm_up(runs)
+    samples: Tuple[List[int], List[int]] = ([], [])
+    turn = 0
+    while len(samples[0]) < int(options["pairs"]):
+        for index in ((0, 1), (1, 0))[turn % 2]:
+            _time_block(runs[index], samples[index])
+        turn += 1
+    return {
+        "dense_ns": samples[0],
+        "candidate_ns": samples[1],
+        "block": BLOCK,
+        "threads": thread_count(options),
+        "warm_up_runs": warm_up,
+        "warm_up_stable": stable,
+        "before": before,
+        "after": _clock_state(),
+    }
+
+
+def _bind(session: Any, feeds: Dict[str, Any]) -> Callable[[], Any]:
+    names = [value.name for value in session.get_outputs()]
+    return lambda: session.run(names, feeds)
+
+
+def _time_block(run: Callable[[], Any], samples: List[int]) -> None:
+    clock = time.perf_counter_ns
+    run()
+    for _ in range(BLOCK):
+        start = clock()
+        run()
+        samples.append(clock() - start)
+
+
+def _warm_up(runs: List[Callable[[], Any]]) -> Tuple[int, bool]:
+    """Run until every model's window medians settle; return the runs spent on each and whether they did settle."""
+    deadline = time.perf_counter() + WARM_UP_SECONDS
+    medians: List[List[float]] = []
+    while True:
+        window = []
+        for run in runs:
+            spent: List[int] = []
+            while len(spent) < WARM_UP_WINDOW:
+                _time_block(run, spent)
+            window.append(float(sorted(spent)[len(spent) // 2]))
+        medians.append(window)
+        count = len(medians) * (2 * (BLOCK + 1))
+        if len(medians) > 1:
+            pairs = zip(medians[-2], medians[-1])
+            if all(abs(now - was) <= WARM_UP_TOLERANCE * now for was, now in pairs):
+                return count, True
+        if time.perf_counter() > deadline:
+            return count, False
+
+
+def _clock_state() -> Dict[str, Any]:
+    return {"frequency_khz": read_frequency_khz(), "temperature_c": read_temperature_c()}
+
+
+def memory(options: Dict[str, Any]) -> Dict[str, Any]:
+    """Measure one model's memory in this process, which must be fresh.
+
+    Options: model (path), runs, and those of make_session. Returns peak_rss_bytes beyond the harness's own
+    (interpreter, libraries, a null session), cold-start times in nanoseconds and the file's size.
+    """
+    null = make_session(NULL_MODEL, options)
+    _bind(null, make_inputs(null, {}))()
+    feeds_seed = dict(options, input=None)
+    harness = _reset_peak()
+    start = time.perf_counter_ns()
+    session = make_session(options["model"], options)
+    loaded = time.perf_counter_ns()
+    run = _bind(session, make_inputs(session, feeds_seed))
+    made = time.perf_counter_ns()
+    run()
+    first = time.perf_counter_ns()
+    for _ in range(int(options.get("runs", 3))):
+        run()
+    return {
+        "peak_rss_bytes": max(0, _peak_rss() - harness),
+        "harness_rss_bytes": harness,
+        "session_ns": loaded - start,
+        "first_run_ns": first - made,
+        "file_bytes": os.path.getsize(options["model"]),
+        "arena": bool(options.get("arena", True)),
+        "threads": thread_count(options),
+    }
+
+
+def _reset_peak() -> int:
+    """Make the kernel forget the peak so far and return what is resident now, in bytes.
+
+    Where the peak cannot be reset the peak itself is returned: the difference is then a lower bound.
+    """
+    try:
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")
+    except OSError:
+        return _peak_rss()
+    return _kilobytes(_read_text("/proc/self/status"), "VmRSS") or _peak_rss()
+
+
+def _peak_rss() -> int:
+    peak = _kilobytes(_read_text("/proc/self/status"), "VmHWM")
+    if peak is not None:
+        return peak
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def null(options: Dict[str, Any]) -> Dict[str, Any]:
+    """Time a model that does nothing: the harness's own cost per run. Options: pairs, threads."""
+    session = make_session(NULL_MODEL, options)
+    run = _bind(session, make_inputs(session, options))
+    gc.disable()
+    samples: List[int] = []
+    while len(samples) < int(options.get("pairs", 200)):
+        _time_block(run, samples)
+    return {"null_ns": samples, "threads": thread_count(options)}
+
+
+def evaluate(options: Dict[str, Any]) -> Dict[str, Any]:
+    """Run `model` on every row of the .npy file `images`, one at a time; return its first output as float32.
+
+    Options: model, images (paths), and those of make_session. The result has base64 `data` and `shape`.
+    """
+    import numpy as np
+
+    session = make_session(options["model"], options)
+    images = np.load(options["images"], allow_pickle=False)
+    name, output = session.get_inputs()[0].name, session.get_outputs()[0].name
+    rows = [np.asarray(session.run([output], {name: images[i : i + 1]})[0]) for i in range(len(images))]
+    outputs = np.ascontiguousarray(np.concatenate(rows), dtype="<f4")
+    return {"data": base64.b64encode(outputs.tobytes()).decode("ascii"), "shape": list(outputs.shape)}
+
+
+COMMANDS: Dict[str, Callable[[Dict[str, Any]], Dict[str, Any]]] = {
+    "info": lambda options: describe_machine(),
+    "measure": measure,
+    "memory": memory,
+    "null": null,
+    "evaluate": evaluate,
+}
+
+
+def answer(text: str) -> Dict[str, Any]:
+    """Return the reply to the JSON request `text`."""
+    try:
+        request = json.loads(text)
+        command = COMMANDS.get(request.get("command"))
+        if request.get("schema_version") != SCHEMA_VERSION or command is None:
+            raise WorkerError("request", "unknown request; this worker speaks schema %d" % SCHEMA_VERSION)
+        options = request.get("options") or {}
+        if options.get("affinity") and hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, options["affinity"])
+        return {"schema_version": SCHEMA_VERSION, "result": command(options)}
+    except WorkerError as error:
+        return {"schema_version": SCHEMA_VERSION, "error": {"kind": error.kind, "message": str(error)}}
+    except MemoryError:
+        return {"schema_version": SCHEMA_VERSION, "error": {"kind": "memory", "message": "the device ran out of memory"}}
+    except Exception as error:
+        return {"schema_version": SCHEMA_VERSION, "error": {"kind": "worker", "message": _one_line(error)}}
+
+
+def main() -> None:
+    """Answer one request from standard input."""
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ.setdefault(name, "1")  # numpy's own threads would disturb what is timed
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever a library prints goes to standard error
+    reply = answer(sys.stdin.read())
+    out.write(RESULT_MARK + json.dumps(reply) + "\n")
+    out.flush()
+
+
+if __name__ == "__main__":
+    main()
