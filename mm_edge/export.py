@@ -22,6 +22,8 @@ from torch import nn
 
 from mm_edge.errors import ExportError, ModelError
 
+FOLDING_ROUNDS = 4
+FOLDED_BYTES = 1 << 24
 FLOAT_TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE, ir.DataType.BFLOAT16)
 
 
@@ -107,16 +109,30 @@ def fold_constants(model: ir.Model, keep: Iterable[str]) -> None:
     def should_fold(node: ir.Node) -> bool | None:
         return False if any(value is not None and value.name in names for value in node.inputs) else None
 
+    # A shape found in one round lets the next fold what was computed from it (swin's rolls need two).
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        ir_passes.ShapeInferencePass()(model)
-        onnxscript.optimizer.fold_constants(model, should_fold=should_fold, input_size_limit=1 << 22, output_size_limit=1 << 22)
-        ir_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-        ir_passes.RemoveUnusedNodesPass()(model)
-        ir_passes.ShapeInferencePass()(model)
+        for _ in range(FOLDING_ROUNDS):
+            ir_passes.ShapeInferencePass()(model)
+            onnxscript.optimizer.fold_constants(
+                model, should_fold=should_fold, input_size_limit=FOLDED_BYTES, output_size_limit=FOLDED_BYTES
+            )
+            ir_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+            ir_passes.RemoveUnusedNodesPass()(model)
+            for value in model.graph.initializers.values():
+                if value.const_value is not None:
+                    value.shape = value.const_value.shape
+            ir_passes.ShapeInferencePass()(model)
+            if _all_static(model):
+                break
     _split_shared_constants(model, names)
     for position, node in enumerate(model.graph):
         node.name = f"{node.op_type}_{position}"
+
+
+def _all_static(model: ir.Model) -> bool:
+    shapes = [value.shape for node in model.graph for value in node.outputs]
+    return all(shape is not None and shape.is_static() for shape in shapes)
 
 
 def _export(module: nn.Module, example_input: torch.Tensor) -> ir.Model:

@@ -1,0 +1,155 @@
+"""From a structure and what each group keeps to masks and to a compact graph.
+
+`mask_tensors` and `materialise` are given the same `keep`: for each group's leaf, a bool array of its size. Every candidate is made from a
+serialised skeleton of the raw graph (nodes without weights), so that it costs a copy, not an export.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from mm_edge.errors import JobError
+from mm_edge.export import RawGraph
+from mm_edge.graph.axes import Axis, BoolArray
+from mm_edge.graph.groups import Structure
+from mm_edge.graph.reading import AttributeEdit, Edit, MeanEdit, OperandEdit
+
+Keep = dict[Axis, BoolArray]
+Tensors = Mapping[str, npt.NDArray[np.generic]]
+
+
+@dataclass(frozen=True)
+class AxisMask:
+    """Which positions of each axis of a tensor stay; the mask is their outer product."""
+
+    axes: tuple[BoolArray, ...]
+
+    def dense(self) -> BoolArray:
+        """Return the mask as a bool array of the tensor's shape, 1 where the tensor keeps its value."""
+        mask = np.ones((), dtype=np.bool_)
+        for axis in self.axes:
+            mask = np.logical_and.outer(mask, axis)
+        return mask
+
+    @property
+    def kept(self) -> int:
+        """Number of elements that stay."""
+        return int(np.prod([int(axis.sum()) for axis in self.axes]))
+
+
+def mask_tensors(structure: Structure, keep: Keep) -> dict[str, AxisMask]:
+    """Return the mask of every parameter that loses something (E8)."""
+    masks = {}
+    for name in structure.tensor_axes:
+        if name not in structure.parameters:
+            continue
+        axes = structure.kept(name, keep)
+        if not all(axis.all() for axis in axes):
+            masks[name] = AxisMask(axes)
+    return masks
+
+
+def apply_mask(array: npt.NDArray[np.generic], mask: AxisMask | None) -> npt.NDArray[np.generic]:
+    """Return `array` with the removed positions of every axis set to zero."""
+    if mask is None:
+        return array
+    return np.where(mask.dense(), array, np.zeros((), dtype=array.dtype))
+
+
+def masked_model(raw: RawGraph, masks: Mapping[str, AxisMask], tensors: Tensors | None = None) -> ir.Model:
+    """Return the dense-shaped graph with `tensors` swapped in by name and `masks` applied: the reference of parity."""
+    model = raw.model.clone()
+    for name, value in model.graph.initializers.items():
+        swapped = (tensors or {}).get(name)
+        if swapped is None and name not in masks:
+            continue
+        assert value.const_value is not None
+        array = value.const_value.numpy() if swapped is None else np.asarray(swapped)
+        value.const_value = ir.tensor(apply_mask(array, masks.get(name)), name=name)
+    return model
+
+
+def materialise(raw: RawGraph, structure: Structure, keep: Keep, tensors: Tensors | None = None) -> ir.Model:
+    """Return the compact graph: `tensors` swapped in by name, removed indices dropped, constants rewritten.
+
+    Raises:
+        JobError: a group would be emptied.
+    """
+    for group in structure.groups:
+        if group.leaf in keep and not keep[group.leaf].any():
+            raise JobError(f"group {group.id} would lose all of its {group.size} indices")
+    model = raw.model.clone()
+    for name, value in model.graph.initializers.items():
+        _slice_initializer(name, value, structure, keep, tensors or {})
+    nodes = {node.name: node for node in model.graph}
+    for edit in structure.edits:
+        _apply_edit(model, nodes[edit.node], edit, structure, keep)
+    _forget_shapes(model)
+    return model
+
+
+def _slice_initializer(name: str, value: ir.Value, structure: Structure, keep: Keep, tensors: Tensors) -> None:
+    swapped = tensors.get(name)
+    axes = structure.kept(name, keep) if name in structure.tensor_axes else ()
+    whole = all(axis.all() for axis in axes)
+    if whole and swapped is None:
+        return
+    assert value.const_value is not None
+    array = value.const_value.numpy() if swapped is None else np.asarray(swapped)
+    if not whole:
+        for position, axis in enumerate(axes):
+            if not axis.all():
+                array = np.take(array, np.flatnonzero(axis), axis=position)
+    value.const_value = ir.tensor(np.ascontiguousarray(array), name=name)
+    value.shape = ir.Shape(array.shape)
+
+
+def _apply_edit(model: ir.Model, node: ir.Node, edit: Edit, structure: Structure, keep: Keep) -> None:
+    def size(axis: Axis) -> int:
+        return int(structure.table.kept(axis, keep).sum())
+
+    if isinstance(edit, OperandEdit):
+        sizes = np.array([term.constant + sum(size(axis) for axis in term.axes) for term in edit.sizes], dtype=np.int64)
+        _set_operand(model, node, edit.operand, sizes, f"{node.name}_sizes_{edit.operand}")
+    elif isinstance(edit, AttributeEdit):
+        node.attributes[edit.attribute] = ir.AttrInt64(edit.attribute, size(edit.axis))
+    elif isinstance(edit, MeanEdit):
+        kept = float(np.prod([size(axis) / structure.table.size(axis) for axis in edit.axes]))
+        if kept != 1.0:
+            _scale_output(model, node, kept)
+
+
+def _set_operand(model: ir.Model, node: ir.Node, index: int, array: npt.NDArray[np.generic], name: str) -> None:
+    value = ir.Value(
+        name=name, shape=ir.Shape(array.shape), type=ir.TensorType(ir.tensor(array).dtype), const_value=ir.tensor(array, name=name)
+    )
+    model.graph.register_initializer(value)
+    if node.op_type == "Reshape" and "allowzero" in node.attributes:
+        node.attributes.pop("allowzero")
+    node.replace_input_with(index, value)
+
+
+def _scale_output(model: ir.Model, node: ir.Node, factor: float) -> None:
+    out = node.outputs[0]
+    array = np.array(factor, dtype=np.float32 if out.dtype is None else out.dtype.numpy())
+    scale = ir.Value(name=f"{node.name}_kept", shape=ir.Shape(()), type=out.type, const_value=ir.tensor(array, name=f"{node.name}_kept"))
+    model.graph.register_initializer(scale)
+    product = ir.node("Mul", inputs=[out, scale], name=f"{node.name}_rescale")
+    for use in list(out.uses()):
+        use.node.replace_input_with(use.idx, product.outputs[0])
+    product.outputs[0].name = f"{out.name}_rescaled"
+    model.graph.insert_after(node, product)
+
+
+def _forget_shapes(model: ir.Model) -> None:
+    """Shapes of computed values no longer hold; shape inference finds the new ones."""
+    outputs = set(model.graph.outputs)
+    for node in model.graph:
+        for value in node.outputs:
+            if value not in outputs:
+                value.shape = None

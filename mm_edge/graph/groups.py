@@ -1,0 +1,258 @@
+"""Coupled groups: the leaves that may lose indices, and every tensor slice each of them owns.
+
+E8, exactness. For every removed index all parameters are zeroed there: the rows that produce it, biases,
+norm scales and shifts, the columns that read it. The compact graph then agrees with the masked one if, wherever
+indices are summed over, a removed one contributes nothing. `pin_inexact` walks the graph once more, carrying
+for every value the set of leaves at whose removed indices it is exactly zero, and pins the rest.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+
+import numpy as np
+import onnx_ir as ir
+
+from mm_edge.errors import UsageError
+from mm_edge.export import RawGraph
+from mm_edge.graph.axes import Axis, AxisTable, BoolArray, IndexArray
+from mm_edge.graph.reading import AttributeEdit, Axes, Edit, MeanEdit, OperandEdit, Reading, Work
+from mm_edge.graph.rules import added_operands, apply_rule, operand_names, zero_operands
+
+
+@dataclass(frozen=True)
+class TensorSlice:
+    """Where a group meets a tensor: position p of `axis` goes when index `coordinates[p]` of the group goes.
+
+    -1 stands where the group does not reach.
+    """
+
+    tensor: str
+    axis: int
+    coordinates: IndexArray
+
+
+@dataclass(frozen=True)
+class Group:
+    """One coupled group.
+
+    Attributes:
+        id: the first weight that produces it, its axis, and the factor of that axis where it has several.
+        leaf: the axis variable.
+        size: dense number of indices (channels, heads, widths, groups ...).
+        slices: every parameter slice the group owns.
+        inner: how many consecutive positions one index covers in the weights' axes (a head's width, 1 for a channel).
+    """
+
+    id: str
+    leaf: Axis
+    size: int
+    slices: tuple[TensorSlice, ...]
+    inner: int
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """Names of the tensors the group reaches, without repetitions."""
+        return tuple(dict.fromkeys(item.tensor for item in self.slices))
+
+
+@dataclass(frozen=True)
+class PinnedGroup:
+    """A leaf that keeps its full width although weights have it, and why."""
+
+    id: str
+    size: int
+    tensors: tuple[str, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What the raw graph can lose, and what must change with it."""
+
+    table: AxisTable
+    tensor_axes: dict[str, Axes]
+    groups: tuple[Group, ...]
+    pinned: tuple[PinnedGroup, ...]
+    edits: tuple[Edit, ...]
+    work: tuple[Work, ...]
+    parameters: frozenset[str]
+
+    def kept(self, tensor: str, keep: dict[Axis, BoolArray]) -> tuple[BoolArray, ...]:
+        """Return, per axis of `tensor`, which positions stay."""
+        return tuple(self.table.kept(axis, keep) for axis in self.tensor_axes[tensor])
+
+    def macs(self, counts: dict[Axis, float] | None = None) -> float:
+        """Return the multiply-adds at batch 1 with `counts` indices kept per leaf (default: dense)."""
+        total = 0.0
+        for item in self.work:
+            product = float(item.constant)
+            for axis in item.axes:
+                product *= self.table.kept_size(axis, counts or {})
+            total += product
+        return total
+
+
+def read_structure(raw: RawGraph, keep: Sequence[str] = ()) -> Structure:
+    """Read the coupled groups of `raw`; weights whose name matches a pattern in `keep` lose nothing.
+
+    Patterns are shell-style and match a parameter's name or a module's prefix of it.
+
+    Raises:
+        UsageError: a pattern matches nothing.
+    """
+    reading = Reading(raw)
+    graph = raw.model.graph
+    for value in graph.inputs:
+        reading.pin(reading.axes_of(value), "input of the model")
+    for node in graph:
+        apply_rule(reading, node)
+    for value in graph.outputs:
+        reading.pin(reading.axes_of(value), "output of the model")
+    _pin_kept(reading, keep)
+    pin_inexact(reading)
+    return _collect(reading)
+
+
+def matches(pattern: str, fqn: str) -> bool:
+    """Return whether a --keep pattern names the parameter `fqn` or a module that holds it."""
+    return fnmatchcase(fqn, pattern) or fnmatchcase(fqn, f"{pattern}.*")
+
+
+def _pin_kept(reading: Reading, patterns: Sequence[str]) -> None:
+    for pattern in patterns:
+        hits = [name for name in sorted(reading.raw.parameters) if matches(pattern, name)]
+        if not hits:
+            raise UsageError(f"--keep '{pattern}' matches no parameter; see the names with: mm-edge inspect MODEL")
+        for name in hits:
+            reading.pin(reading.axes.get(name, ()), f"kept by --keep {pattern}")
+
+
+def pin_inexact(reading: Reading) -> None:
+    """Pin every leaf that some sum runs over without a zero at its removed indices (E8)."""
+    zeros = _zero_sets(reading)
+    means = {(edit.node, axis) for edit in reading.edits if isinstance(edit, MeanEdit) for axis in edit.axes}
+    for item in reading.contractions:
+        safe: set[Axis] = set()
+        for operand in item.operands:
+            safe |= zeros.get(operand, frozenset())
+        what = "a mean" if (item.node, item.axis) in means else "a sum"
+        for leaf in reading.table.leaves(item.axis):
+            if leaf not in safe:
+                reading.table.pin(leaf, f"{what} over it ({item.node}) would still count the removed ones")
+
+
+def _zero_sets(reading: Reading) -> dict[str, frozenset[Axis]]:
+    """Return, per value, the leaves at whose removed indices it is exactly zero in the masked model."""
+    zeros: dict[str, frozenset[Axis]] = {}
+    leaves: dict[str, frozenset[Axis]] = {}
+    for name, axes in reading.axes.items():
+        leaves[name] = frozenset(leaf for axis in axes for leaf in reading.table.leaves(axis))
+    for name, value in reading.raw.model.graph.initializers.items():
+        is_zero = name in reading.raw.parameters or _all_zero(value)
+        zeros[name] = leaves.get(name, frozenset()) if is_zero else frozenset()
+    for node in reading.raw.model.graph:
+        result = _zeros_through(node, zeros, leaves)
+        for out in node.outputs:
+            assert out.name is not None
+            zeros[out.name] = result & leaves.get(out.name, frozenset())
+    return zeros
+
+
+def _all_zero(value: ir.Value) -> bool:
+    return value.const_value is not None and not np.any(value.const_value.numpy())
+
+
+def _zeros_through(node: ir.Node, zeros: dict[str, frozenset[Axis]], leaves: dict[str, frozenset[Axis]]) -> frozenset[Axis]:
+    how, indices = zero_operands(node)
+    names = operand_names(node, *indices)
+    if how == "none" or not names:
+        return frozenset()
+    if how == "any":
+        result = frozenset[Axis]().union(*(zeros.get(name, frozenset()) for name in names))
+    elif node.op_type == "Concat":
+        unsafe = frozenset[Axis]().union(*(leaves.get(name, frozenset()) - zeros.get(name, frozenset()) for name in names))
+        result = frozenset[Axis]().union(*(zeros.get(name, frozenset()) for name in names)) - unsafe
+    else:
+        result = frozenset.intersection(*(zeros.get(name, frozenset()) for name in names))
+    for name in operand_names(node, *added_operands(node)):
+        result &= zeros.get(name, frozenset())
+    return result
+
+
+def _collect(reading: Reading) -> Structure:
+    table = reading.table
+    tensors = {name: reading.axes[name] for name in reading.raw.model.graph.initializers if name in reading.axes}
+    owned: dict[Axis, list[TensorSlice]] = {}
+    names: dict[Axis, str] = {}
+    inner: dict[Axis, Counter[int]] = {}
+    for tensor, axes in tensors.items():
+        if tensor not in reading.raw.parameters:
+            continue
+        for position, axis in enumerate(axes):
+            found = list(dict.fromkeys(table.leaves(axis)))
+            for ordinal, leaf in enumerate(found):
+                if table.size(leaf) < 2:
+                    continue
+                for coordinates in table.coordinates(axis, leaf):
+                    owned.setdefault(leaf, []).append(TensorSlice(tensor, position, coordinates))
+                names.setdefault(leaf, f"{tensor}:{position}" + (f"/{ordinal}" if len(found) > 1 else ""))
+                inner.setdefault(leaf, Counter())[_run_length(table.coordinates(axis, leaf)[0])] += 1
+    groups, pinned = [], []
+    for leaf, slices in owned.items():
+        reason = table.pin_reason(leaf)
+        if reason is None:
+            groups.append(Group(names[leaf], leaf, table.size(leaf), tuple(slices), min(inner[leaf])))
+        elif any(_is_channel(item) for item in slices):
+            unique = tuple(dict.fromkeys(item.tensor for item in slices))
+            pinned.append(PinnedGroup(names[leaf], table.size(leaf), unique, reason))
+    return Structure(
+        table, tensors, _ordered(groups, reading), tuple(pinned), _live_edits(reading), tuple(reading.work), reading.raw.parameters
+    )
+
+
+def _is_channel(item: TensorSlice) -> bool:
+    """Kernel positions are pinned in every network and not worth a line."""
+    return item.axis < 2
+
+
+def _run_length(coordinates: IndexArray) -> int:
+    """Return how many consecutive positions share the first index that occurs."""
+    covered = coordinates[coordinates >= 0]
+    changes = np.flatnonzero(covered != covered[0])
+    return int(changes[0]) if changes.size else int(covered.size)
+
+
+def _ordered(groups: list[Group], reading: Reading) -> tuple[Group, ...]:
+    """Sort groups by where the graph first reads one of their tensors."""
+    first: dict[str, int] = {}
+    for position, node in enumerate(reading.raw.model.graph):
+        for value in node.inputs:
+            if value is not None and value.name is not None:
+                first.setdefault(value.name, position)
+    return tuple(sorted(groups, key=lambda group: (min(first.get(name, 0) for name in group.tensors), group.id)))
+
+
+def _live_edits(reading: Reading) -> tuple[Edit, ...]:
+    """Drop the edits that no group can bring about."""
+    table = reading.table
+
+    def can_change(axis: Axis) -> bool:
+        return any(table.pin_reason(leaf) is None and table.size(leaf) > 1 for leaf in table.leaves(axis))
+
+    live: list[Edit] = []
+    for edit in reading.edits:
+        if isinstance(edit, OperandEdit):
+            if any(can_change(axis) for size in edit.sizes for axis in size.axes):
+                live.append(edit)
+        elif isinstance(edit, AttributeEdit):
+            if can_change(edit.axis):
+                live.append(edit)
+        else:
+            axes = tuple(axis for axis in edit.axes if can_change(axis))
+            if axes:
+                live.append(replace(edit, axes=axes))
+    return tuple(live)
