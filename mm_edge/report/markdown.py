@@ -1,0 +1,163 @@
+"""The report as Markdown: everything report.json says that a person would ask."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from mm_edge.records import Candidate, Report
+from mm_edge.report.summary import count_skipped, find_chosen, write_headline
+from mm_edge.report.values import (
+    NOT_MEASURED,
+    show_bytes,
+    show_count,
+    show_drop,
+    show_latency,
+    show_ms,
+    show_percent,
+    show_shape,
+    show_speedup,
+)
+
+_HEADER = (
+    "",
+    "candidate",
+    "top-1 (validation)",
+    "points",
+    "p50",
+    "p99",
+    "speed-up",
+    "MACs",
+    "parameters",
+    "sparsity",
+    "file",
+    "peak memory",
+    "parity (relative)",
+)
+
+
+def write_markdown(report: Report) -> str:
+    """Return the whole report as one Markdown document."""
+    sections = [
+        f"# {_escape(report.model.name)} on {_escape(str(report.target.get('name', 'unknown target')))}",
+        _escape(write_headline(report)),
+        _write_warnings(report),
+        "## Candidates",
+        _write_table(report),
+        "`*` marks the Pareto front (nothing else is both as accurate and as fast), `>` the chosen one. "
+        "Points are top-1 against dense; a loss is negative. Speed-up is the median ratio of interleaved pairs, "
+        "with its interval.",
+        _write_choice(report),
+        _write_skipped(report),
+        "## How this was made",
+        _write_facts(report),
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _write_table(report: Report) -> str:
+    dense = report.dense
+    first = [
+        "",
+        "dense",
+        show_percent(dense.accuracy_top1),
+        "",
+        show_ms(dense.latency_ms.p50),
+        show_ms(dense.latency_ms.p99),
+        "",
+        show_count(dense.macs),
+        show_count(dense.params),
+        "",
+        show_bytes(dense.file_bytes),
+        show_bytes(dense.peak_memory_bytes),
+        "",
+    ]
+    chosen = find_chosen(report)
+    rows = [_write_row(c, chosen is not None and c.id == chosen.id) for c in report.candidates]
+    divider = ["---"] * 2 + ["---:"] * (len(_HEADER) - 2)
+    return "\n".join(_join(cells) for cells in (_HEADER, divider, first, *rows))
+
+
+def _write_row(c: Candidate, chosen: bool) -> list[str]:
+    parity = NOT_MEASURED if c.parity is None else f"{c.parity.max_rel_err:.1e}"
+    return [
+        ("\\>" if chosen else "") + ("\\*" if c.pareto else ""),
+        _escape(c.id),
+        show_percent(c.accuracy_top1),
+        show_drop(c.accuracy_drop),
+        show_ms(c.latency_ms.p50),
+        show_ms(c.latency_ms.p99),
+        show_speedup(c),
+        show_count(c.macs),
+        show_count(c.params),
+        show_percent(c.sparsity),
+        show_bytes(c.file_bytes),
+        show_bytes(c.peak_memory_bytes),
+        parity,
+    ]
+
+
+def _write_choice(report: Report) -> str:
+    chosen = find_chosen(report)
+    if chosen is None or report.chosen is None:
+        return "## Choice\n\nNone."
+    lines = [
+        f"- chosen: {_escape(chosen.id)}",
+        f"- why: {_escape(report.chosen.reason)}",
+        f"- top-1 on test images: {show_percent(report.chosen.accuracy_top1_test)}",
+        f"- latency: {show_latency(chosen.latency_ms)}",
+        f"- dense latency: {show_latency(report.dense.latency_ms)}",
+        f"- model: {_escape(chosen.artifact or 'none')}",
+        f"- masked weights: {_escape(chosen.masked_state_dict or 'none')}",
+    ]
+    return "## Choice\n\n" + "\n".join(lines)
+
+
+def _write_warnings(report: Report) -> str:
+    if not report.warnings:
+        return ""
+    return "## Warnings\n\n" + "\n".join(f"- {_escape(warning)}" for warning in report.warnings)
+
+
+def _write_skipped(report: Report) -> str:
+    if not report.skipped_groups:
+        return ""
+    lines = [
+        f"- {_escape(reason)}: {_plural(groups, 'group')}, {_plural(layers, 'layer')}"
+        for reason, groups, layers in count_skipped(report)
+    ]
+    return "## What keeps its width\n\n" + "\n".join(lines)
+
+
+def _write_facts(report: Report) -> str:
+    model = report.model
+    lines = [
+        f"- model: {_escape(model.name)}, {_escape(model.source)}, input {show_shape(model.input_shape)}",
+        f"- target: {_write_values(report.target)}",
+        f"- environment: {_write_values(report.environment)}",
+        f"- data: {_write_values(report.data)}",
+        f"- seconds: {_write_values({name: round(value, 1) for name, value in report.seconds.items()})}",
+    ]
+    return "\n".join(lines)
+
+
+def _write_values(values: dict[str, Any]) -> str:
+    shown = (f"{key} {value if isinstance(value, str) else json.dumps(value)}" for key, value in values.items())
+    return _escape(", ".join(shown)) or "none"
+
+
+def _join(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _escape(text: str) -> str:
+    """Keep text from a file or a device on one line and free of Markdown and HTML of its own."""
+    text = " ".join(text.split())
+    for mark in "\\`*_[]<>|":
+        text = text.replace(mark, f"\\{mark}")
+    return text
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"

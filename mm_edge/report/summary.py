@@ -1,0 +1,80 @@
+"""What a report comes down to: its headline, the rows worth a place on the screen, and what kept its width."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from mm_edge.records import Candidate, Report
+from mm_edge.report.values import show_ms, show_percent
+
+SHORT_TABLE_ROWS = 20
+
+
+def find_chosen(report: Report) -> Candidate | None:
+    """Return the candidate that `chosen` names, or None."""
+    return next((c for c in report.candidates if report.chosen is not None and c.id == report.chosen.id), None)
+
+
+def write_headline(report: Report) -> str:
+    """Return the outcome in one or two sentences; bad news comes first."""
+    chosen = find_chosen(report)
+    if chosen is None:
+        return "No candidate was chosen; the dense model stands."
+    return f"{_speed_sentence(report, chosen)} {_accuracy_sentence(report, chosen)}"
+
+
+def pick_rows(report: Report) -> tuple[Candidate, ...]:
+    """Return all candidates where they are few; else the Pareto rows and the chosen one, in their order.
+
+    Where no row is marked (accuracy was not measured), those of fewest MACs stand in.
+    """
+    rows = report.candidates
+    if len(rows) <= SHORT_TABLE_ROWS:
+        return rows
+    chosen = find_chosen(report)
+    wanted = {c.id for c in rows if c.pareto}
+    if not wanted:
+        wanted = {c.id for c in sorted(rows, key=lambda c: c.macs)[:SHORT_TABLE_ROWS]}
+    if chosen is not None:
+        wanted.add(chosen.id)
+    return tuple(c for c in rows if c.id in wanted)
+
+
+def name_rows(rows: tuple[Candidate, ...]) -> dict[str, str]:
+    """Return a name per candidate id: the id, without its kind and precision where all rows share them."""
+    shared = len({(c.kind, c.precision) for c in rows}) == 1
+    names = {}
+    for c in rows:
+        middle = f"/{c.kind}/{c.precision}"
+        names[c.id] = c.id.replace(middle, "", 1) if shared else c.id
+    return names if len(set(names.values())) == len(names) else {c.id: c.id for c in rows}
+
+
+def count_skipped(report: Report) -> list[tuple[str, int, int]]:
+    """Return (reason, groups, layers) of what keeps its full width, most groups first."""
+    groups = Counter(skipped.reason for skipped in report.skipped_groups)
+    layers = {
+        reason: len({fqn for skipped in report.skipped_groups if skipped.reason == reason for fqn in skipped.layers})
+        for reason in groups
+    }
+    return [(reason, count, layers[reason]) for reason, count in groups.most_common()]
+
+
+def _speed_sentence(report: Report, chosen: Candidate) -> str:
+    if chosen.speedup is None:
+        share = 100 * chosen.macs / max(report.dense.macs, 1)
+        return f"{chosen.id} needs {share:.0f} % of the dense MACs; its speed on the target was not measured."
+    times = f"{show_ms(report.dense.latency_ms.p50)} -> {show_ms(chosen.latency_ms.p50)}"
+    if chosen.speedup <= 1 or (chosen.speedup_ci is not None and chosen.speedup_ci[0] <= 1):
+        return f"Pruning brought no speed-up: {chosen.id} runs at {chosen.speedup:.2f}x the dense speed ({times})."
+    return f"{chosen.id} is {chosen.speedup:.2f}x faster than dense ({times})."
+
+
+def _accuracy_sentence(report: Report, chosen: Candidate) -> str:
+    if chosen.accuracy_drop is None:
+        return "Its accuracy was not measured."
+    side = "costs" if chosen.accuracy_drop >= 0 else "gains"
+    both = f"{show_percent(report.dense.accuracy_top1)} -> {show_percent(chosen.accuracy_top1)}"
+    sentence = f"It {side} {abs(chosen.accuracy_drop):.2f} points of top-1 on validation images ({both})"
+    test = report.chosen.accuracy_top1_test if report.chosen is not None else None
+    return f"{sentence}." if test is None else f"{sentence}, and reads {show_percent(test)} of the test images right."

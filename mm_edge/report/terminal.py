@@ -1,0 +1,101 @@
+"""The report on a terminal: the headline, a table that fits, the choice and its reason."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from mm_edge.records import Candidate, Report
+from mm_edge.report.summary import count_skipped, find_chosen, name_rows, pick_rows, write_headline
+from mm_edge.report.values import (
+    NOT_MEASURED,
+    show_bytes,
+    show_count,
+    show_drop,
+    show_ms,
+    show_percent,
+    show_ratio,
+)
+
+
+def print_report(report: Report, console: Console) -> None:
+    """Print `report`: dense first, then every candidate where they are few, else the Pareto rows and the chosen one."""
+    rows = pick_rows(report)
+    console.print(Text(_one_line(write_headline(report)), style="bold"))
+    console.print()
+    console.print(_build_table(report, rows))
+    console.print(Text(_write_legend(report, rows), style="dim"))
+    if report.chosen is not None:
+        _print_line(console, "chosen", f"{report.chosen.id}: {report.chosen.reason}")
+    for reason, groups, _ in count_skipped(report):
+        _print_line(console, "full width", f"{groups} coupled group{'' if groups == 1 else 's'}: {reason}")
+    for warning in report.warnings:
+        _print_line(console, "warning", warning)
+
+
+def _build_table(report: Report, rows: tuple[Candidate, ...]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("", no_wrap=True)
+    table.add_column("candidate", no_wrap=True)
+    figures = (_list_dense_figures(report), *(_list_figures(c) for c in rows))
+    titles = [title for title in figures[0] if title not in _find_unmeasured(figures)]
+    for title in titles:
+        table.add_column(title, justify="right", overflow="fold")
+    names, chosen = name_rows(rows), find_chosen(report)
+    table.add_row("", "dense", *(figures[0][title] for title in titles))
+    for c, cells in zip(rows, figures[1:], strict=True):
+        is_chosen = chosen is not None and c.id == chosen.id
+        mark = (">" if is_chosen else " ") + ("*" if c.pareto else " ")
+        shown = (Text(mark), Text(_one_line(names[c.id])), *(cells[title] for title in titles))
+        table.add_row(*shown, style="bold green" if is_chosen else None)
+    return table
+
+
+def _list_dense_figures(report: Report) -> dict[str, str]:
+    dense = report.dense
+    return {
+        "top-1": show_percent(dense.accuracy_top1),
+        "points": "",
+        "p50": show_ms(dense.latency_ms.p50),
+        "speed-up": "",
+        "MACs": show_count(dense.macs),
+        "file": show_bytes(dense.file_bytes),
+        "memory": show_bytes(dense.peak_memory_bytes),
+    }
+
+
+def _list_figures(c: Candidate) -> dict[str, str]:
+    return {
+        "top-1": show_percent(c.accuracy_top1),
+        "points": show_drop(c.accuracy_drop),
+        "p50": show_ms(c.latency_ms.p50),
+        "speed-up": show_ratio(c.speedup),
+        "MACs": show_count(c.macs),
+        "file": show_bytes(c.file_bytes),
+        "memory": show_bytes(c.peak_memory_bytes),
+    }
+
+
+def _find_unmeasured(figures: tuple[dict[str, str], ...]) -> list[str]:
+    """Return the titles under which no row has a figure: one line below the table says it once."""
+    return [title for title in figures[0] if all(cells[title] in ("", NOT_MEASURED) for cells in figures)]
+
+
+def _write_legend(report: Report, rows: tuple[Candidate, ...]) -> str:
+    lines = ["* Pareto front   > chosen   points: top-1 against dense, validation images"]
+    unmeasured = _find_unmeasured((_list_dense_figures(report), *(_list_figures(c) for c in rows)))
+    if unmeasured:
+        lines.append(f"{NOT_MEASURED}: {', '.join(unmeasured)}")
+    if len(rows) < len(report.candidates):
+        lines.append(f"{len(report.candidates) - len(rows)} more candidates in report.md and report.json")
+    return "\n".join(lines)
+
+
+def _print_line(console: Console, label: str, text: str) -> None:
+    console.print(Text.assemble((f"{label}: ", "bold"), _one_line(text)))
+
+
+def _one_line(text: str) -> str:
+    """Drop control characters: names come from files, and a terminal obeys what it is sent."""
+    return "".join(char if char.isprintable() else " " for char in text)

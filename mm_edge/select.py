@@ -1,0 +1,212 @@
+"""Which candidates are worth looking at, and which one is taken.
+
+    cost(c)      p50 latency where latencies were measured, else MACs      (less is better)
+    quality(c)   top-1 accuracy on validation images                       (more is better)
+    c is on the Pareto front  <=>  nothing else, the dense model included, is at least as good in both
+                                   and better in one
+
+The choice, in this order:
+    nothing asked       the fastest within 1 point of the dense model, else the most accurate
+    --max-drop alone    the fastest within it
+    --latency, --speedup, --size (with or without --max-drop)    the most accurate that meets them all
+Without accuracy there is no front, and the least sparse stands in for the most accurate; without latency the fewest
+MACs stand in for the fastest. The reason given says so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+from mm_edge.errors import ConstraintError
+from mm_edge.records import Candidate, Chosen, Constraints, DenseRow
+
+FREE_DROP_POINTS = 1.0
+
+# Points and ratios come out of subtractions and divisions: 100 * (0.91 - 0.90) is a hair above 1.
+_TOLERANCE = 1e-9
+
+
+@dataclasses.dataclass(frozen=True)
+class _Limit:
+    """One constraint: what it is called, how to read the value, and by how much a value misses it (0: met)."""
+
+    asked: str
+    describe: Callable[[Candidate], str]
+    miss: Callable[[Candidate], float | None]
+
+
+def mark_pareto(candidates: Sequence[Candidate], dense: DenseRow | None = None) -> tuple[Candidate, ...]:
+    """Return the candidates in their order with `pareto` set by accuracy against latency (MACs where none is measured).
+
+    A candidate without accuracy, or without latency where others have one, is not marked: it cannot be compared.
+    With `dense`, a candidate that is no better than the dense model in both is not marked either.
+    """
+    measured = _latency_measured(candidates)
+    points = [_point(c.accuracy_top1, c.latency_ms.p50 if measured else c.macs) for c in candidates]
+    rivals = [point for point in points if point is not None]
+    if dense is not None:
+        own = _point(dense.accuracy_top1, dense.latency_ms.p50 if measured else dense.macs)
+        rivals += [own] if own is not None else []
+    return tuple(
+        dataclasses.replace(c, pareto=point is not None and not any(_dominates(rival, point) for rival in rivals))
+        for c, point in zip(candidates, points, strict=True)
+    )
+
+
+def choose(dense: DenseRow, candidates: Sequence[Candidate], constraints: Constraints) -> Chosen:
+    """Return the candidate to take and why; its test accuracy is not read here.
+
+    Raises:
+        ConstraintError: none meets the constraints (the message names the nearest), or there is no candidate.
+    """
+    if not candidates:
+        raise ConstraintError("no candidate was made, so there is nothing to choose from")
+    limits = _limits(dense, candidates, constraints)
+    if not limits:
+        return _choose_freely(dense, candidates)
+    fitting = [c for c in candidates if all(_met(limit.miss(c)) for limit in limits)]
+    asked = " and ".join(limit.asked for limit in limits)
+    if not fitting:
+        raise ConstraintError(_nearest_miss(candidates, limits, asked))
+    only_drop = constraints == Constraints(max_drop=constraints.max_drop)
+    best = _fastest(fitting) if only_drop else _best_kept(fitting)
+    kind = _fastest_words(fitting) if only_drop else _best_kept_words(fitting)
+    return Chosen(best.id, f"the {kind} that meets {asked}: {_describe(dense, best)}")
+
+
+def _choose_freely(dense: DenseRow, candidates: Sequence[Candidate]) -> Chosen:
+    drops = [c for c in candidates if c.accuracy_drop is not None]
+    if not drops:
+        best = _fastest(candidates)
+        return Chosen(best.id, f"the {_fastest_words(candidates)}, accuracy not measured: {_describe(dense, best)}")
+    close = [c for c in drops if _met(_over(c.accuracy_drop, FREE_DROP_POINTS))]
+    if close:
+        best = _fastest(close)
+        reason = f"the {_fastest_words(close)} within 1 point of dense on validation images: {_describe(dense, best)}"
+        return Chosen(best.id, reason)
+    best = _best_kept(drops)
+    reason = f"none is within 1 point of dense on validation images, so the most accurate: {_describe(dense, best)}"
+    return Chosen(best.id, reason)
+
+
+def _limits(dense: DenseRow, candidates: Sequence[Candidate], asked: Constraints) -> list[_Limit]:
+    limits = []
+    if (drop := asked.max_drop) is not None:
+        limits.append(_Limit(f"--max-drop {drop:g}", _describe_drop, lambda c: _over(c.accuracy_drop, drop)))
+    if (latency := asked.latency_ms) is not None:
+        limits.append(_Limit(f"--latency {latency:g}", _describe_latency, lambda c: _over(c.latency_ms.p50, latency)))
+    if (speedup := asked.speedup) is not None:
+        by_macs = not _latency_measured(candidates)
+        limits.append(
+            _Limit(
+                f"--speedup {speedup:g}",
+                (lambda c: _describe_macs(dense, c)) if by_macs else _describe_speedup,
+                lambda c: _under(dense.macs / max(c.macs, 1) if by_macs else c.speedup, speedup),
+            )
+        )
+    if (size := asked.size_bytes) is not None:
+        limits.append(_Limit(f"--size {size}", _describe_size, lambda c: _over(c.file_bytes, size)))
+    return limits
+
+
+def _nearest_miss(candidates: Sequence[Candidate], limits: Sequence[_Limit], asked: str) -> str:
+    comparable = [(c, [limit.miss(c) for limit in limits]) for c in candidates]
+    known = [(max(m for m in misses if m is not None), c) for c, misses in comparable if None not in misses]
+    if not known:
+        unmeasured = [
+            limit.asked for i, limit in enumerate(limits) if all(misses[i] is None for _, misses in comparable)
+        ]
+        names = " and ".join(unmeasured) or asked
+        return f"{names} cannot be checked: what it limits was not measured for any candidate"
+    nearest = min(known, key=lambda pair: pair[0])[1]
+    values = ", ".join(limit.describe(nearest) for limit in limits)
+    return f"no candidate meets {asked}; the nearest is {nearest.id}: {values}; relax what it misses, or keep dense"
+
+
+def _over(value: float | None, limit: float) -> float | None:
+    """Return by what share `value` exceeds `limit`; a share of 1 where the limit is smaller than that."""
+    return None if value is None else (value - limit) / max(abs(limit), 1e-3)
+
+
+def _under(value: float | None, limit: float) -> float | None:
+    return None if value is None else (limit - value) / max(abs(limit), 1e-3)
+
+
+def _met(miss: float | None) -> bool:
+    return miss is not None and miss <= _TOLERANCE
+
+
+def _latency_measured(candidates: Sequence[Candidate]) -> bool:
+    return any(c.latency_ms.p50 is not None for c in candidates)
+
+
+def _fastest(candidates: Sequence[Candidate]) -> Candidate:
+    """Return the one of least p50 latency (least MACs where none is measured); ties go to the more accurate."""
+    measured = _latency_measured(candidates)
+
+    def rank(c: Candidate) -> tuple[float, float, int]:
+        latency = c.latency_ms.p50 if c.latency_ms.p50 is not None else float("inf")
+        return (latency if measured else c.macs, -(c.accuracy_top1 or 0.0), c.macs)
+
+    return min(candidates, key=rank)
+
+
+def _best_kept(candidates: Sequence[Candidate]) -> Candidate:
+    """Return the most accurate (the least sparse where accuracy is not measured); ties go to the faster."""
+    rated = [c for c in candidates if c.accuracy_top1 is not None]
+    if not rated:
+        least = min(c.sparsity for c in candidates)
+        return _fastest([c for c in candidates if c.sparsity == least])
+    best = max(c.accuracy_top1 or 0.0 for c in rated)
+    return _fastest([c for c in rated if c.accuracy_top1 == best])
+
+
+def _fastest_words(candidates: Sequence[Candidate]) -> str:
+    return "fastest" if _latency_measured(candidates) else "one of fewest MACs (latency was not measured)"
+
+
+def _best_kept_words(candidates: Sequence[Candidate]) -> str:
+    rated = any(c.accuracy_top1 is not None for c in candidates)
+    return "most accurate" if rated else "least sparse (accuracy was not measured)"
+
+
+def _point(quality: float | None, cost: float | None) -> tuple[float, float] | None:
+    return None if quality is None or cost is None else (quality, cost)
+
+
+def _dominates(a: tuple[float, float], b: tuple[float, float]) -> bool:
+    return a[0] >= b[0] and a[1] <= b[1] and a != b
+
+
+def _describe(dense: DenseRow, c: Candidate) -> str:
+    speed = _describe_macs(dense, c)
+    if c.speedup is not None and c.latency_ms.p50 is not None:
+        speed = f"{_describe_speedup(c)} ({_describe_latency(c)})"
+    elif c.latency_ms.p50 is not None:
+        speed = _describe_latency(c)
+    return speed if c.accuracy_drop is None else f"{speed}, {_describe_drop(c)}"
+
+
+def _describe_drop(c: Candidate) -> str:
+    if c.accuracy_drop is None:
+        return "accuracy not measured"
+    side = "below" if c.accuracy_drop >= 0 else "above"
+    return f"accuracy {abs(c.accuracy_drop):.2f} points {side} dense"
+
+
+def _describe_latency(c: Candidate) -> str:
+    return "latency not measured" if c.latency_ms.p50 is None else f"p50 {c.latency_ms.p50:.3g} ms"
+
+
+def _describe_speedup(c: Candidate) -> str:
+    return "speed-up not measured" if c.speedup is None else f"speed-up {c.speedup:.2f}x"
+
+
+def _describe_macs(dense: DenseRow, c: Candidate) -> str:
+    share = 100 * c.macs / max(dense.macs, 1)
+    return f"{share:.0f} % of the dense MACs (speed-up not measured)"
+
+
+def _describe_size(c: Candidate) -> str:
+    return "file size not measured" if c.file_bytes is None else f"{c.file_bytes} bytes"

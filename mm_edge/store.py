@@ -1,0 +1,227 @@
+"""The run directory: what each stage made, kept so that a second run redoes only what changed.
+
+A stage is stored under a name, with the hash of everything it depends on (its key) and a digest of its content:
+
+    DIR/.mm-edge/NAME.json          {"key", "digest", "files": {path: digest}, "value"}
+    DIR/.mm-edge/NAME.safetensors   arrays, with "key" and "digest" in the header's metadata
+
+One file per name: a stage whose key changed replaces its predecessor. A file that is absent, cut short, altered or of
+another key reads as "not there", and the stage is done again. Writes go to a temporary name first and are moved into
+place when complete, so that a killed run leaves whole files only. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+from numpy.typing import NDArray
+
+from mm_edge.errors import JobError, UsageError
+from mm_edge.records import from_json, to_json
+
+T = TypeVar("T")
+Arrays = dict[str, NDArray[Any]]
+
+_NAME = re.compile(r"[A-Za-z0-9_@+=,-][A-Za-z0-9_@+=,.-]*(/[A-Za-z0-9_@+=,-][A-Za-z0-9_@+=,.-]*)*")
+_CHUNK = 1 << 20
+
+
+def hash_key(key: Mapping[str, Any]) -> str:
+    """Return the SHA-256 (hex) of `key` as canonical JSON; equal content gives equal hashes in every process.
+
+    Records, tuples and nested mappings are allowed; the order of entries does not matter, that of lists does.
+
+    Raises:
+        TypeError: a value has no JSON form.
+    """
+    return _sha256(_canonical(key))
+
+
+def hash_file(path: Path) -> str:
+    """Return the SHA-256 (hex) of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn what the disk refuses while `path` is written into one line.
+
+    Raises:
+        JobError: the disk is full, or the place cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise JobError(f"the disk is full: '{path}' was not written; free space and run the same again") from error
+        raise JobError(f"cannot write '{path}': {error.strerror or error}") from error
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write `content` to `path` so that a reader sees the old file or the whole new one; makes the folder.
+
+    Raises:
+        JobError: the disk is full, or the place cannot be written.
+    """
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            with temporary.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+class RunStore:
+    """The stages kept in one run directory."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open `folder`, making it if needed.
+
+        Raises:
+            UsageError: it cannot be made or written.
+        """
+        self.folder = folder
+        self._stages = folder / ".mm-edge"
+        try:
+            self._stages.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder) as probe:
+                probe.write(b"x")
+        except OSError as error:
+            raise UsageError(
+                f"cannot write to '{folder}': {error.strerror or error}; give a folder you can write to with --out"
+            ) from error
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the directory for this run; the system lets go of it even when the process is killed.
+
+        Raises:
+            UsageError: another run holds it.
+        """
+        with (self._stages / "lock").open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                file.seek(0)
+                holder = file.read(20).strip() or "unknown"
+                raise UsageError(
+                    f"another run (process {holder}) is writing to '{self.folder}'; wait for it, or give another --out"
+                ) from error
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+            yield
+
+    def clear(self) -> None:
+        """Forget every stage; the artifacts in the directory stay."""
+        for path in self._stages.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != "lock":
+                path.unlink()
+
+    def save_json(self, name: str, key: Mapping[str, Any], value: Any, files: Iterable[Path] = ()) -> None:
+        """Keep `value` (records allowed), and the digests of `files` it speaks of, which lie in the directory.
+
+        Raises:
+            JobError: the disk is full, or the place cannot be written.
+        """
+        plain = to_json(value)
+        entry = {
+            "key": hash_key(key),
+            "digest": _sha256(_canonical(plain)),
+            "files": {path.resolve().relative_to(self.folder.resolve()).as_posix(): hash_file(path) for path in files},
+            "value": plain,
+        }
+        write_atomically(self._path(name, ".json"), json.dumps(entry, indent=1).encode())
+
+    def load_json(self, name: str, key: Mapping[str, Any]) -> Any | None:
+        """Return what was kept under `name` for this `key`; None where it, or a file it speaks of, is not as it was."""
+        try:
+            entry = json.loads(self._path(name, ".json").read_bytes())
+            if entry["key"] != hash_key(key) or entry["digest"] != _sha256(_canonical(entry["value"])):
+                return None
+            if any(hash_file(self.folder / path) != digest for path, digest in entry["files"].items()):
+                return None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return None
+        return entry["value"]
+
+    def load_record(self, name: str, key: Mapping[str, Any], kind: type[T]) -> T | None:
+        """Return the record of type `kind` kept under `name` for this `key`, or None."""
+        value = self.load_json(name, key)
+        if value is None:
+            return None
+        try:
+            return from_json(kind, value)
+        except ValueError:
+            return None
+
+    def save_arrays(self, name: str, key: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Keep `arrays`.
+
+        Raises:
+            JobError: the disk is full, or the place cannot be written.
+        """
+        tidy = {array_name: np.ascontiguousarray(array) for array_name, array in arrays.items()}
+        metadata = {"key": hash_key(key), "digest": _hash_arrays(tidy)}
+        write_atomically(self._path(name, ".safetensors"), safetensors.numpy.save(tidy, metadata=metadata))
+
+    def load_arrays(self, name: str, key: Mapping[str, Any]) -> Arrays | None:
+        """Return the arrays kept under `name` for this `key`; None where they are not as they were."""
+        path = self._path(name, ".safetensors")
+        try:
+            with safetensors.safe_open(path, framework="numpy") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("key") != hash_key(key):
+                    return None
+                arrays: Arrays = {array_name: file.get_tensor(array_name) for array_name in file.keys()}  # noqa: SIM118
+        except (OSError, ValueError, safetensors.SafetensorError):
+            return None
+        return arrays if metadata.get("digest") == _hash_arrays(arrays) else None
+
+    def _path(self, name: str, suffix: str) -> Path:
+        if not _NAME.fullmatch(name):
+            raise ValueError(f"not a stage name: {name!r}")
+        return self._stages / f"{name}{suffix}"
+
+
+def _canonical(value: Any) -> bytes:
+    return json.dumps(to_json(value), sort_keys=True, separators=(",", ":")).encode()
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _hash_arrays(arrays: Mapping[str, NDArray[Any]]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        array = arrays[name]
+        digest.update(f"{name}\0{array.dtype.str}\0{array.shape}\0".encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()

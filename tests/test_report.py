@@ -1,0 +1,276 @@
+"""The report in its three forms, from records made by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from mm_edge.errors import JobError, UsageError
+from mm_edge.records import (
+    Candidate,
+    Chosen,
+    Constraints,
+    DenseRow,
+    Latency,
+    ModelInfo,
+    Parity,
+    ParityInputs,
+    Report,
+    SkippedGroup,
+    to_json,
+)
+from mm_edge.report import print_report, read_report, write_report
+from mm_edge.report.markdown import write_markdown
+from mm_edge.report.summary import write_headline
+from mm_edge.report.values import (
+    show_bytes,
+    show_count,
+    show_drop,
+    show_latency,
+    show_ms,
+    show_percent,
+    show_speedup,
+)
+
+
+def candidate(strategy: str, p50: float | None, drop: float | None = 0.5, pareto: bool = False) -> Candidate:
+    return Candidate(
+        id=f"product/{strategy}/structured/fp32",
+        signal="product",
+        strategy=strategy,
+        kind="structured",
+        precision="fp32",
+        sparsity=0.5,
+        params=500_000,
+        macs=50_000_000,
+        input_shape=(1, 3, 32, 32),
+        accuracy_top1=None if drop is None else 0.9 - drop / 100,
+        accuracy_drop=drop,
+        latency_ms=Latency(p50=p50, p90=p50, p99=p50, samples=200, threads=1, source="host") if p50 else Latency(),
+        speedup=2.0 / p50 if p50 else None,
+        speedup_ci=(2.0 / p50 - 0.05, 2.0 / p50 + 0.05) if p50 else None,
+        file_bytes=2_000_000,
+        parity=Parity(1e-6, 2.5e-7, 1.0, ParityInputs(8, "images")),
+        pareto=pareto,
+        artifact=f"models/{strategy}.onnx",
+    )
+
+
+def make_report(*rows: Candidate, chosen: int | None = 0, **changes: object) -> Report:
+    report = Report(
+        model=ModelInfo("net", "checkpoint", "ab" * 32, 1_000_000, 100_000_000, (1, 3, 32, 32), 10),
+        target={"name": "host", "threads": 1},
+        environment={"python": "3.11"},
+        data={"splits": {"calibration": 4, "validation": 2, "test": 2}},
+        dense=DenseRow(
+            accuracy_top1=0.9,
+            latency_ms=Latency(p50=2.0, p90=2.1, p99=2.5, samples=200, threads=1, source="host"),
+            peak_memory_bytes=None,
+            file_bytes=4_000_000,
+            params=1_000_000,
+            macs=100_000_000,
+        ),
+        candidates=rows,
+        chosen=None if chosen is None else Chosen(rows[chosen].id, "the fastest", 0.885),
+        constraints=Constraints(),
+        skipped_groups=(
+            SkippedGroup("g0", ("a.weight", "b.weight"), "an axis of the input"),
+            SkippedGroup("g1", ("b.weight",), "an axis of the input"),
+        ),
+        warnings=("two images were skipped",),
+        seconds={"score": 1.25},
+    )
+    return dataclasses.replace(report, **changes)  # type: ignore[arg-type]
+
+
+FAST = candidate("balanced", 1.0, pareto=True)
+UNMEASURED = candidate("uniform", None, None)
+
+
+def render(report: Report, width: int = 100) -> str:
+    console = Console(width=width, color_system=None, file=io.StringIO(), record=True)
+    print_report(report, console)
+    return console.export_text()
+
+
+def test_values_in_print() -> None:
+    assert show_percent(0.87654) == "87.65 %"
+    assert (show_drop(1.5), show_drop(-0.2), show_drop(0.0)) == ("-1.50", "+0.20", "+0.00")
+    assert (show_ms(0.8214), show_ms(14.26), show_ms(2345.6)) == ("0.821 ms", "14.3 ms", "2346 ms")
+    assert (show_count(999), show_count(64_200_000)) == ("999", "64.2 M")
+    assert (show_bytes(999), show_bytes(1_510_000)) == ("999 B", "1.51 MB")
+    assert show_speedup(FAST) == "2.00x [1.95, 2.05]"
+    latency = Latency(0.5, 0.6, 0.7, 200, 2, "host")
+    assert show_latency(latency) == "p50 0.5 ms, p90 0.6 ms, p99 0.7 ms (200 samples, 2 threads, host)"
+
+
+def test_what_was_not_measured_says_so() -> None:
+    shown = [show_percent(None), show_drop(None), show_ms(None), show_count(None), show_bytes(None)]
+    assert {*shown, show_speedup(UNMEASURED), show_latency(Latency())} == {"not measured"}
+
+
+def test_the_report_comes_back_as_written(tmp_path: Path) -> None:
+    report = make_report(FAST, UNMEASURED)
+    write_report(report, tmp_path / "run")
+    assert read_report(tmp_path / "run") == report
+    assert read_report(tmp_path / "run" / "report.json") == report
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["report.json", "report.md"]
+
+
+CONTRACT = {
+    "": (
+        "schema_version model target environment data dense candidates chosen constraints skipped_groups warnings "
+        "seconds"
+    ),
+    "model": "name source sha256 params macs input_shape num_classes",
+    "dense": "accuracy_top1 latency_ms peak_memory_bytes file_bytes params macs",
+    "dense.latency_ms": "p50 p90 p99 samples threads source",
+    "candidates.0": (
+        "id signal strategy kind precision sparsity params macs accuracy_top1 accuracy_drop agreement_top1 kl_to_dense "
+        "latency_ms speedup speedup_ci peak_memory_bytes file_bytes parity recovered_by pareto artifact "
+        "masked_state_dict input_shape also_named"
+    ),
+    "candidates.0.parity": "max_abs_err max_rel_err top1_agreement inputs",
+    "chosen": "id reason accuracy_top1_test",
+    "skipped_groups.0": "group layers reason",
+}
+
+
+def test_report_json_has_the_fields_of_the_contract(tmp_path: Path) -> None:
+    write_report(make_report(FAST), tmp_path)
+    data = json.loads((tmp_path / "report.json").read_text())
+    for place, fields in CONTRACT.items():
+        value = data
+        for step in filter(None, place.split(".")):
+            value = value[int(step) if step.isdigit() else step]
+        assert set(value) == set(fields.split()), place
+    assert data["schema_version"] == 1
+    assert data["candidates"][0]["parity"]["inputs"] == {"count": 8, "kind": "images"}
+    assert data["candidates"][0]["kl_to_dense"] is None
+
+
+def test_a_figure_that_is_no_number_is_a_defect_and_writes_nothing(tmp_path: Path) -> None:
+    broken = make_report(dataclasses.replace(FAST, kl_to_dense=float("nan")))
+    with pytest.raises(ValueError, match=r"^Report\.candidates\[0\]\.kl_to_dense is not a finite number"):
+        write_report(broken, tmp_path)
+    with pytest.raises(ValueError, match=r"^Report\.model\.macs: expected int"):
+        write_report(make_report(FAST, model=dataclasses.replace(broken.model, macs=1.5)), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_reading_refuses_in_one_line(tmp_path: Path) -> None:
+    file = tmp_path / "report.json"
+
+    def message() -> str:
+        with pytest.raises(UsageError) as caught:
+            read_report(tmp_path)
+        return str(caught.value)
+
+    assert message() == (
+        f"no report.json in '{tmp_path}'; give a folder that mm-edge prune-export or mm-edge demo wrote"
+    )
+    file.write_text("{")
+    assert message() == f"'{file}' is not JSON; run mm-edge prune-export again to write it"
+    file.write_bytes(b"\xff\xfe\xff")
+    assert message() == f"'{file}' is not JSON; run mm-edge prune-export again to write it"
+    file.write_text("[]")
+    assert message() == f"'{file}' is not a report of mm-edge: Report: expected an object"
+    data = to_json(make_report(FAST))
+    file.write_text(json.dumps({**data, "schema_version": 2}))
+    assert message() == f"'{file}' has schema_version 2 and this mm-edge reads up to 1; update mm-edge"
+    file.write_text(json.dumps({**data, "dense": {**data["dense"], "macs": "many"}}))
+    assert message() == f"'{file}' is not a report of mm-edge: Report.dense.macs: expected int"
+    file.write_text(json.dumps({**data, "seconds": {"score": float("inf")}}))
+    assert message() == f"'{file}' is not a report of mm-edge: Report.seconds.score is not a finite number"
+
+
+def test_writing_where_a_file_stands_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(JobError, match=r"^cannot write '.*report\.json': "):
+        write_report(make_report(FAST), tmp_path / "file")
+
+
+def test_headlines() -> None:
+    assert write_headline(make_report(FAST)) == (
+        "product/balanced/structured/fp32 is 2.00x faster than dense (2 ms -> 1 ms). It costs 0.50 points of top-1 on "
+        "validation images (90.00 % -> 89.50 %), and reads 88.50 % of the test images right."
+    )
+    assert write_headline(make_report(UNMEASURED)) == (
+        "product/uniform/structured/fp32 needs 50 % of the dense MACs; its speed on the target was not measured. "
+        "Its accuracy was not measured."
+    )
+    assert write_headline(make_report(FAST, chosen=None)) == "No candidate was chosen; the dense model stands."
+
+
+@pytest.mark.parametrize("p50", [2.5, 2.0, 1.97])
+def test_no_speed_up_is_said_first(p50: float) -> None:
+    report = make_report(candidate("balanced", p50))
+    assert write_headline(report).startswith("Pruning brought no speed-up: product/balanced/structured/fp32 runs at ")
+    assert render(report).startswith("Pruning brought no speed-up")
+    assert write_markdown(report).splitlines()[2].startswith("Pruning brought no speed-up")
+
+
+def test_markdown_has_every_row_dense_first() -> None:
+    text = write_markdown(make_report(FAST, UNMEASURED))
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert rows[2] == ("|  | dense | 90.00 % |  | 2 ms | 2.5 ms |  | 100 M | 1 M |  | 4 MB | not measured |  |")
+    assert rows[3] == (
+        "| \\>\\* | product/balanced/structured/fp32 | 89.50 % | -0.50 | 1 ms | 1 ms | 2.00x [1.95, 2.05] | 50 M "
+        "| 500 k | 50.00 % | 2 MB | not measured | 2.5e-07 |"
+    )
+    assert rows[4].startswith(
+        "|  | product/uniform/structured/fp32 | not measured | not measured | not measured | not measured "
+    )
+    assert "- an axis of the input: 2 groups, 2 layers" in text
+    assert "- two images were skipped" in text
+    assert "- why: the fastest" in text
+    assert "- top-1 on test images: 88.50 %" in text
+    assert '- data: splits {"calibration": 4, "validation": 2, "test": 2}' in text
+
+
+def test_markdown_cannot_be_broken_by_a_name() -> None:
+    model = dataclasses.replace(make_report(FAST).model, name="net|<b>`x`\nnext")
+    assert write_markdown(make_report(FAST, model=model)).splitlines()[0] == "# net\\|\\<b\\>\\`x\\` next on host"
+
+
+def test_the_terminal_shows_all_of_a_few_rows() -> None:
+    text = render(make_report(FAST, UNMEASURED))
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert lines[3] == "candidate top-1 points p50 speed-up MACs file"
+    assert lines[4] == "dense 90.00 % 2 ms 100 M 4 MB"
+    assert lines[5] == ">* product/balanced 89.50 % -0.50 1 ms 2.00x 50 M 2 MB"
+    assert lines[6].startswith("product/uniform not measured not measured")
+    assert lines[8] == "not measured: memory"
+    assert "chosen: product/balanced/structured/fp32: the fastest" in text
+    assert "full width: 2 coupled groups: an axis of the input" in text
+    assert "warning: two images were skipped" in text
+    assert "more candidates" not in text
+
+
+def test_the_terminal_shows_the_front_and_the_chosen_of_many_rows() -> None:
+    rows = [candidate(f"s{i:02d}", 1.0 + i / 100, pareto=i < 3) for i in range(30)]
+    text = render(make_report(*rows, chosen=29))
+    assert [name for name in (f"s{i:02d}" for i in range(30)) if f"/{name} " in text] == ["s00", "s01", "s02", "s29"]
+    assert "26 more candidates in report.md and report.json" in text
+
+
+def test_the_terminal_shows_some_rows_where_none_is_marked() -> None:
+    rows = [candidate(f"s{i:02d}", 1.0, None) for i in range(30)]
+    assert "10 more candidates in report.md and report.json" in render(make_report(*rows))
+
+
+def test_kind_and_precision_are_shown_where_they_differ() -> None:
+    other = dataclasses.replace(FAST, id="product/balanced/structured/int8", precision="int8")
+    text = render(make_report(FAST, other), width=140)
+    assert "product/balanced/structured/fp32" in text
+    assert "product/balanced/structured/int8" in text
+
+
+def test_a_name_cannot_command_the_terminal() -> None:
+    evil = make_report(FAST, warnings=("\x1b[2J[bold]x[/bold]\x07",))
+    assert "warning:  [2J[bold]x[/bold] " in render(evil)

@@ -1,0 +1,203 @@
+"""The Pareto front and the choice, on rows small enough to check by eye."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mm_edge.errors import ConstraintError
+from mm_edge.records import Candidate, Constraints, DenseRow, Latency
+from mm_edge.select import choose, mark_pareto
+
+DENSE = DenseRow(
+    accuracy_top1=0.90,
+    latency_ms=Latency(p50=10.0, p90=11.0, p99=12.0, samples=200, threads=1, source="host"),
+    peak_memory_bytes=None,
+    file_bytes=4000,
+    params=1000,
+    macs=100,
+)
+
+
+def row(name: str, accuracy: float | None, p50: float | None, macs: int = 50, size: int | None = 2000) -> Candidate:
+    return Candidate(
+        id=name,
+        signal="product",
+        strategy=name,
+        kind="structured",
+        precision="fp32",
+        sparsity=1 - macs / 100,
+        params=500,
+        macs=macs,
+        input_shape=(1, 3, 8, 8),
+        accuracy_top1=accuracy,
+        accuracy_drop=None if accuracy is None else 100 * (0.90 - accuracy),
+        latency_ms=Latency(p50=p50),
+        speedup=None if p50 is None else 10.0 / p50,
+        file_bytes=size,
+    )
+
+
+SLOW_GOOD = row("slow-good", 0.899, 8.0, 80, 3500)
+MIDDLE = row("middle", 0.89, 6.0, 60, 3000)
+BEATEN = row("beaten", 0.88, 7.0, 70, 3000)
+FAST_BAD = row("fast-bad", 0.60, 3.0, 30, 1000)
+ROWS = (FAST_BAD, BEATEN, MIDDLE, SLOW_GOOD)
+
+
+def front(*rows: Candidate, dense: DenseRow | None = None) -> list[str]:
+    return [c.id for c in mark_pareto(rows, dense) if c.pareto]
+
+
+def test_the_front_by_hand() -> None:
+    assert front(*ROWS) == ["fast-bad", "middle", "slow-good"]
+    assert [c.id for c in mark_pareto(ROWS)] == [c.id for c in ROWS]
+
+
+def test_equal_rows_share_the_front_and_a_tie_in_one_is_beaten() -> None:
+    assert front(row("a", 0.8, 5.0), row("b", 0.8, 5.0), row("c", 0.8, 6.0), row("d", 0.7, 5.0)) == ["a", "b"]
+
+
+def test_a_mark_from_before_does_not_stay() -> None:
+    marked = mark_pareto([BEATEN])
+    assert marked[0].pareto
+    assert front(*marked, MIDDLE) == ["middle"]
+
+
+def test_macs_stand_in_when_no_latency_was_measured() -> None:
+    assert front(row("a", 0.8, None, 60), row("b", 0.8, None, 50), row("c", 0.9, None, 90)) == ["b", "c"]
+
+
+def test_a_row_without_latency_is_not_compared_with_measured_ones() -> None:
+    assert front(row("a", 0.8, 5.0), row("unmeasured", 0.99, None, 1)) == ["a"]
+
+
+def test_without_accuracy_nothing_is_marked() -> None:
+    assert front(row("a", None, 5.0), row("b", None, 4.0)) == []
+
+
+def test_what_dense_beats_is_not_on_the_front() -> None:
+    slower = row("slower", 0.85, 11.0)
+    assert front(slower) == ["slower"]
+    assert front(slower, MIDDLE, dense=DENSE) == ["middle"]
+
+
+@given(st.lists(st.tuples(st.integers(0, 6), st.integers(1, 6)), max_size=12))
+def test_the_front_is_what_nothing_dominates(points: list[tuple[int, int]]) -> None:
+    rows = mark_pareto([row(str(i), a / 10, float(t)) for i, (a, t) in enumerate(points)])
+    for (a, t), marked in zip(points, rows, strict=True):
+        beaten = any((b >= a and s < t) or (b > a and s <= t) for b, s in points)
+        assert marked.pareto is not beaten
+
+
+def test_nothing_asked_takes_the_fastest_within_one_point() -> None:
+    chosen = choose(DENSE, ROWS, Constraints())
+    assert chosen.id == "middle"  # exactly one point below, which 100 * (0.90 - 0.89) overshoots
+    assert chosen.reason == (
+        "the fastest within 1 point of dense on validation images: "
+        "speed-up 1.67x (p50 6 ms), accuracy 1.00 points below dense"
+    )
+    assert chosen.accuracy_top1_test is None
+
+
+def test_nothing_asked_and_none_close_takes_the_most_accurate() -> None:
+    chosen = choose(DENSE, (FAST_BAD, BEATEN), Constraints())
+    assert chosen.id == "beaten"
+    assert chosen.reason.startswith("none is within 1 point of dense on validation images, so the most accurate: ")
+
+
+def test_a_gain_reads_as_a_gain() -> None:
+    assert choose(DENSE, [row("up", 0.91, 5.0)], Constraints()).reason.endswith("accuracy 1.00 points above dense")
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        (Constraints(max_drop=2.0), "middle"),
+        (Constraints(max_drop=0.5), "slow-good"),
+        (Constraints(max_drop=50), "fast-bad"),
+        (Constraints(latency_ms=7.5), "middle"),
+        (Constraints(latency_ms=3.0), "fast-bad"),
+        (Constraints(speedup=1.2), "slow-good"),
+        (Constraints(speedup=2), "fast-bad"),
+        (Constraints(size_bytes=3000), "middle"),
+        (Constraints(max_drop=2.5, speedup=1.3), "middle"),
+        (Constraints(latency_ms=9, size_bytes=2000), "fast-bad"),
+    ],
+)
+def test_what_is_asked_decides(asked: Constraints, expected: str) -> None:
+    assert choose(DENSE, ROWS, asked).id == expected
+
+
+def test_the_reason_names_what_was_asked() -> None:
+    assert choose(DENSE, ROWS, Constraints(max_drop=2.5, speedup=1.3)).reason == (
+        "the most accurate that meets --max-drop 2.5 and --speedup 1.3: "
+        "speed-up 1.67x (p50 6 ms), accuracy 1.00 points below dense"
+    )
+
+
+def test_none_fits_names_the_nearest_miss() -> None:
+    with pytest.raises(ConstraintError) as caught:
+        choose(DENSE, ROWS, Constraints(max_drop=1.5, speedup=1.8))
+    assert str(caught.value) == (
+        "no candidate meets --max-drop 1.5 and --speedup 1.8; the nearest is middle: "
+        "accuracy 1.00 points below dense, speed-up 1.67x; relax what it misses, or keep dense"
+    )
+    assert caught.value.exit_code == 1
+
+
+@pytest.mark.parametrize(
+    ("asked", "rows", "message"),
+    [
+        (
+            Constraints(latency_ms=5),
+            [row("a", 0.9, None)],
+            "--latency 5 cannot be checked: what it limits was not measured for any candidate",
+        ),
+        (
+            Constraints(max_drop=1, size_bytes=5000),
+            [row("a", None, 5.0)],
+            "--max-drop 1 cannot be checked: what it limits was not measured for any candidate",
+        ),
+        (
+            Constraints(latency_ms=2, size_bytes=500),
+            ROWS,
+            "no candidate meets --latency 2 and --size 500; the nearest is fast-bad: p50 3 ms, 1000 bytes; "
+            "relax what it misses, or keep dense",
+        ),
+        (Constraints(), [], "no candidate was made, so there is nothing to choose from"),
+    ],
+)
+def test_other_refusals(asked: Constraints, rows: list[Candidate], message: str) -> None:
+    with pytest.raises(ConstraintError) as caught:
+        choose(DENSE, rows, asked)
+    assert str(caught.value) == message
+
+
+def test_without_latency_macs_stand_in_and_the_reason_says_so() -> None:
+    rows = [row("a", 0.895, None, 60), row("b", 0.895, None, 50), row("c", 0.2, None, 10)]
+    free = choose(DENSE, rows, Constraints())
+    assert free.id == "b"
+    assert free.reason == (
+        "the one of fewest MACs (latency was not measured) within 1 point of dense on validation images: "
+        "50 % of the dense MACs (speed-up not measured), accuracy 0.50 points below dense"
+    )
+    asked = choose(DENSE, rows, Constraints(speedup=1.5))
+    assert asked.id == "b"
+    assert "speed-up not measured" in asked.reason
+
+
+def test_without_accuracy_the_choice_says_so() -> None:
+    rows = [row("a", None, 5.0, 60), row("b", None, 4.0, 50)]
+    free = choose(DENSE, rows, Constraints())
+    assert (free.id, free.reason) == ("b", "the fastest, accuracy not measured: speed-up 2.50x (p50 4 ms)")
+    asked = choose(DENSE, rows, Constraints(speedup=1.5))
+    assert asked.id == "a"
+    assert asked.reason.startswith("the least sparse (accuracy was not measured) that meets --speedup 1.5: ")
+
+
+def test_a_row_that_was_not_measured_is_not_chosen_over_measured_ones() -> None:
+    rows = [row("unmeasured", 0.9, None, 1), row("measured", 0.9, 9.0, 90)]
+    assert choose(DENSE, rows, Constraints()).id == "measured"
+    assert choose(DENSE, rows, Constraints(max_drop=1)).id == "measured"
