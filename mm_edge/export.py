@@ -17,7 +17,13 @@ import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as ir_passes
 import onnxscript.optimizer
+import onnxscript.rewriter
 import torch
+from onnxscript.rewriter.rules.common import (
+    fuse_batchnorm_into_conv_rule,
+    fuse_batchnorm_into_conv_transpose_rule,
+    fuse_batchnorm_into_gemm_rule,
+)
 from torch import nn
 
 from mm_edge.errors import ExportError, ModelError
@@ -76,7 +82,9 @@ def raw_from_onnx(path: Path) -> RawGraph:
     try:
         model = ir.load(path)
     except Exception as error:
-        raise ModelError(f"{path} is not an ONNX model ({type(error).__name__}); give a file made by torch.onnx.export") from error
+        raise ModelError(
+            f"{path} is not an ONNX model ({type(error).__name__}); give a file made by torch.onnx.export"
+        ) from error
     _fix_batch(model, path)
     ir_passes.InlinePass()(model)
     ir_passes.LiftConstantsToInitializersPass(lift_all_constants=False, size_limit=0)(model)
@@ -121,7 +129,7 @@ def fold_constants(model: ir.Model, keep: Iterable[str]) -> None:
             ir_passes.RemoveUnusedNodesPass()(model)
             for value in model.graph.initializers.values():
                 if value.const_value is not None:
-                    value.shape = value.const_value.shape
+                    value.shape = ir.Shape(value.const_value.shape)
             ir_passes.ShapeInferencePass()(model)
             if _all_static(model):
                 break
@@ -145,7 +153,9 @@ def _export(module: nn.Module, example_input: torch.Tensor) -> ir.Model:
             warnings.simplefilter("ignore")
             program = torch.onnx.export(module, (example_input,), dynamo=True, optimize=False, verbose=False)
     except Exception as error:
-        raise ExportError(f"torch.export refuses this network: {_reason(error)}; export it yourself and give the .onnx file") from error
+        raise ExportError(
+            f"torch.export refuses this network: {_reason(error)}; export it yourself and give the .onnx file"
+        ) from error
     finally:
         for logger, level in zip(loud, levels, strict=True):
             logger.setLevel(level)
@@ -170,9 +180,9 @@ def _without_caches(module: nn.Module) -> nn.Module:
     fresh = copy.deepcopy(module).eval()
     for part in fresh.modules():
         for value in vars(part).values():
-            if isinstance(value, dict) and value and all(isinstance(item, torch.Tensor) for item in value.values()):
-                if value is not part._parameters and value is not part._buffers:
-                    value.clear()
+            own = value is not part._parameters and value is not part._buffers
+            if isinstance(value, dict) and own and all(isinstance(item, torch.Tensor) for item in value.values()):
+                value.clear()
     return fresh
 
 
@@ -216,7 +226,9 @@ def _fix_batch(model: ir.Model, path: Path) -> None:
         if sizes and sizes[0] is None:
             sizes[0] = 1
         if None in sizes:
-            raise ModelError(f"{path}: input '{value.name}' has the shape {value.shape}; export it with a fixed height and width")
+            raise ModelError(
+                f"{path}: input '{value.name}' has the shape {value.shape}; export it with a fixed height and width"
+            )
         value.shape = ir.Shape([size for size in sizes if size is not None])
 
 
@@ -229,9 +241,43 @@ def _split_shared_constants(model: ir.Model, keep: set[str]) -> None:
         if value.const_value.size == 1:
             continue
         for position, use in enumerate(uses[1:], start=1):
-            twin = ir.Value(name=f"{name}__use{position}", shape=value.shape, type=value.type, const_value=value.const_value)
+            twin = ir.Value(
+                name=f"{name}__use{position}", shape=value.shape, type=value.type, const_value=value.const_value
+            )
             model.graph.register_initializer(twin)
             use.node.replace_input_with(use.idx, twin)
+
+
+def deploy(model: ir.Model) -> ir.Model:
+    """Turn a raw or compact graph, in place, into what a device loads: see `DEPLOY_PASSES`."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for step in DEPLOY_PASSES:
+            step(model)
+    return model
+
+
+def fuse_batch_normalization(model: ir.Model) -> None:
+    """Fold every BatchNormalization that follows a convolution or a Gemm into its weights."""
+    rules = [fuse_batchnorm_into_conv_rule, fuse_batchnorm_into_conv_transpose_rule, fuse_batchnorm_into_gemm_rule]
+    onnxscript.rewriter.rewrite(model, pattern_rewrite_rules=rules)
+
+
+def fold_weights(model: ir.Model) -> None:
+    """Fold what is computed from weights alone (transposes, bias tables): kernels want constant operands."""
+    onnxscript.optimizer.fold_constants(model, input_size_limit=FOLDED_BYTES * 16, output_size_limit=FOLDED_BYTES * 16)
+
+
+def tidy(model: ir.Model) -> None:
+    """Constants become initialisers, equal ones are shared, unused nodes go, shapes are inferred."""
+    ir_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    ir_passes.IdentityEliminationPass()(model)
+    ir_passes.RemoveUnusedNodesPass()(model)
+    ir_passes.DeduplicateInitializersPass(size_limit=1024)(model)
+    ir_passes.ShapeInferencePass()(model)
+
+
+DEPLOY_PASSES = (fuse_batch_normalization, fold_weights, tidy)
 
 
 def constant_array(value: ir.Value | None) -> np.ndarray | None:

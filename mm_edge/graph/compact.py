@@ -1,7 +1,7 @@
 """From a structure and what each group keeps to masks and to a compact graph.
 
-`mask_tensors` and `materialise` are given the same `keep`: for each group's leaf, a bool array of its size. Every candidate is made from a
-serialised skeleton of the raw graph (nodes without weights), so that it costs a copy, not an export.
+`mask_tensors` and `materialise` are given the same `keep`: for each group's leaf, a bool array of its size. Every
+candidate is made from a copy of the raw graph, so that it costs milliseconds, not an export.
 """
 
 from __future__ import annotations
@@ -126,7 +126,10 @@ def _apply_edit(model: ir.Model, node: ir.Node, edit: Edit, structure: Structure
 
 def _set_operand(model: ir.Model, node: ir.Node, index: int, array: npt.NDArray[np.generic], name: str) -> None:
     value = ir.Value(
-        name=name, shape=ir.Shape(array.shape), type=ir.TensorType(ir.tensor(array).dtype), const_value=ir.tensor(array, name=name)
+        name=name,
+        shape=ir.Shape(array.shape),
+        type=ir.TensorType(ir.tensor(array).dtype),
+        const_value=ir.tensor(array, name=name),
     )
     model.graph.register_initializer(value)
     if node.op_type == "Reshape" and "allowzero" in node.attributes:
@@ -137,7 +140,12 @@ def _set_operand(model: ir.Model, node: ir.Node, index: int, array: npt.NDArray[
 def _scale_output(model: ir.Model, node: ir.Node, factor: float) -> None:
     out = node.outputs[0]
     array = np.array(factor, dtype=np.float32 if out.dtype is None else out.dtype.numpy())
-    scale = ir.Value(name=f"{node.name}_kept", shape=ir.Shape(()), type=out.type, const_value=ir.tensor(array, name=f"{node.name}_kept"))
+    scale = ir.Value(
+        name=f"{node.name}_kept",
+        shape=ir.Shape(()),
+        type=out.type,
+        const_value=ir.tensor(array, name=f"{node.name}_kept"),
+    )
     model.graph.register_initializer(scale)
     product = ir.node("Mul", inputs=[out, scale], name=f"{node.name}_rescale")
     for use in list(out.uses()):

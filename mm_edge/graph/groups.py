@@ -8,7 +8,6 @@ for every value the set of leaves at whose removed indices it is exactly zero, a
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -166,7 +165,9 @@ def _all_zero(value: ir.Value) -> bool:
     return value.const_value is not None and not np.any(value.const_value.numpy())
 
 
-def _zeros_through(node: ir.Node, zeros: dict[str, frozenset[Axis]], leaves: dict[str, frozenset[Axis]]) -> frozenset[Axis]:
+def _zeros_through(
+    node: ir.Node, zeros: dict[str, frozenset[Axis]], leaves: dict[str, frozenset[Axis]]
+) -> frozenset[Axis]:
     how, indices = zero_operands(node)
     names = operand_names(node, *indices)
     if how == "none" or not names:
@@ -174,7 +175,9 @@ def _zeros_through(node: ir.Node, zeros: dict[str, frozenset[Axis]], leaves: dic
     if how == "any":
         result = frozenset[Axis]().union(*(zeros.get(name, frozenset()) for name in names))
     elif node.op_type == "Concat":
-        unsafe = frozenset[Axis]().union(*(leaves.get(name, frozenset()) - zeros.get(name, frozenset()) for name in names))
+        unsafe = frozenset[Axis]().union(
+            *(leaves.get(name, frozenset()) - zeros.get(name, frozenset()) for name in names)
+        )
         result = frozenset[Axis]().union(*(zeros.get(name, frozenset()) for name in names)) - unsafe
     else:
         result = frozenset.intersection(*(zeros.get(name, frozenset()) for name in names))
@@ -188,30 +191,32 @@ def _collect(reading: Reading) -> Structure:
     tensors = {name: reading.axes[name] for name in reading.raw.model.graph.initializers if name in reading.axes}
     owned: dict[Axis, list[TensorSlice]] = {}
     names: dict[Axis, str] = {}
-    inner: dict[Axis, Counter[int]] = {}
-    for tensor, axes in tensors.items():
-        if tensor not in reading.raw.parameters:
-            continue
-        for position, axis in enumerate(axes):
-            found = list(dict.fromkeys(table.leaves(axis)))
+    inner: dict[Axis, int] = {}
+    for tensor in _by_first_use(reading, tensors):
+        for position, axis in enumerate(tensors[tensor]):
+            found = [leaf for leaf in dict.fromkeys(table.leaves(axis)) if table.size(leaf) > 1]
             for ordinal, leaf in enumerate(found):
-                if table.size(leaf) < 2:
-                    continue
-                for coordinates in table.coordinates(axis, leaf):
-                    owned.setdefault(leaf, []).append(TensorSlice(tensor, position, coordinates))
+                occurrences = table.coordinates(axis, leaf)
+                owned.setdefault(leaf, []).extend(TensorSlice(tensor, position, item) for item in occurrences)
                 names.setdefault(leaf, f"{tensor}:{position}" + (f"/{ordinal}" if len(found) > 1 else ""))
-                inner.setdefault(leaf, Counter())[_run_length(table.coordinates(axis, leaf)[0])] += 1
+                inner[leaf] = min(_run_length(occurrences[0]), inner.get(leaf, table.size(axis)))
     groups, pinned = [], []
     for leaf, slices in owned.items():
         reason = table.pin_reason(leaf)
         if reason is None:
-            groups.append(Group(names[leaf], leaf, table.size(leaf), tuple(slices), min(inner[leaf])))
+            groups.append(Group(names[leaf], leaf, table.size(leaf), tuple(slices), inner[leaf]))
         elif any(_is_channel(item) for item in slices):
             unique = tuple(dict.fromkeys(item.tensor for item in slices))
             pinned.append(PinnedGroup(names[leaf], table.size(leaf), unique, reason))
-    return Structure(
-        table, tensors, _ordered(groups, reading), tuple(pinned), _live_edits(reading), tuple(reading.work), reading.raw.parameters
-    )
+    edits = _live_edits(reading)
+    return Structure(table, tensors, tuple(groups), tuple(pinned), edits, tuple(reading.work), reading.raw.parameters)
+
+
+def _by_first_use(reading: Reading, tensors: dict[str, Axes]) -> list[str]:
+    """Return the parameters in graph order, matrices and kernels first: they name the groups they produce."""
+    order = [value.name for node in reading.raw.model.graph for value in node.inputs if value is not None]
+    known = [name for name in dict.fromkeys(order) if name in tensors and name in reading.raw.parameters]
+    return [name for name in known if len(tensors[name]) > 1] + [name for name in known if len(tensors[name]) < 2]
 
 
 def _is_channel(item: TensorSlice) -> bool:
@@ -224,16 +229,6 @@ def _run_length(coordinates: IndexArray) -> int:
     covered = coordinates[coordinates >= 0]
     changes = np.flatnonzero(covered != covered[0])
     return int(changes[0]) if changes.size else int(covered.size)
-
-
-def _ordered(groups: list[Group], reading: Reading) -> tuple[Group, ...]:
-    """Sort groups by where the graph first reads one of their tensors."""
-    first: dict[str, int] = {}
-    for position, node in enumerate(reading.raw.model.graph):
-        for value in node.inputs:
-            if value is not None and value.name is not None:
-                first.setdefault(value.name, position)
-    return tuple(sorted(groups, key=lambda group: (min(first.get(name, 0) for name in group.tensors), group.id)))
 
 
 def _live_edits(reading: Reading) -> tuple[Edit, ...]:

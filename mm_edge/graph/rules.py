@@ -152,9 +152,7 @@ def convolution(reading: Reading, node: ir.Node) -> None:
     reading.set_axes(node.outputs[0], [data[0], out, *spatial])
 
 
-def _grouped(
-    reading: Reading, node: ir.Node, channels: Axis, ins: Axis, outs: Axis, groups: int
-) -> tuple[Axis, Axis]:
+def _grouped(reading: Reading, node: ir.Node, channels: Axis, ins: Axis, outs: Axis, groups: int) -> tuple[Axis, Axis]:
     """Tie the group factor of a grouped convolution; return its output axis and the axis each group sums over."""
     table = reading.table
     size = table.size(channels) // groups
@@ -445,9 +443,7 @@ def gather(reading: Reading, node: ir.Node) -> None:
     axes = operand_axes(reading, node, 0)
     along = attribute(node, "axis", 0) % len(axes)
     reading.pin([axes[along]], "a Gather picks indices of this axis by number")
-    picked = [
-        reading.table.fresh(size, pin="picked by a Gather") for size in shape_of(_operand(node, 1))
-    ]
+    picked = [reading.table.fresh(size, pin="picked by a Gather") for size in shape_of(_operand(node, 1))]
     reading.set_axes(node.outputs[0], [*axes[:along], *picked, *axes[along + 1 :]])
 
 
@@ -562,12 +558,12 @@ def _operand(node: ir.Node, index: int) -> ir.Value:
 # --- what removed indices hold (E8) -----------------------------------------------------------------
 
 ZERO_AT_ZERO = frozenset(
-    "Relu Gelu HardSwish Tanh Erf Sqrt Abs Neg Sign LeakyRelu Elu Selu Celu Mish Softsign Sin Floor Ceil Round Identity "
-    "Cast CastLike Swish Dropout PRelu ThresholdedRelu".split()
+    "Relu Gelu HardSwish Tanh Erf Sqrt Abs Neg Sign LeakyRelu Elu Selu Celu Mish Softsign Sin Floor Ceil Round "
+    "Identity Cast CastLike Swish Dropout PRelu ThresholdedRelu".split()
 )
 CARRIES = frozenset(
-    "Transpose Reshape Flatten Squeeze Unsqueeze Slice Split Gather GatherND Expand Tile Pad Resize Upsample DepthToSpace "
-    "SpaceToDepth MaxPool AveragePool GlobalAveragePool GlobalMaxPool LpPool ReduceMean ReduceSum ReduceMax ReduceMin "
+    "Transpose Reshape Flatten Squeeze Unsqueeze Slice Split Gather GatherND Expand Tile Pad Resize Upsample "
+    "DepthToSpace SpaceToDepth MaxPool AveragePool GlobalAveragePool GlobalMaxPool LpPool ReduceMean ReduceSum ReduceMax ReduceMin "
     "ReduceL1 ReduceL2 ReduceSumSquare CumSum".split()
 )
 PRODUCTS = frozenset("Mul MatMul Conv ConvTranspose Gemm Einsum BatchNormalization InstanceNormalization And".split())

@@ -1,0 +1,307 @@
+"""From a sparsity per layer to a width per coupled group, and to the indices that stay.
+
+E7. A layer that keeps a fraction k[a] of each axis a of its weight keeps their product of its weights:
+
+    sum_a log k[a] = log(1 - rho(l))        for every layer l, in the least-squares sense,
+
+weighted by the layer's multiply-adds, within k_min <= k <= 1, rho capped at 1 - k_min^2. An axis that is a product
+of groups adds their logs; one made by concatenation is the share-weighted sum of its parts, so that
+
+    d log k[axis] / d log k[group] = share * k[part] / k[axis],
+
+which is iterated (Gauss-Newton; one round where nothing is concatenated). A pinned axis contributes 0, a
+depthwise weight has one group and counts it once: both fall out of reading the weight's axes.
+
+Widths are then rounded to what the target's kernels like, never to zero, up or down by what
+it does to the multiply-adds that the unrounded widths would have cost.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from mm_edge.graph.axes import Axis
+from mm_edge.graph.compact import Keep
+from mm_edge.graph.groups import Group, Structure
+from mm_edge.records import Layer
+
+Fractions = dict[Axis, float]
+Counts = dict[Axis, int]
+FloatArray = npt.NDArray[np.float64]
+
+K_MIN = 0.1
+ROUNDS = 12
+SWEEPS = 200
+
+
+def solve_widths(
+    structure: Structure,
+    layers: Sequence[Layer],
+    sparsity: Mapping[str, float],
+    fixed: Mapping[Axis, float] | None = None,
+) -> Fractions:
+    """Return the fraction of its indices that each group keeps (E7).
+
+    Args:
+        structure: the coupled groups.
+        layers: the prunable layers.
+        sparsity: rho per layer fqn, in [0, 1].
+        fixed: fractions already decided for some groups.
+    """
+    fixed = dict(fixed or {})
+    free = [group.leaf for group in structure.groups if group.leaf not in fixed]
+    if not free:
+        return fixed
+    x = np.zeros(len(free))
+    chosen = [layer for layer in layers if layer.fqn in structure.tensor_axes]
+    weight = np.array([max(layer.macs, 1) for layer in chosen], dtype=np.float64)
+    weight /= weight.sum()
+    goal = np.log([1 - min(sparsity[layer.fqn], 1 - K_MIN**2) for layer in chosen])
+    for _ in range(ROUNDS):
+        before = x
+        kept = {**fixed, **dict(zip(free, np.exp(x), strict=True))}
+        value, slope = _linearise(structure, chosen, free, kept)
+        x = _bounded_least_squares(slope, goal - value + slope @ x, weight, x)
+        if np.abs(x - before).max() < 1e-4:
+            break
+    return {**fixed, **dict(zip(free, np.exp(x).tolist(), strict=True))}
+
+
+def _linearise(
+    structure: Structure, layers: Sequence[Layer], free: Sequence[Axis], kept: Fractions
+) -> tuple[FloatArray, FloatArray]:
+    """Return log of the kept fraction of each layer's weights, and its slopes by the free groups' logs."""
+    column = {leaf: index for index, leaf in enumerate(free)}
+    value = np.zeros(len(layers))
+    slope = np.zeros((len(layers), len(free)))
+    for row, layer in enumerate(layers):
+        for axis in structure.tensor_axes[layer.fqn]:
+            fraction, gradient = _fraction(structure, axis, kept)
+            value[row] += math.log(fraction)
+            for leaf, part in gradient.items():
+                if leaf in column:
+                    slope[row, column[leaf]] += part
+    return value, slope
+
+
+def _fraction(structure: Structure, axis: Axis, kept: Fractions) -> tuple[float, dict[Axis, float]]:
+    """Return the kept fraction of `axis` and the derivatives of its log by the logs of its leaves."""
+    table = structure.table
+    root = table.find(axis)
+    binding = table.binding(root)
+    if binding is None:
+        return (kept[root], {root: 1.0}) if root in kept else (1.0, {})
+    parts = [(table.size(part), *_fraction(structure, part, kept)) for part in binding.parts]
+    gradient: dict[Axis, float] = {}
+    if binding.kind == "product":
+        total = math.prod(fraction for _, fraction, _ in parts)
+        shares = [1.0] * len(parts)
+    else:
+        total = sum(size * fraction for size, fraction, _ in parts) / table.size(root)
+        shares = [size * fraction / table.size(root) / total for size, fraction, _ in parts]
+    for share, (_, _, inner) in zip(shares, parts, strict=True):
+        for leaf, part_slope in inner.items():
+            gradient[leaf] = gradient.get(leaf, 0.0) + share * part_slope
+    return total, gradient
+
+
+def _bounded_least_squares(slope: FloatArray, goal: FloatArray, weight: FloatArray, start: FloatArray) -> FloatArray:
+    """Minimise sum w (slope x - goal)^2 within log K_MIN <= x <= 0 by coordinate descent.
+
+    A trace of ridge makes the solution unique: groups that only occur together share evenly.
+    """
+    weighted = slope * weight[:, None]
+    gram = slope.T @ weighted
+    gram[np.diag_indices_from(gram)] += 1e-6 * max(gram.diagonal().max(), 1e-12)
+    right = weighted.T @ goal
+    diagonal = gram.diagonal()
+    x = start.copy()
+    for _ in range(SWEEPS):
+        moved = 0.0
+        for index in range(len(x)):
+            step = (right[index] - gram[index] @ x) / diagonal[index]
+            after = min(0.0, max(math.log(K_MIN), x[index] + step))
+            moved = max(moved, abs(after - x[index]))
+            x[index] = after
+        if moved < 1e-5:
+            break
+    return x
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """The widths a group may have: multiples of the target's step below its size, and its size."""
+
+    leaf: Axis
+    widths: tuple[int, ...]
+
+    def nearest(self, wanted: float) -> int:
+        """Return the width nearest to `wanted` by ratio."""
+        return min(self.widths, key=lambda width: (abs(math.log(width / max(wanted, 1e-9))), -width))
+
+    def below(self, width: int) -> int | None:
+        """Return the next smaller width."""
+        position = bisect_left(self.widths, width)
+        return self.widths[position - 1] if position > 0 else None
+
+    def above(self, width: int) -> int | None:
+        """Return the next larger width."""
+        position = bisect_left(self.widths, width)
+        return self.widths[position + 1] if position + 1 < len(self.widths) else None
+
+
+def ladder(group: Group, multiple: int) -> Ladder:
+    """Return the widths of `group` that keep the axes it is part of at multiples of `multiple`.
+
+    A head or a convolution group covers `group.inner` channels at once and may go singly where those are aligned.
+    """
+    step = multiple // math.gcd(multiple, group.inner)
+    return Ladder(group.leaf, (*range(step, group.size, step), group.size))
+
+
+def round_widths(
+    structure: Structure, layers: Sequence[Layer], sparsity: Mapping[str, float], ladders: Sequence[Ladder]
+) -> Counts:
+    """Solve E7 and round: coarse ladders (few heads, few groups) first, the others making good for them.
+
+    Returns how many indices each group keeps.
+    """
+    fractions = solve_widths(structure, layers, sparsity)
+    sizes = {item.leaf: item.widths[-1] for item in ladders}
+    budget = structure.macs({leaf: fraction * sizes[leaf] for leaf, fraction in fractions.items()})
+    coarse = [item for item in ladders if 1 < len(item.widths) <= 8 and len(ladders) > 1]
+    fixed: Fractions = {item.leaf: 1.0 for item in ladders if len(item.widths) == 1}
+    fixed |= {item.leaf: item.nearest(fractions[item.leaf] * sizes[item.leaf]) / sizes[item.leaf] for item in coarse}
+    if len(fixed) < len(ladders):
+        fractions = solve_widths(structure, layers, sparsity, fixed)
+    counts = {item.leaf: item.nearest(fractions[item.leaf] * sizes[item.leaf]) for item in ladders}
+    wanted = {leaf: fraction * sizes[leaf] for leaf, fraction in fractions.items()}
+    return meet_budget(structure, ladders, counts, wanted, budget, strict=False)
+
+
+def meet_budget(
+    structure: Structure,
+    ladders: Sequence[Ladder],
+    counts: Counts,
+    wanted: Mapping[Axis, float],
+    budget: float,
+    *,
+    strict: bool,
+) -> Counts:
+    """Move widths up or down their ladders until the multiply-adds are as near to `budget` as they get.
+
+    Each move is the one that strays least from the `wanted` widths per multiply-add it brings. With `strict` the
+    result is at or below the budget wherever the ladders reach it.
+    """
+    costs = _Costs(structure, counts)
+    while costs.total > budget:
+        move = costs.best(ladders, wanted, budget, up=False)
+        if move is None or (not strict and abs(costs.total + move[2] - budget) > costs.total - budget):
+            break
+        costs.apply(*move)
+    while costs.total < budget:
+        move = costs.best(ladders, wanted, budget, up=True)
+        if move is None:
+            break
+        costs.apply(*move)
+    return costs.counts
+
+
+class _Costs:
+    """Multiply-adds under changing counts, by the nodes each group takes part in."""
+
+    def __init__(self, structure: Structure, counts: Counts) -> None:
+        self.counts = dict(counts)
+        self._structure = structure
+        self._touched: dict[Axis, list[int]] = {}
+        for index, item in enumerate(structure.work):
+            for leaf in {leaf for axis in item.axes for leaf in structure.table.leaves(axis)}:
+                self._touched.setdefault(leaf, []).append(index)
+        self._cost = [self._of(index, {}) for index in range(len(structure.work))]
+        self.total = math.fsum(self._cost)
+
+    def _of(self, index: int, change: Counts) -> float:
+        item = self._structure.work[index]
+        counts: dict[Axis, float] = {**self.counts, **change}
+        return item.constant * math.prod(self._structure.table.kept_size(axis, counts) for axis in item.axes)
+
+    def change(self, leaf: Axis, width: int) -> float:
+        """Return by how much the total changes when `leaf` gets `width`."""
+        return math.fsum(self._of(index, {leaf: width}) - self._cost[index] for index in self._touched.get(leaf, []))
+
+    def best(
+        self, ladders: Sequence[Ladder], wanted: Mapping[Axis, float], budget: float, *, up: bool
+    ) -> tuple[Axis, int, float] | None:
+        """Return the least harmful step (leaf, width, change) down, or up without passing the budget."""
+        found: tuple[float, Axis, int, float] | None = None
+        for item in ladders:
+            now = self.counts[item.leaf]
+            width = item.above(now) if up else item.below(now)
+            if width is None:
+                continue
+            change = self.change(item.leaf, width)
+            if change == 0 or (up and self.total + change > budget):
+                continue
+            strayed = abs(math.log(width / wanted[item.leaf])) - abs(math.log(now / wanted[item.leaf]))
+            price = strayed / abs(change) if strayed > 0 else strayed * abs(change)
+            if found is None or price < found[0]:
+                found = (price, item.leaf, width, change)
+        return None if found is None else found[1:]
+
+    def apply(self, leaf: Axis, width: int, change: float) -> None:
+        """Make the step."""
+        self.counts[leaf] = width
+        for index in self._touched.get(leaf, []):
+            self._cost[index] = self._of(index, {})
+        self.total = math.fsum(self._cost)
+        del change
+
+
+def group_scores(structure: Structure, scores: Mapping[str, npt.NDArray[np.floating]]) -> dict[Axis, FloatArray]:
+    """Return each group's channel scores: the sum over its weight slices of their normalised scores (E1-E3).
+
+    `scores` holds, per layer fqn, an array of the weight's shape; tensors without scores add nothing.
+    """
+    totals = {group.leaf: np.zeros(group.size) for group in structure.groups}
+    sums: dict[tuple[str, int], FloatArray] = {}
+    for group in structure.groups:
+        for item in group.slices:
+            if item.tensor not in scores:
+                continue
+            key = (item.tensor, item.axis)
+            if key not in sums:
+                array = scores[item.tensor]
+                others = tuple(axis for axis in range(array.ndim) if axis != item.axis)
+                sums[key] = array.sum(axis=others, dtype=np.float64)
+            reached = item.coordinates >= 0
+            totals[group.leaf] += np.bincount(item.coordinates[reached], sums[key][reached], minlength=group.size)
+    return totals
+
+
+def select_indices(counts: Counts, scores: Mapping[Axis, FloatArray]) -> Keep:
+    """Return, per group, which indices stay: the highest scores, ties to the lower index."""
+    keep: Keep = {}
+    for leaf, count in counts.items():
+        order = np.argsort(-scores[leaf], kind="stable")
+        mask = np.zeros(len(order), dtype=np.bool_)
+        mask[order[:count]] = True
+        keep[leaf] = mask
+    return keep
+
+
+def sparsity_of(structure: Structure, layers: Sequence[Layer], keep: Keep) -> float:
+    """Return 1 - kept / dense weights over the prunable layers."""
+    kept = dense = 0
+    for layer in layers:
+        dense += layer.numel
+        if layer.fqn in structure.tensor_axes:
+            kept += math.prod(int(axis.sum()) for axis in structure.kept(layer.fqn, keep))
+        else:
+            kept += layer.numel
+    return 1 - kept / dense if dense else 0.0
