@@ -321,7 +321,7 @@ class _Parser:
         for name, value in table.items():
             if allowed and name not in allowed:
                 raise self._error(f"{key}.{name}", unknown_name(f"{key} key", name, allowed))
-            if not isinstance(value, kind) or isinstance(value, bool) or (kind is int and value <= 0):
+            if not isinstance(value, kind) or isinstance(value, bool) or (isinstance(value, int) and value <= 0):
                 raise self._error(f"{key}.{name}", f"{key}.{name} must be {_KIND_NAMES[kind]}, not {value!r}")
         return dict(table)
 

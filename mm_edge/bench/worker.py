@@ -1,3 +1,4 @@
+# ruff: noqa: B905 (zip's strict= came with Python 3.10)
 """The program that runs on the device: measures ONNX models and answers in JSON.
 
 This file is copied to boards and run alone, so it needs nothing but Python 3.8, numpy and onnxruntime, and imports
@@ -65,6 +66,7 @@ class WorkerError(Exception):
     """A request that cannot be met; `kind` is read by the other side."""
 
     def __init__(self, kind: str, message: str) -> None:
+        """Keep `kind` beside the `message`."""
         super().__init__(message)
         self.kind = kind
 
@@ -228,7 +230,7 @@ def _import_onnxruntime() -> Any:
     try:
         import onnxruntime
     except Exception as error:
-        raise WorkerError("onnxruntime", "onnxruntime cannot be imported: %s" % _one_line(error))
+        raise WorkerError("onnxruntime", "onnxruntime cannot be imported: %s" % _one_line(error)) from error
     onnxruntime.set_default_logger_severity(3)
     return onnxruntime
 
@@ -254,7 +256,7 @@ def make_session(model: Any, options: Dict[str, Any]) -> Any:
     try:
         return ort.InferenceSession(model, settings, providers=[provider])
     except Exception as error:
-        raise WorkerError("model", "onnxruntime cannot load the model: %s" % _one_line(error))
+        raise WorkerError("model", "onnxruntime cannot load the model: %s" % _one_line(error)) from error
 
 
 def thread_count(options: Dict[str, Any]) -> int:
@@ -273,7 +275,7 @@ def make_inputs(session: Any, options: Dict[str, Any]) -> Dict[str, Any]:
     for value in session.get_inputs():
         dtype = _NUMPY_TYPES.get(value.type)
         if dtype is None:
-            raise WorkerError("model", "input %r has type %s, which the worker cannot make up" % (value.name, value.type))
+            raise WorkerError("model", "input %r has type %s, which the worker cannot make" % (value.name, value.type))
         shape = [size if isinstance(size, int) else 1 for size in value.shape]
         feeds[value.name] = generator.standard_normal(shape).astype(dtype)
     return feeds
@@ -457,11 +459,15 @@ def answer(text: str) -> Dict[str, Any]:
             os.sched_setaffinity(0, options["affinity"])
         return {"schema_version": SCHEMA_VERSION, "result": command(options)}
     except WorkerError as error:
-        return {"schema_version": SCHEMA_VERSION, "error": {"kind": error.kind, "message": str(error)}}
+        return _failure(error.kind, str(error))
     except MemoryError:
-        return {"schema_version": SCHEMA_VERSION, "error": {"kind": "memory", "message": "the device ran out of memory"}}
+        return _failure("memory", "the device ran out of memory")
     except Exception as error:
-        return {"schema_version": SCHEMA_VERSION, "error": {"kind": "worker", "message": _one_line(error)}}
+        return _failure("worker", _one_line(error))
+
+
+def _failure(kind: str, message: str) -> Dict[str, Any]:
+    return {"schema_version": SCHEMA_VERSION, "error": {"kind": kind, "message": message}}
 
 
 def main() -> None:

@@ -1,0 +1,311 @@
+"""What is asked of a worker, and the records that come of it. Measuring is one thing at a time per device.
+
+Raw samples are kept as JSON (SAMPLES_VERSION) with what they were measured on, so that a second run over the same
+files on the same machine reads them instead of measuring again, and runs from different machines are never merged.
+
+SAMPLES_VERSION history:
+    1  first version.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mm_edge.bench import host, stats
+from mm_edge.bench.transport import Transport
+from mm_edge.errors import BenchError
+from mm_edge.records import Latency
+from mm_edge.target import Target
+
+SAMPLES_VERSION = 1
+MINIMUM_PAIRS = 200
+MAX_SAMPLE_NS = 3_600_000_000_000  # an hour: anything longer is not a sample
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Dense and candidate timed together.
+
+    `speedup` is the median of the pair ratios dense / candidate with its 95 % interval; None when the device is
+    emulated, as are the latencies. `warnings` say what makes the figures doubtful and what to do about it.
+    """
+
+    latency: Latency
+    dense_latency: Latency
+    speedup: float | None
+    speedup_ci: tuple[float, float] | None
+    samples_file: str | None
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """One model's cost in a fresh process: peak memory beyond the harness's own, and what the first inference takes.
+
+    `peak_rss_bytes` and the times are None when the device is emulated.
+    """
+
+    peak_rss_bytes: int | None
+    session_ms: float | None
+    first_run_ms: float | None
+    file_bytes: int
+    arena: bool
+
+
+def environment(target: Target, transport: Transport) -> dict[str, Any]:
+    """Return the environment record of the device behind `transport`; see host.describe."""
+    info = transport.ask("info", {}, {})
+    return host.describe(_checked_info(info, transport.name), target, transport.name)
+
+
+def measure_pair(
+    dense: Path,
+    candidate: Path,
+    target: Target,
+    *,
+    transport: Transport,
+    pairs: int = MINIMUM_PAIRS,
+    raw_samples: Path | None = None,
+    fingerprint: str | None = None,
+) -> Measurement:
+    """Time `dense` and `candidate` interleaved in one worker process.
+
+    Args:
+        dense: the reference model.
+        candidate: the model compared with it.
+        target: gives threads, affinity, provider and session options.
+        transport: the way to the device.
+        pairs: how many pairs of runs.
+        raw_samples: where the samples are kept; a file already there, made of the same models with the same settings
+            on the machine of `fingerprint`, is used instead of measuring again.
+        fingerprint: the environment's; without it nothing is reused.
+
+    Raises:
+        BenchError: the worker could not measure; the message says why.
+    """
+    options = {**_run_options(target), "pairs": pairs}
+    identity = {
+        "dense": _sha256(dense),
+        "candidate": _sha256(candidate),
+        "options": options,
+        "fingerprint": fingerprint,
+    }
+    result = _reuse(raw_samples, identity)
+    if result is None:
+        result = transport.ask("measure", {"dense": dense, "candidate": candidate}, options)
+        _check_samples(result, pairs, transport.name)
+        if raw_samples is not None:
+            _keep(raw_samples, {"samples_version": SAMPLES_VERSION, "identity": identity, "result": result})
+    return _summarise(result, transport.source, raw_samples)
+
+
+def measure_memory(model: Path, target: Target, *, transport: Transport) -> int | None:
+    """Return the peak resident bytes `model` adds in a fresh worker process; None when the device is emulated."""
+    return measure_footprint(model, target, transport=transport).peak_rss_bytes
+
+
+def measure_footprint(model: Path, target: Target, *, transport: Transport, arena: bool = True) -> Footprint:
+    """Return memory, cold start and file size of `model`, with ONNX Runtime's memory arena on or off.
+
+    Raises:
+        BenchError: the worker could not measure; the message says why.
+    """
+    result = transport.ask("memory", {"model": model}, {**_run_options(target), "arena": arena})
+    emulated = transport.source == "emulated"
+    values = {
+        key: _natural(result, key, transport.name)
+        for key in ("peak_rss_bytes", "session_ns", "first_run_ns", "file_bytes")
+    }
+    return Footprint(
+        peak_rss_bytes=None if emulated else values["peak_rss_bytes"],
+        session_ms=None if emulated else values["session_ns"] / 1e6,
+        first_run_ms=None if emulated else values["first_run_ns"] / 1e6,
+        file_bytes=values["file_bytes"],
+        arena=arena,
+    )
+
+
+def measure_null(target: Target, *, transport: Transport, runs: int = 1000) -> float | None:
+    """Return the harness's own cost per inference in milliseconds (median); None when the device is emulated."""
+    result = transport.ask("null", {}, {**_run_options(target), "pairs": runs})
+    samples = _samples(result, "null_ns", runs, transport.name)
+    return None if transport.source == "emulated" else stats.percentile_ms(samples, 50)
+
+
+def evaluate(model: Path, images: Path, target: Target, *, transport: Transport) -> NDArray[np.float32]:
+    """Return the first output of `model` on the device for every row of the .npy file `images`.
+
+    Raises:
+        BenchError: the worker could not run it, or what it sent does not fit its own shape.
+    """
+    result = transport.ask("evaluate", {"model": model, "images": images}, _run_options(target))
+    shape = result.get("shape")
+    if not isinstance(shape, list) or not all(type(size) is int and size > 0 for size in shape):
+        raise BenchError(f"{transport.name} sent outputs of shape {shape!r}")
+    try:
+        data = base64.b64decode(str(result.get("data")), validate=True)
+    except ValueError as error:
+        raise BenchError(f"{transport.name} sent outputs that are not base64") from error
+    if len(data) != 4 * math.prod(shape):
+        raise BenchError(f"{transport.name} sent {len(data)} bytes for outputs of shape {shape}")
+    return np.frombuffer(data, dtype="<f4").reshape(shape).astype(np.float32)
+
+
+def _run_options(target: Target) -> dict[str, Any]:
+    return {
+        "threads": 0 if target.threads == "auto" else target.threads,
+        "affinity": list(target.affinity),
+        "provider": target.provider,
+        "session_options": target.session_options,
+    }
+
+
+def _summarise(result: Mapping[str, Any], source: str, samples_file: Path | None) -> Measurement:
+    file = str(samples_file) if samples_file else None
+    warnings = tuple(_doubts(result))
+    if source == "emulated":
+        return Measurement(Latency(), Latency(), None, None, file, ("emulated: times there are not the device's",))
+    dense_ns, candidate_ns, threads = result["dense_ns"], result["candidate_ns"], result["threads"]
+    ratios = stats.pair_ratios(dense_ns, candidate_ns)
+    return Measurement(
+        latency=stats.summarise_latency(candidate_ns, threads, source),
+        dense_latency=stats.summarise_latency(dense_ns, threads, source),
+        speedup=float(np.median(ratios)),
+        speedup_ci=stats.bootstrap_median(ratios, result["block"]),
+        samples_file=file,
+        warnings=warnings,
+    )
+
+
+def _doubts(result: Mapping[str, Any]) -> list[str]:
+    found = []
+    wide = max(stats.spread(result[key]) for key in ("dense_ns", "candidate_ns"))
+    if wide > stats.SPREAD_LIMIT:
+        found.append(
+            f"the spread of the samples is {wide:.0%} of their median: stop other programs, set the CPU governor to "
+            "performance, or lower the target's thread count, and measure again"
+        )
+    slower = stats.drift(result["dense_ns"])
+    if slower > stats.DRIFT_LIMIT:
+        found.append(
+            f"the dense model ended {slower:.0%} slower than it began: the device throttles or is loaded; let it cool"
+        )
+    before, after = result["before"].get("frequency_khz"), result["after"].get("frequency_khz")
+    if before and after and after < before * (1 - stats.DRIFT_LIMIT):
+        found.append(
+            f"the clock fell from {before / 1000:.0f} to {after / 1000:.0f} MHz while measuring: let the device cool"
+        )
+    if not result["warm_up_stable"]:
+        found.append("warm-up did not settle: stop other programs and measure again")
+    return found
+
+
+# --- what a device sends is checked before it is used ---------------------------------------------------------------
+
+
+def _check_samples(result: Mapping[str, Any], pairs: int, device: str) -> None:
+    for key in ("dense_ns", "candidate_ns"):
+        _samples(result, key, pairs, device)
+    if len(result["dense_ns"]) != len(result["candidate_ns"]):
+        raise BenchError(f"{device} sent unequal numbers of samples; the answer was refused")
+    for key in ("block", "threads"):
+        if _natural(result, key, device) < 1:
+            raise BenchError(f"{device} sent {key} {result[key]!r}; the answer was refused")
+    if type(result.get("warm_up_stable")) is not bool:
+        raise BenchError(f"{device} sent no warm_up_stable; the answer was refused")
+    for key in ("before", "after"):
+        state = result.get(key)
+        clock = state.get("frequency_khz") if isinstance(state, dict) else "no record"
+        if clock is not None and (type(clock) is not int or clock < 0):
+            raise BenchError(f"{device} sent {key} {clock!r}; the answer was refused")
+
+
+def _samples(result: Mapping[str, Any], key: str, least: int, device: str) -> list[int]:
+    values = result.get(key)
+    if not isinstance(values, list) or not all(type(v) is int and 0 < v < MAX_SAMPLE_NS for v in values):
+        raise BenchError(f"{device} sent {key} that are not times; the answer was refused")
+    if not least <= len(values) <= 2 * least + 16:
+        raise BenchError(f"{device} sent {len(values)} {key} where {least} were asked for; the answer was refused")
+    return values
+
+
+def _natural(result: Mapping[str, Any], key: str, device: str) -> int:
+    value = result.get(key)
+    if type(value) is not int or not 0 <= value < 1 << 60:
+        raise BenchError(f"{device} sent {key} {value!r}; the answer was refused")
+    return value
+
+
+_INFO_KINDS: dict[str, tuple[type, ...]] = {
+    "isa": (str,),
+    "cpu_model": (str,),
+    "flags": (list,),
+    "cpu_parts": (list,),
+    "cores": (int,),
+    "physical_cores": (int,),
+    "threads_auto": (int,),
+    "governors": (list,),
+    "frequency_khz": (int, type(None)),
+    "temperature_c": (float, int, type(None)),
+    "memory_bytes": (int, type(None)),
+    "memory_available_bytes": (int, type(None)),
+    "os": (str,),
+    "host": (str,),
+    "python": (str,),
+    "numpy": (str, type(None)),
+    "onnxruntime": (str, type(None)),
+    "providers": (list,),
+    "emulated": (bool,),
+}
+
+
+def _checked_info(info: Mapping[str, Any], device: str) -> dict[str, Any]:
+    """Return the known fields of an info record; BenchError if one is of the wrong kind."""
+    for key, kinds in _INFO_KINDS.items():
+        if key not in info or not isinstance(info[key], kinds):
+            raise BenchError(f"{device} sent {key} {info.get(key)!r}; the answer was refused")
+        if isinstance(info[key], list) and not all(isinstance(item, str) for item in info[key]):
+            raise BenchError(f"{device} sent {key} that are not names; the answer was refused")
+    return {key: info[key] for key in _INFO_KINDS}
+
+
+# --- raw samples ----------------------------------------------------------------------------------------------------
+
+
+def _reuse(path: Path | None, identity: Mapping[str, Any]) -> dict[str, Any] | None:
+    if path is None or identity["fingerprint"] is None or not path.is_file():
+        return None
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        if kept["samples_version"] != SAMPLES_VERSION or kept["identity"] != identity:
+            return None
+        _check_samples(kept["result"], identity["options"]["pairs"], str(path))
+    except (OSError, ValueError, KeyError, TypeError, BenchError):
+        return None  # not ours or damaged: measured again and replaced
+    result: dict[str, Any] = kept["result"]
+    return result
+
+
+def _keep(path: Path, document: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(json.dumps(document), encoding="utf-8")
+    temporary.replace(path)
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise BenchError(f"cannot read {path}: {error.strerror}") from error

@@ -1,0 +1,323 @@
+"""The commands that measure and describe devices: `mm-edge bench` and `mm-edge targets`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from mm_edge.bench.session import (
+    MINIMUM_PAIRS,
+    Footprint,
+    Measurement,
+    environment,
+    measure_footprint,
+    measure_null,
+    measure_pair,
+)
+from mm_edge.bench.transport import LocalTransport, Transport
+from mm_edge.errors import BenchError, TargetError, UsageError
+from mm_edge.records import to_json
+from mm_edge.target import (
+    OP_CLASSES,
+    Target,
+    list_targets,
+    load_target,
+    matches_this_machine,
+    mismatches,
+    parse_target,
+    profile_path,
+    resolve_host,
+    user_folder,
+)
+
+BENCH_SCHEMA_VERSION = 1
+
+
+def open_transport(target: Target, host: str | None) -> Transport:
+    """Return the way to the device: `host` through ssh when given, else this machine when it is the target.
+
+    Raises:
+        TargetError: the target is not this machine and no host was given.
+    """
+    if host is not None:
+        raise UsageError("--host is not available yet; measure on the device itself with --target host")
+    if not matches_this_machine(target):
+        raise TargetError(
+            f"this machine is not a {target.name}: its latency cannot be measured here; "
+            "run 'mm-edge bench' on the device, or give --target host"
+        )
+    return LocalTransport()
+
+
+@click.command("bench")
+@click.argument(
+    "models", metavar="MODEL.onnx [MORE.onnx ...]", nargs=-1, required=True, type=click.Path(path_type=Path)
+)
+@click.option("--target", "target_name", default="host", show_default=True, help="Profile: threads, provider, options.")
+@click.option("--host", metavar="USER@HOST", help="Measure on this device.")
+@click.option("--pairs", default=MINIMUM_PAIRS, show_default=True, type=click.IntRange(20, 100_000))
+@click.option("--samples", type=click.Path(path_type=Path, file_okay=False), help="Keep raw samples in this folder.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="One JSON document on standard output, the rest on standard error."
+)
+def bench(
+    models: tuple[Path, ...], target_name: str, host: str | None, pairs: int, samples: Path | None, as_json: bool
+) -> None:
+    """Measure latency and memory of ONNX models; the first is what the others are compared with."""
+    for model in models:
+        if not model.is_file():
+            raise UsageError(f"model '{model}' does not exist")
+    target = resolve_host(load_target(target_name))
+    with open_transport(target, host) as transport:
+        document = _measure_all(models, target, transport, pairs, samples)
+    if as_json:
+        click.echo(json.dumps(to_json(document), indent=2))
+    else:
+        _print_bench(document)
+
+
+def _measure_all(
+    models: tuple[Path, ...], target: Target, transport: Transport, pairs: int, samples: Path | None
+) -> dict[str, Any]:
+    console = Console(stderr=True)
+    machine = environment(target, transport)
+    rows = []
+    others = models[1:] or models[:1]
+    with console.status("measuring the harness itself") as status:
+        null_ms = measure_null(target, transport=transport)
+        for index, model in enumerate(others):
+            status.update(f"{escape(model.name)} ({index + 1} of {len(others)})")
+            raw = samples / f"{index + 1:03}-{model.stem}.json" if samples else None
+            rows.append(
+                measure_pair(
+                    models[0],
+                    model,
+                    target,
+                    transport=transport,
+                    pairs=pairs,
+                    raw_samples=raw,
+                    fingerprint=machine["fingerprint"],
+                )
+            )
+        footprints = [
+            (
+                measure_footprint(m, target, transport=transport),
+                measure_footprint(m, target, transport=transport, arena=False),
+            )
+            for m in models
+        ]
+    dense = rows[0].dense_latency
+    results = [_row(models[0], None, footprints[0])]
+    results[0]["latency_ms"] = dense
+    if len(models) > 1:
+        results += [_row(m, row, f) for m, row, f in zip(models[1:], rows, footprints[1:], strict=True)]
+    return {
+        "schema_version": BENCH_SCHEMA_VERSION,
+        "target": target,
+        "environment": machine,
+        "harness_ms": null_ms,
+        "pairs": pairs,
+        "models": results,
+        "warnings": list(dict.fromkeys([*machine["doubts"], *(w for row in rows for w in row.warnings)])),
+    }
+
+
+def _row(model: Path, measured: Measurement | None, footprints: tuple[Footprint, Footprint]) -> dict[str, Any]:
+    on, off = footprints
+    return {
+        "model": str(model),
+        "latency_ms": measured.latency if measured else None,
+        "dense_latency_ms": measured.dense_latency if measured else None,
+        "speedup": measured.speedup if measured else None,
+        "speedup_ci": measured.speedup_ci if measured else None,
+        "peak_memory_bytes": on.peak_rss_bytes,
+        "peak_memory_no_arena_bytes": off.peak_rss_bytes,
+        "load_ms": on.session_ms,
+        "first_run_ms": on.first_run_ms,
+        "file_bytes": on.file_bytes,
+        "samples_file": measured.samples_file if measured else None,
+        "warnings": measured.warnings if measured else (),
+    }
+
+
+def _print_bench(document: dict[str, Any]) -> None:
+    machine = document["environment"]
+    console = Console()
+    threads = document["models"][0]["latency_ms"].threads
+    console.print(
+        f"{escape(machine['cpu_model'])}, {machine['isa']}, onnxruntime {machine['onnxruntime']}, {threads} thread(s), "
+        f"{document['pairs']} interleaved pairs"
+    )
+    latency = _table("latency, ms", ("model", "p50", "p90", "p99", "speed-up", "95 % interval"))
+    footprint = _table(
+        "in a fresh process", ("model", "load ms", "first run ms", "memory MB", "without arena", "file MB")
+    )
+    for row in document["models"]:
+        name, times, interval = escape(Path(row["model"]).name), row["latency_ms"], row["speedup_ci"]
+        latency.add_row(
+            name,
+            *(_number(value, 2) for value in (times.p50, times.p90, times.p99)),
+            "1" if row["dense_latency_ms"] is None else _number(row["speedup"], 2, "x"),
+            f"{interval[0]:.2f} to {interval[1]:.2f}" if interval else "",
+        )
+        footprint.add_row(
+            name,
+            *(_number(row[key], 1) for key in ("load_ms", "first_run_ms")),
+            *(_megabytes(row[key]) for key in ("peak_memory_bytes", "peak_memory_no_arena_bytes", "file_bytes")),
+        )
+    console.print(latency, footprint)
+    if document["harness_ms"] is not None:
+        console.print(f"the harness itself costs {document['harness_ms'] * 1000:.1f} microseconds a run")
+    for warning in document["warnings"]:
+        Console(stderr=True).print(f"warning: {escape(warning)}")
+
+
+def _table(title: str, headings: tuple[str, ...]) -> Table:
+    table = Table(title=title, box=SIMPLE, title_justify="left")
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == "model" else "right", overflow="fold")
+    return table
+
+
+def _number(value: float | None, digits: int, unit: str = "") -> str:
+    return "-" if value is None else f"{value:.{digits}f}{unit}"
+
+
+def _megabytes(count: int | None) -> str:
+    return "-" if count is None else f"{count / 1e6:.1f}"
+
+
+@click.group("targets")
+def targets() -> None:
+    """Device profiles: list them, show one, check a machine against one, start your own."""
+
+
+@targets.command("list")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
+def list_command(as_json: bool) -> None:
+    """List every profile and whether this machine is one."""
+    profiles = [load_target(name) for name in list_targets()]
+    if as_json:
+        click.echo(json.dumps([{**to_json(p), "this_machine": matches_this_machine(p)} for p in profiles], indent=2))
+        return
+    table = Table(box=SIMPLE)
+    for heading in ("target", "ISA", "threads", "transport", "here", "description"):
+        table.add_column(heading, no_wrap=heading == "target")
+    for profile in profiles:
+        here = "yes" if matches_this_machine(profile) else ""
+        table.add_row(
+            profile.name, profile.isa, str(profile.threads), profile.transport, here, escape(profile.description)
+        )
+    Console().print(table)
+    click.echo(f"your own profiles: {user_folder()}")
+
+
+@targets.command("show")
+@click.argument("name")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
+def show_command(name: str, as_json: bool) -> None:
+    """Show profile NAME (or a .toml file): multiples, threads, budget and where each claim comes from."""
+    target = resolve_host(load_target(name))
+    if as_json:
+        click.echo(json.dumps(to_json(target), indent=2))
+        return
+    console = Console()
+    console.print(f"[bold]{escape(target.name)}[/bold]: {escape(target.description)}")
+    for label, values in _facts(target):
+        console.print(f"  {label}: {escape(values)}")
+    table = Table(title="channel multiples")
+    data_types = list(dict.fromkeys(key for row in target.multiples.values() for key in row))
+    for heading in ("operator", *data_types):
+        table.add_column(heading)
+    for op_class in OP_CLASSES:
+        table.add_row(op_class, *(str(target.multiple(op_class, data_type)) for data_type in data_types))
+    console.print(table)
+    for claim, source in target.sources.items():
+        console.print(f"  {escape(claim)}: {escape(source)}")
+
+
+def _facts(target: Target) -> Iterable[tuple[str, str]]:
+    yield "ISA", " ".join([target.isa, *target.features])
+    yield "data types", ", ".join(target.data_types)
+    yield "n:m kernels", ", ".join(target.n_m) or "none"
+    yield "threads", str(target.threads) + (f" on cores {target.affinity}" if target.affinity else "")
+    yield "provider", target.provider
+    yield "transport", target.transport
+    if target.memory_bytes:
+        yield "memory for the model", f"{target.memory_bytes / 2**20:.0f} MiB"
+    if target.storage_bytes:
+        yield "storage for the model", f"{target.storage_bytes / 2**20:.0f} MiB"
+
+
+@targets.command("check")
+@click.argument("name")
+@click.option("--host", metavar="USER@HOST", help="Check this device instead of this machine.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
+def check_command(name: str, host: str | None, as_json: bool) -> None:
+    """Report what the machine is and whether profile NAME describes it; exit 1 if it does not."""
+    if host is not None:
+        raise UsageError("--host is not available yet; run 'mm-edge targets check' on the device itself")
+    target = resolve_host(load_target(name))
+    with LocalTransport() as transport:
+        record = environment(target, transport)
+    problems = mismatches(target, record)
+    if as_json:
+        click.echo(json.dumps({"target": target.name, "environment": to_json(record), "problems": problems}, indent=2))
+    else:
+        _print_machine(record)
+    if problems:
+        raise BenchError(f"{target.name} does not describe {record['host']}: {'; '.join(problems)}")
+
+
+def _print_machine(record: dict[str, Any]) -> None:
+    keys = (
+        "cpu_model",
+        "isa",
+        "cores",
+        "physical_cores",
+        "threads_auto",
+        "governors",
+        "frequency_khz",
+        "temperature_c",
+        "memory_bytes",
+        "os",
+        "python",
+        "numpy",
+        "onnxruntime",
+        "providers",
+    )
+    console = Console()
+    for key in keys:
+        value = record[key]
+        text = ", ".join(value) if isinstance(value, list) else str(value)
+        console.print(f"  {key}: {escape(text) if value not in (None, []) else 'not reported'}")
+    for doubt in record["doubts"]:
+        console.print(f"  [yellow]doubt[/yellow]: {escape(doubt)}")
+
+
+@targets.command("new")
+@click.argument("name")
+@click.option("--like", default="arm64", show_default=True, help="Profile to start from.")
+def new_command(name: str, like: str) -> None:
+    """Start a profile of your own called NAME, as a copy of another, in your configuration folder."""
+    if not name.replace("-", "").replace("_", "").replace(".", "").isalnum() or name.startswith("."):
+        raise TargetError(f"target name '{name}' may hold letters, digits, '-', '_' and '.' only")
+    if name in list_targets():
+        raise TargetError(f"target '{name}' exists already: see 'mm-edge targets show {name}'")
+    source = profile_path(like)
+    source_name = parse_target(source).name
+    text = source.read_text(encoding="utf-8").replace(f'name = "{source_name}"', f'name = "{name}"', 1)
+    path = user_folder() / f"{name}.toml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".toml.part")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+    click.echo(f"wrote {path}: edit it, then 'mm-edge targets show {name}'")
