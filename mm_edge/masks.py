@@ -1,0 +1,92 @@
+"""Phase 3: masks. Per layer the lowest-scored weights go, exactly as many as the sparsity asks for.
+
+    pruned(l) = floor(rho(l) n(l) + 1/2),  lowest scores first, ties by index
+
+A layer's scores are sorted once per signal (`rank_scores`); each strategy then costs one comparison with the
+threshold, so ten strategies cost little more than one. Masks are nested: a higher sparsity prunes a superset.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from mm_edge.errors import JobError
+from mm_edge.records import Assignment, Layer
+
+Mask = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """One layer's scores (the weight's shape) and the same values flat in ascending order."""
+
+    score: NDArray[np.float32]
+    ascending: NDArray[np.float32]
+
+
+def rank(score: NDArray[np.float32]) -> Ranking:
+    """Sort one layer's scores."""
+    return Ranking(score, np.sort(score, axis=None))
+
+
+def rank_scores(layers: Iterable[Layer], scores: Mapping[str, NDArray[np.float32]]) -> dict[str, Ranking]:
+    """Sort one signal's scores of all `layers`, once for all strategies.
+
+    Raises:
+        JobError: a layer has no score; it must not stay dense in silence.
+    """
+    rankings = {}
+    for layer in layers:
+        if layer.fqn not in scores:
+            raise JobError(f"layer '{layer.fqn}' has no score, so no mask can be made for it")
+        rankings[layer.fqn] = rank(scores[layer.fqn])
+    return rankings
+
+
+def build_mask(ranking: Ranking, sparsity: float) -> Mask:
+    """Return the mask (the weight's shape, True keeps) that prunes the lowest `sparsity` share, half rounded up."""
+    pruned = min(math.floor(sparsity * ranking.ascending.size + 0.5), ranking.ascending.size)
+    if pruned == 0:
+        return np.ones(ranking.score.shape, dtype=np.bool_)
+    threshold = ranking.ascending[pruned - 1]
+    mask: Mask = np.asarray(ranking.score > threshold)
+    equal = int(np.searchsorted(ranking.ascending, threshold, side="right")) - pruned
+    if equal:
+        ties = np.flatnonzero(ranking.score == threshold)
+        mask.reshape(-1)[ties[len(ties) - equal :]] = True
+    return mask
+
+
+def build_masks(rankings: Mapping[str, Ranking], assignment: Assignment) -> dict[str, Mask]:
+    """Return the mask of every layer in `assignment`, by fqn."""
+    return {fqn: build_mask(rankings[fqn], sparsity) for fqn, sparsity in assignment.sparsity.items()}
+
+
+def apply_masks_(module: nn.Module, masks: Mapping[str, Mask]) -> None:
+    """Zero the pruned weights of `module` in place.
+
+    Raises:
+        JobError: the module has no parameter of a mask's name and shape.
+    """
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    for fqn, mask in masks.items():
+        if fqn not in parameters or tuple(parameters[fqn].shape) != mask.shape:
+            raise JobError(f"mask '{fqn}' of shape {mask.shape} fits no parameter of the module")
+    with torch.no_grad():
+        for fqn, mask in masks.items():
+            # Not a product: a pruned weight that became infinite would leave NaN.
+            parameters[fqn].masked_fill_(torch.from_numpy(~mask).to(parameters[fqn].device), 0.0)
+
+
+def measure_sparsity(weights: Mapping[str, NDArray[np.float32]], layers: Sequence[Layer]) -> float:
+    """Return zero weights over all weights of `layers`; 0 without layers."""
+    total = sum(weights[layer.fqn].size for layer in layers)
+    zeros = sum(weights[layer.fqn].size - int(np.count_nonzero(weights[layer.fqn])) for layer in layers)
+    return zeros / total if total else 0.0

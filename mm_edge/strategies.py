@@ -1,0 +1,156 @@
+"""Phase 2: ten strategies, each a sparsity per layer inside its range (E6 and its neighbours).
+
+    at(a) = lo + a (hi - lo)
+
+    min_conservative        at(0)           balanced, middle_50th   at(0.5)
+    max_aggressive          at(1)           lower_30th, upper_70th, upper_90th   at(0.3), at(0.7), at(0.9)
+    parameter_proportional  at(min(1, 0.1 n / mean n)), n = weights in the layer (E6)
+    classifier_heavy        at(1) for the classifier and the last third of the layers, at(0) elsewhere
+    feature_heavy           at(1) for the feature extractors in the last two thirds, at(0.5) elsewhere
+
+Source: arXiv 2603.20280.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from mm_edge.errors import UsageError, unknown_name
+from mm_edge.records import Assignment, Layer, SparsityRange
+
+CONVOLUTIONS = frozenset({"conv", "depthwise", "downsample", "se", "stem"})
+ATTENTION = frozenset({"qkv", "attention_projection"})
+
+
+@dataclass(frozen=True)
+class Spot:
+    """Where one layer stands among the others.
+
+    Attributes:
+        role: the layer's role.
+        depth: share of the layers before it in graph order, in [0, 1).
+        relative_size: its weights over the mean of all layers.
+        extracts: whether it is a feature extractor: attention where the network has any, else a convolution.
+    """
+
+    role: str
+    depth: float
+    relative_size: float
+    extracts: bool
+
+
+def min_conservative(spot: Spot) -> float:
+    """The low end."""
+    return 0.0
+
+
+def max_aggressive(spot: Spot) -> float:
+    """The high end."""
+    return 1.0
+
+
+def balanced(spot: Spot) -> float:
+    """Half way."""
+    return 0.5
+
+
+def lower_30th(spot: Spot) -> float:
+    """30 % of the way."""
+    return 0.3
+
+
+def upper_70th(spot: Spot) -> float:
+    """70 % of the way."""
+    return 0.7
+
+
+def upper_90th(spot: Spot) -> float:
+    """90 % of the way."""
+    return 0.9
+
+
+def parameter_proportional(spot: Spot) -> float:
+    """E6: further the larger the layer."""
+    return min(1.0, 0.1 * spot.relative_size)
+
+
+def classifier_heavy(spot: Spot) -> float:
+    """The high end for the classifier and the last third, the low end elsewhere."""
+    return 1.0 if spot.role == "classifier" or spot.depth >= 2 / 3 else 0.0
+
+
+def feature_heavy(spot: Spot) -> float:
+    """The high end for feature extractors in the last two thirds, half way elsewhere."""
+    return 1.0 if spot.extracts and spot.depth >= 1 / 3 else 0.5
+
+
+Strategy = Callable[[Spot], float]
+
+# Two names of one function coincide by formula and make one assignment.
+STRATEGIES: dict[str, Strategy] = {
+    "min_conservative": min_conservative,
+    "max_aggressive": max_aggressive,
+    "balanced": balanced,
+    "lower_30th": lower_30th,
+    "middle_50th": balanced,
+    "upper_70th": upper_70th,
+    "upper_90th": upper_90th,
+    "parameter_proportional": parameter_proportional,
+    "classifier_heavy": classifier_heavy,
+    "feature_heavy": feature_heavy,
+}
+
+
+def parse_strategies(text: str) -> tuple[str, ...]:
+    """Return the strategies named in a comma-separated list, each once, or all ten for "all".
+
+    Raises:
+        UsageError: a name is unknown or the list is empty.
+    """
+    names = tuple(dict.fromkeys(name for part in text.split(",") if (name := part.strip())))
+    if names == ("all",):
+        return tuple(STRATEGIES)
+    if not names:
+        raise UsageError(f"no strategy given; allowed: all, {', '.join(STRATEGIES)}")
+    for name in names:
+        if name not in STRATEGIES:
+            raise UsageError(unknown_name("strategy", name, STRATEGIES))
+    return names
+
+
+def assign(
+    strategies: Sequence[str], signal: str, layers: Sequence[Layer], ranges: Mapping[str, SparsityRange]
+) -> tuple[Assignment, ...]:
+    """Return one assignment per distinct formula among `strategies`, in the order given, for masks made by `signal`."""
+    merged: dict[Strategy, list[str]] = {}
+    for name in strategies:
+        merged.setdefault(STRATEGIES[name], []).append(name)
+    spots = _spots(layers)
+    return tuple(
+        Assignment(
+            signal,
+            tuple(names),
+            {layer.fqn: _at(ranges[layer.fqn], place(spots[layer.fqn])) for layer in layers},
+        )
+        for place, names in merged.items()
+    )
+
+
+def _at(bounds: SparsityRange, share: float) -> float:
+    """lo + share (hi - lo), never outside [lo, hi] by rounding."""
+    return min(max(bounds.lo + share * (bounds.hi - bounds.lo), bounds.lo), bounds.hi)
+
+
+def _spots(layers: Sequence[Layer]) -> dict[str, Spot]:
+    total = sum(layer.numel for layer in layers)
+    extractors = ATTENTION if any(layer.role in ATTENTION for layer in layers) else CONVOLUTIONS
+    return {
+        layer.fqn: Spot(
+            role=layer.role,
+            depth=position / len(layers),
+            relative_size=layer.numel * len(layers) / total if total else 0.0,
+            extracts=layer.role in extractors,
+        )
+        for position, layer in enumerate(layers)
+    }
