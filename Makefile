@@ -39,7 +39,7 @@ clean:
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "mm-edge needs Python 3.11 or newer; '$(PYTHON)' is older or absent: make PYTHON=/path/to/python3.11" >&2; exit 1; }
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 # The stamp is written last, so that an interrupted install is done again.
 $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
