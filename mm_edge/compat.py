@@ -33,9 +33,9 @@ def make_timm_importable() -> None:
     missing = [name for name in _NMS_SCHEMAS if not hasattr(torch.ops.torchvision, name)]
     if not missing or _load_compiled_operators():
         return
-    _declared = _declared or torch.library.Library("torchvision", "FRAGMENT")
+    _declared = _declared or torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
     for name in missing:
-        _declared.define(_NMS_SCHEMAS[name])
+        _declared.define(_NMS_SCHEMAS[name])  # type: ignore[no-untyped-call]
 
 
 def _load_compiled_operators() -> bool:
@@ -49,7 +49,7 @@ def _load_compiled_operators() -> bool:
     if extension is None or extension.origin is None or not Path(extension.origin).is_file():
         return False
     try:
-        torch.ops.load_library(extension.origin)
+        torch.ops.load_library(extension.origin)  # type: ignore[no-untyped-call]
     except (ImportError, OSError):
         return False
     return True
