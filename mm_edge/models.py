@@ -469,7 +469,7 @@ def _load_exported(path: Path, options: LoadOptions) -> LoadedModel:
     warnings: tuple[str, ...] = ()
     loaded = _finish(network, options, family="ExportedProgram")
     try:
-        _output_shape(module, (2, *loaded.input.shape))  # not of a copy, which loses the program's shape checks
+        _output_shape(module, (2, *loaded.input.shape))
     except ModelError:
         warnings = (f"{path.name} was exported for a batch of 1; it is fed one image at a time",)
     return replace(loaded, warnings=loaded.warnings + warnings)
@@ -516,8 +516,9 @@ def _finish(network: _Network, options: LoadOptions, family: str | None = None) 
         parameter.requires_grad_(True)
     shape = _resolve_shape(network, options)
     spec, spec_warnings = _preprocessing(shape, options, network.config, _config_of(module))
-    # Run on a copy: some networks keep tensors they computed, which a later export would take for constants.
-    output = _output_shape(copy.deepcopy(module), (1, *shape))
+    # Run on a copy: some networks keep tensors they computed, which a later export would take for constants. An
+    # exported program keeps none, and a copy of it loses its shape checks.
+    output = _output_shape(copy.deepcopy(module) if family is None else module, (1, *shape))
     if len(output) != 2:
         warnings += (f"the first output has shape {output}, not (batch, classes): no accuracy can be measured",)
     info = ModelInfo(
