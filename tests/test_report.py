@@ -92,7 +92,7 @@ FAST = candidate("balanced", 1.0, pareto=True)
 UNMEASURED = candidate("uniform", None, None)
 
 
-def render(report: Report, width: int = 100) -> str:
+def render(report: Report, width: int = 120) -> str:
     console = Console(width=width, color_system=None, file=io.StringIO(), record=True)
     print_report(report, console)
     return console.export_text()
@@ -250,6 +250,13 @@ def test_the_terminal_shows_all_of_a_few_rows() -> None:
     assert "full width: 2 coupled groups: an axis of the input" in text
     assert "warning: two images were skipped" in text
     assert "more candidates" not in text
+
+
+def test_a_narrow_terminal_keeps_each_row_on_one_line() -> None:
+    long = candidate("parameter_proportional", 1.0)
+    lines = [" ".join(line.split()) for line in render(make_report(long), 80).splitlines()]
+    assert "candidate top-1 points p50 speed-up MACs" in lines
+    assert "> product/parameter_proportional 89.50 % -0.50 1 ms 2.00x 50 M" in lines
 
 
 def test_the_terminal_shows_the_front_and_the_chosen_of_many_rows() -> None:

@@ -18,14 +18,24 @@ from mm_edge.report.values import (
     show_ratio,
 )
 
+_WIDE_COLUMNS = 110
+_FIGURE_COLUMNS = len("measured")
+_ONLY_WHERE_WIDE = ("file", "memory")
+
 
 def print_report(report: Report, console: Console) -> None:
     """Print `report`: dense first, then every candidate where they are few, else the Pareto rows and the chosen one."""
     rows = pick_rows(report)
     console.print(Text(_one_line(write_headline(report)), style="bold"))
     console.print()
-    console.print(_build_table(report, rows))
-    console.print(Text(_write_legend(report, rows), style="dim"))
+    figures = (_list_dense_figures(report), *(_list_figures(c) for c in rows))
+    unmeasured = [title for title in figures[0] if all(cells[title] in ("", NOT_MEASURED) for cells in figures)]
+    wide = console.width >= _WIDE_COLUMNS
+    titles = [title for title in figures[0] if title not in unmeasured and (wide or title not in _ONLY_WHERE_WIDE)]
+    table = Table(box=None, pad_edge=False, padding=(0, 2 if wide else 1, 0, 0), header_style="bold")
+    _fill_table_(table, report, rows, figures, titles)
+    console.print(table)
+    console.print(Text(_write_legend(report, rows, unmeasured), style="dim"))
     if report.chosen is not None:
         _print_line(console, "chosen", f"{report.chosen.id}: {report.chosen.reason}")
     for reason, groups, _ in count_skipped(report):
@@ -34,22 +44,20 @@ def print_report(report: Report, console: Console) -> None:
         _print_line(console, "warning", warning)
 
 
-def _build_table(report: Report, rows: tuple[Candidate, ...]) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
+def _fill_table_(
+    table: Table, report: Report, rows: tuple[Candidate, ...], figures: tuple[dict[str, str], ...], titles: list[str]
+) -> None:
     table.add_column("", no_wrap=True)
     table.add_column("candidate", no_wrap=True)
-    figures = (_list_dense_figures(report), *(_list_figures(c) for c in rows))
-    titles = [title for title in figures[0] if title not in _find_unmeasured(figures)]
     for title in titles:
-        table.add_column(title, justify="right", overflow="fold")
+        table.add_column(title, justify="right", overflow="fold", min_width=_FIGURE_COLUMNS)
     names, chosen = name_rows(rows), find_chosen(report)
     table.add_row("", "dense", *(figures[0][title] for title in titles))
     for c, cells in zip(rows, figures[1:], strict=True):
         is_chosen = chosen is not None and c.id == chosen.id
         mark = (">" if is_chosen else " ") + ("*" if c.pareto else " ")
-        shown = (Text(mark), Text(_one_line(names[c.id])), *(cells[title] for title in titles))
-        table.add_row(*shown, style="bold green" if is_chosen else None)
-    return table
+        shown = [mark, _one_line(names[c.id]), *(cells[title] for title in titles)]
+        table.add_row(*map(Text, shown), style="bold green" if is_chosen else None)
 
 
 def _list_dense_figures(report: Report) -> dict[str, str]:
@@ -77,14 +85,8 @@ def _list_figures(c: Candidate) -> dict[str, str]:
     }
 
 
-def _find_unmeasured(figures: tuple[dict[str, str], ...]) -> list[str]:
-    """Return the titles under which no row has a figure: one line below the table says it once."""
-    return [title for title in figures[0] if all(cells[title] in ("", NOT_MEASURED) for cells in figures)]
-
-
-def _write_legend(report: Report, rows: tuple[Candidate, ...]) -> str:
+def _write_legend(report: Report, rows: tuple[Candidate, ...], unmeasured: list[str]) -> str:
     lines = ["* Pareto front   > chosen   points: top-1 against dense, validation images"]
-    unmeasured = _find_unmeasured((_list_dense_figures(report), *(_list_figures(c) for c in rows)))
     if unmeasured:
         lines.append(f"{NOT_MEASURED}: {', '.join(unmeasured)}")
     if len(rows) < len(report.candidates):
