@@ -1,0 +1,123 @@
+"""The device worker: a file that stands alone and answers in JSON."""
+
+from __future__ import annotations
+
+import ast
+import base64
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+from bench_models import save_convs
+
+from mm_edge.bench import worker
+
+WORKER = Path(worker.__file__)
+
+
+def ask(command: str, cwd: Path, **options: object) -> dict:
+    request = json.dumps({"schema_version": 1, "command": command, "options": options})
+    done = subprocess.run(
+        [sys.executable, "-I", WORKER], input=request.encode(), capture_output=True, cwd=cwd, check=True
+    )
+    (line,) = [line for line in done.stdout.decode().splitlines() if line.startswith(worker.RESULT_MARK)]
+    return json.loads(line[len(worker.RESULT_MARK) :])
+
+
+def test_it_is_python_3_8_and_needs_only_numpy_and_onnxruntime():
+    tree = ast.parse(WORKER.read_text(), feature_version=(3, 8))
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names.update(alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            names.add((node.module or "").split(".")[0])
+    assert names - set(sys.stdlib_module_names) == {"numpy", "onnxruntime"}
+
+
+def test_measure_gives_paired_samples(tmp_path):
+    dense, candidate = save_convs(tmp_path / "d.onnx", 32), save_convs(tmp_path / "c.onnx", 8)
+    result = ask("measure", tmp_path, dense=str(dense), candidate=str(candidate), pairs=22, threads=1)["result"]
+    assert len(result["dense_ns"]) == len(result["candidate_ns"]) == 24  # whole blocks of four
+    assert min(result["dense_ns"] + result["candidate_ns"]) > 0
+    assert result["threads"] == 1
+    assert result["warm_up_runs"] >= 10
+    # sixteen times the work is slower on any machine
+    assert np.median(result["dense_ns"]) > np.median(result["candidate_ns"])
+
+
+def test_memory_grows_with_the_model(tmp_path):
+    small = save_convs(tmp_path / "s.onnx", 8)
+    large = save_convs(tmp_path / "l.onnx", 640, layers=2, size=4)  # 15 MB of weights
+    peaks = [ask("memory", tmp_path, model=str(m), threads=1)["result"]["peak_rss_bytes"] for m in (small, large)]
+    assert peaks[1] - peaks[0] > large.stat().st_size * 0.8
+    assert peaks[0] < 8 << 20
+
+
+def test_evaluate_returns_the_models_own_outputs(tmp_path):
+    model = save_convs(tmp_path / "m.onnx", 5)
+    images = np.random.default_rng(0).standard_normal((3, 3, 24, 24)).astype(np.float32)
+    np.save(tmp_path / "images.npy", images)
+    result = ask("evaluate", tmp_path, model=str(model), images=str(tmp_path / "images.npy"), threads=1)["result"]
+    outputs = np.frombuffer(base64.b64decode(result["data"]), "<f4").reshape(result["shape"])
+    session = onnxruntime.InferenceSession(str(model))
+    expected = np.concatenate([session.run(None, {"input": images[i : i + 1]})[0] for i in range(3)])
+    np.testing.assert_allclose(outputs, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_null_session_is_cheap_beside_a_millisecond(tmp_path):
+    samples = ask("null", tmp_path, pairs=200, threads=1)["result"]["null_ns"]
+    assert len(samples) == 200
+    assert np.median(samples) < 0.02 * 1e6
+
+
+def test_info_describes_this_machine(tmp_path):
+    info = ask("info", tmp_path)["result"]
+    assert info["onnxruntime"] == onnxruntime.__version__
+    assert 1 <= info["threads_auto"] <= 4
+    assert info["emulated"] is False
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "kind", "message"),
+    [
+        ("measure", {"dense": "no.onnx", "candidate": "no.onnx", "pairs": 4}, "model", "cannot load the model"),
+        ("memory", {"model": "junk.onnx"}, "model", "cannot load the model"),
+        (
+            "null",
+            {"provider": "TensorrtExecutionProvider"},
+            "provider",
+            "has no TensorrtExecutionProvider here; it has",
+        ),
+        ("dance", {}, "request", "unknown request"),
+        ("measure", {"dense": "no.onnx"}, "model", "cannot load the model"),
+    ],
+)
+def test_errors_are_answers(tmp_path, command, options, kind, message):
+    (tmp_path / "junk.onnx").write_bytes(b"junk")
+    error = ask(command, tmp_path, **options)["error"]
+    assert error["kind"] == kind
+    assert message in error["message"]
+    assert "\n" not in error["message"]
+
+
+def test_auto_threads_count_hyper_threads_once(monkeypatch):
+    siblings = {0: "0,4", 4: "0,4", 1: "1,5", 5: "1,5"}
+    monkeypatch.setattr(worker, "usable_cores", lambda: sorted(siblings))
+    monkeypatch.setattr(worker, "_read_text", lambda path: siblings[int(path.split("cpu")[2].split("/")[0])])
+    assert worker.physical_cores() == 2
+    monkeypatch.setattr(worker, "physical_cores", lambda: 64)
+    assert worker.default_threads() == 4
+
+
+def test_cpuinfo_of_an_arm_board(monkeypatch):
+    text = "processor\t: 0\nFeatures\t: fp asimd asimddp\nCPU implementer\t: 0x41\nCPU part\t: 0xd05\n\n"
+    text += "processor\t: 1\nFeatures\t: fp asimd asimddp\nCPU implementer\t: 0x41\nCPU part\t: 0xd0b\n"
+    monkeypatch.setattr(worker, "_read_text", lambda path: text)
+    cpu = worker.read_cpu()
+    assert cpu["flags"] == ["asimd", "asimddp", "fp"]
+    assert cpu["parts"] == ["0x41/0xd05", "0x41/0xd0b"]
