@@ -60,9 +60,10 @@ def export_raw(module: nn.Module, example_input: torch.Tensor) -> RawGraph:
     state = {name for name, _ in fresh.named_parameters()}
     buffers = {name for name, buffer in fresh.named_buffers() if buffer.is_floating_point()}
     model = _export(fresh, example_input)
+    _name_tied_(model, fresh)
     fold_constants(model, keep=state | buffers)
     present = set(model.graph.initializers)
-    absent = sorted(state - present - _aliases(fresh))
+    absent = sorted(state - present)
     unused = _never_read(fresh, example_input, absent)
     lost = [name for name in absent if name not in unused]
     if lost:
@@ -129,7 +130,7 @@ def fold_constants(model: ir.Model, keep: Iterable[str]) -> None:
             ir_passes.RemoveUnusedNodesPass()(model)
             for value in model.graph.initializers.values():
                 if value.const_value is not None:
-                    value.shape = ir.Shape(value.const_value.shape)
+                    value.shape = ir.Shape(value.const_value.shape.numpy())
             ir_passes.ShapeInferencePass()(model)
             if _all_static(model):
                 break
@@ -186,10 +187,20 @@ def _without_caches(module: nn.Module) -> nn.Module:
     return fresh
 
 
-def _aliases(module: nn.Module) -> set[str]:
-    """Return the second and later names of tied parameters."""
-    first = {name for name, _ in module.named_parameters()}
-    return {name for name, _ in module.named_parameters(remove_duplicate=False)} - first
+def _name_tied_(model: ir.Model, module: nn.Module) -> None:
+    """Give parameters that a module holds under several names their first one: the exporter may take another."""
+    first = {id(tensor): name for name, tensor in module.named_parameters()}
+    initializers = model.graph.initializers
+    for name, tensor in module.named_parameters(remove_duplicate=False):
+        own = first[id(tensor)]
+        if name == own or name not in initializers:
+            continue
+        value = initializers.pop(name)
+        if own in initializers:
+            value.replace_all_uses_with(initializers[own])
+        else:
+            value.name = own
+            initializers[own] = value
 
 
 def _never_read(module: nn.Module, example_input: torch.Tensor, names: list[str]) -> set[str]:

@@ -227,8 +227,8 @@ def einsum(reading: Reading, node: ir.Node) -> None:
 # --- element-wise ---------------------------------------------------------------------------------
 
 UNARY = (
-    "Relu Gelu HardSwish HardSigmoid Sigmoid Tanh Erf Sqrt Abs Neg Sign LeakyRelu Elu Selu Celu Mish Softplus Softsign "
-    "Exp Log Sin Cos Reciprocal Floor Ceil Round Identity Cast Not IsNaN IsInf Swish ThresholdedRelu"
+    "Relu Gelu HardSwish HardSigmoid Sigmoid Tanh Erf Sqrt Abs Neg Sign LeakyRelu Elu Selu Celu Mish Softplus "
+    "Softsign Exp Log Sin Cos Reciprocal Floor Ceil Round Identity Cast Not IsNaN IsInf Swish ThresholdedRelu"
 ).split()
 BROADCAST = (
     "Add Sub Mul Div Pow Max Min Mod Where Equal Greater GreaterOrEqual Less LessOrEqual And Or Xor PRelu Sum Mean "
@@ -563,8 +563,8 @@ ZERO_AT_ZERO = frozenset(
 )
 CARRIES = frozenset(
     "Transpose Reshape Flatten Squeeze Unsqueeze Slice Split Gather GatherND Expand Tile Pad Resize Upsample "
-    "DepthToSpace SpaceToDepth MaxPool AveragePool GlobalAveragePool GlobalMaxPool LpPool ReduceMean ReduceSum ReduceMax ReduceMin "
-    "ReduceL1 ReduceL2 ReduceSumSquare CumSum".split()
+    "DepthToSpace SpaceToDepth MaxPool AveragePool GlobalAveragePool GlobalMaxPool LpPool ReduceMean ReduceSum "
+    "ReduceMax ReduceMin ReduceL1 ReduceL2 ReduceSumSquare CumSum".split()
 )
 PRODUCTS = frozenset("Mul MatMul Conv ConvTranspose Gemm Einsum BatchNormalization InstanceNormalization And".split())
 SUMS = frozenset("Add Sub Sum Mean Max Min Or".split())

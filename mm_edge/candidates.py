@@ -1,0 +1,313 @@
+"""One candidate: from an assignment to a verified artifact with its accuracy.
+
+    assignment -> masks -> (recover) -> compact graph -> file -> parity -> accuracy
+
+`make_candidate` is a pure function of a `Workbench`, which holds what all candidates share, and a `Plan`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import safetensors.numpy
+import torch
+from torch import nn
+
+from mm_edge.errors import ParityError
+from mm_edge.evaluate import compare_logits, run_onnx
+from mm_edge.export import RawGraph, deploy
+from mm_edge.graph.axes import Axis
+from mm_edge.graph.compact import AxisMask, Keep, apply_mask, mask_tensors, masked_model, materialise
+from mm_edge.graph.groups import Group, Structure
+from mm_edge.graph.widths import (
+    Counts,
+    Ladder,
+    group_scores,
+    ladder,
+    meet_budget,
+    round_widths,
+    select_indices,
+    solve_widths,
+    sparsity_of,
+)
+from mm_edge.masks import build_masks, measure_sparsity, rank_scores
+from mm_edge.parity import Run, compare, onnx_runner, require, torch_runner
+from mm_edge.records import Assignment, Candidate, Layer, Parity, SparsityRange
+from mm_edge.recover.batchnorm import has_batch_norm, reestimate_batch_norm_
+from mm_edge.scores import Scores
+from mm_edge.store import write_atomically
+from mm_edge.target import Target
+
+FloatArray = npt.NDArray[np.float32]
+Tensors = dict[str, npt.NDArray[Any]]
+
+BUDGET_SLACK = 0.03
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to prune for one candidate.
+
+    Exactly one of `keep` (structured: indices per group) and `masks` (unstructured: one bool array per layer) is set.
+    """
+
+    assignment: Assignment
+    kind: str
+    keep: Keep | None = None
+    masks: Mapping[str, npt.NDArray[np.bool_]] | None = None
+
+    @property
+    def id(self) -> str:
+        """The candidate's id in the report."""
+        return f"{self.assignment.signal}/{self.assignment.strategy}/{self.kind}/fp32"
+
+
+@dataclass(frozen=True)
+class Images:
+    """The images a candidate is judged on.
+
+    Attributes:
+        parity: inputs of the parity check (N, C, H, W) and their kind, "images" or "noise".
+        recovery: yields batches of calibration images for recovery; None without data.
+        validation: (images, labels) read in batches; None without data.
+        labels: labels of the validation images; None without data.
+        dense_logits: the dense model's answers on the validation images.
+    """
+
+    parity: FloatArray
+    parity_kind: str
+    recovery: Callable[[], Iterator[FloatArray]] | None = None
+    validation: Callable[[], Iterator[FloatArray]] | None = None
+    labels: npt.NDArray[np.int64] | None = None
+    dense_logits: FloatArray | None = None
+
+
+@dataclass(frozen=True)
+class Workbench:
+    """What all candidates of a run share. `module` is the dense network, None for an .onnx."""
+
+    module: nn.Module | None
+    raw: RawGraph
+    structure: Structure
+    layers: tuple[Layer, ...]
+    images: Images
+    recover: str
+    folder: Path
+    dense_accuracy: float | None
+    threads: int
+
+
+def channel_multiple(group: Group, layers: Sequence[Layer], target: Target) -> int:
+    """Return the channel multiple `target` wants for a group: the largest any of its layers wants."""
+    reached = set(group.tensors)
+    wanted = [target.multiple(operator_class(layer), "fp32") for layer in layers if layer.fqn in reached]
+    return max(wanted, default=1)
+
+
+def operator_class(layer: Layer) -> str:
+    """Return the class of operator under which a target lists its channel multiples."""
+    if layer.kind == "linear":
+        return "matmul"
+    if layer.kind == "depthwise":
+        return "depthwise"
+    return "pointwise" if all(size == 1 for size in layer.shape[2:]) else "conv"
+
+
+def make_ladders(structure: Structure, layers: Sequence[Layer], target: Target) -> tuple[Ladder, ...]:
+    """Return the widths each group may have on `target`."""
+    return tuple(ladder(group, channel_multiple(group, layers, target)) for group in structure.groups)
+
+
+def plan_structured(
+    structure: Structure,
+    layers: Sequence[Layer],
+    ladders: Sequence[Ladder],
+    assignment: Assignment,
+    scores: Mapping[Axis, npt.NDArray[np.float64]],
+) -> Plan:
+    """Return the plan of one strategy: E7's widths on the target's ladders, the highest scores kept."""
+    counts = round_widths(structure, layers, assignment.sparsity, ladders)
+    return Plan(assignment, "structured", keep=select_indices(counts, scores))
+
+
+def plan_budget(
+    structure: Structure,
+    layers: Sequence[Layer],
+    ladders: Sequence[Ladder],
+    ranges: Mapping[str, SparsityRange],
+    fraction: float,
+) -> tuple[dict[str, float], Counts]:
+    """Return sparsities and widths whose multiply-adds are at most `fraction` of dense, and as near as the widths allow.
+
+    The ranges are scaled as a whole, rho(a) = lo + a (hi - lo), `a` found by bisection, beyond 1 where the budget asks.
+    """
+    dense = structure.macs()
+    sizes = {item.leaf: item.widths[-1] for item in ladders}
+
+    def sparsity(a: float) -> dict[str, float]:
+        return {fqn: min(max(r.lo + a * (r.hi - r.lo), 0.0), 0.99) for fqn, r in ranges.items()}
+
+    def wanted(a: float) -> dict[Axis, float]:
+        return {leaf: part * sizes[leaf] for leaf, part in solve_widths(structure, layers, sparsity(a)).items()}
+
+    low, high = _lowest_share(ranges), _highest_share(ranges)
+    for _ in range(20):
+        middle = (low + high) / 2
+        if structure.macs(wanted(middle)) > fraction * dense:
+            low = middle
+        else:
+            high = middle
+    goal = wanted(high)
+    counts = {item.leaf: item.nearest(goal[item.leaf]) for item in ladders}
+    return sparsity(high), meet_budget(structure, ladders, counts, goal, fraction * dense, strict=True)
+
+
+def _lowest_share(ranges: Mapping[str, SparsityRange]) -> float:
+    """Return the `a` at which the last range reaches zero sparsity."""
+    return min((-r.lo / (r.hi - r.lo) for r in ranges.values() if r.hi > r.lo), default=0.0)
+
+
+def _highest_share(ranges: Mapping[str, SparsityRange]) -> float:
+    """Return an `a` at which every range with a width is at full sparsity."""
+    return max(((1 - r.lo) / (r.hi - r.lo) for r in ranges.values() if r.hi > r.lo), default=1.0)
+
+
+def make_candidate(bench: Workbench, plan: Plan) -> Candidate:
+    """Make, save, verify and evaluate one candidate.
+
+    Raises:
+        ParityError: the artifact does not agree with its masked model; nothing is kept of it.
+    """
+    if plan.keep is not None:
+        masks: dict[str, AxisMask] = mask_tensors(bench.structure, plan.keep)
+        keep = plan.keep
+    else:
+        masks, keep = {}, {}
+    tensors, reference, recovered = _masked_weights(bench, plan, masks)
+    model = deploy(materialise(bench.raw, bench.structure, keep, tensors))
+    name = f"{plan.assignment.signal}-{plan.assignment.strategy}-{plan.kind}-fp32"
+    artifact = bench.folder / "candidates" / f"{name}.onnx"
+    write_atomically(artifact, ir.to_proto(model).SerializeToString())
+    try:
+        parity = _check(bench, artifact, reference, plan.id)
+    except ParityError:
+        artifact.unlink()
+        raise
+    state = bench.folder / "candidates" / f"{name}.safetensors"
+    write_atomically(state, safetensors.numpy.save(tensors))
+    logits = _validation_logits(bench, artifact)
+    evaluation = compare_logits(logits, bench.images.labels, bench.images.dense_logits) if logits is not None else None
+    accuracy = evaluation.accuracy_top1 if evaluation is not None else None
+    return Candidate(
+        id=plan.id,
+        signal=plan.assignment.signal,
+        strategy=plan.assignment.strategy,
+        kind=plan.kind,
+        precision="fp32",
+        sparsity=_sparsity(bench, plan, tensors),
+        params=_parameter_count(bench, tensors, plan, keep),
+        macs=round(bench.structure.macs({leaf: float(kept.sum()) for leaf, kept in keep.items()})),
+        input_shape=tuple(bench.images.parity.shape[1:]),
+        accuracy_top1=accuracy,
+        accuracy_drop=_drop(bench.dense_accuracy, accuracy),
+        agreement_top1=evaluation.agreement_top1 if evaluation is not None else None,
+        kl_to_dense=evaluation.kl_to_dense if evaluation is not None else None,
+        file_bytes=artifact.stat().st_size,
+        parity=parity,
+        recovered_by=recovered,
+        artifact=artifact.relative_to(bench.folder).as_posix(),
+        masked_state_dict=state.relative_to(bench.folder).as_posix(),
+        also_named=plan.assignment.names[1:],
+    )
+
+
+def _masked_weights(bench: Workbench, plan: Plan, masks: Mapping[str, AxisMask]) -> tuple[Tensors, Run, str | None]:
+    """Return the masked (and recovered) weights by name, a way to run the masked model, and what recovered it."""
+    if bench.module is None:
+        tensors: Tensors = {}
+        for name, value in bench.raw.model.graph.initializers.items():
+            if name in bench.raw.parameters and value.const_value is not None:
+                tensors[name] = _mask(value.const_value.numpy(), name, masks, plan)
+        return tensors, onnx_runner(masked_model(bench.raw, {}, tensors)), None
+    module = copy.deepcopy(bench.module)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if name in masks or (plan.masks is not None and name in plan.masks):
+                parameter.copy_(torch.from_numpy(_mask(parameter.numpy(force=True), name, masks, plan)))
+    recovered = None
+    if bench.recover == "bn" and bench.images.recovery is not None and has_batch_norm(module):
+        reestimate_batch_norm_(module, (torch.from_numpy(batch) for batch in bench.images.recovery()))
+        recovered = "bn"
+    state = {name: np.array(tensor.numpy(force=True)) for name, tensor in module.state_dict().items()}
+    return state, torch_runner(module), recovered
+
+
+def _mask(array: npt.NDArray[Any], name: str, masks: Mapping[str, AxisMask], plan: Plan) -> npt.NDArray[Any]:
+    if plan.masks is not None:
+        return np.where(plan.masks[name], array, np.zeros((), array.dtype)) if name in plan.masks else array
+    return apply_mask(array, masks.get(name))
+
+
+def _check(bench: Workbench, artifact: Path, reference: Run, what: str) -> Parity:
+    parity = compare(onnx_runner(artifact, bench.threads), reference, bench.images.parity, bench.images.parity_kind)
+    require(parity, what)
+    return parity
+
+
+def _validation_logits(bench: Workbench, artifact: Path) -> FloatArray | None:
+    if bench.images.validation is None:
+        return None
+    return run_onnx(artifact, bench.images.validation(), bench.threads)
+
+
+def _sparsity(bench: Workbench, plan: Plan, tensors: Tensors) -> float:
+    """Structured: 1 - kept / dense weights. Unstructured: zeros counted on the exported weights."""
+    if plan.keep is not None:
+        return sparsity_of(bench.structure, bench.layers, plan.keep)
+    return measure_sparsity(tensors, bench.layers)
+
+
+def _parameter_count(bench: Workbench, tensors: Tensors, plan: Plan, keep: Keep) -> int:
+    """Count what is left of the parameters; zeros inside kept tensors count, they are stored."""
+    total = 0
+    for name in bench.raw.parameters:
+        if name in bench.structure.tensor_axes:
+            total += int(np.prod([int(axis.sum()) for axis in bench.structure.kept(name, keep)]))
+        elif name in tensors:
+            total += tensors[name].size
+    return total
+
+
+def _drop(dense: float | None, accuracy: float | None) -> float | None:
+    return None if dense is None or accuracy is None else 100 * (dense - accuracy)
+
+
+def plan_all(
+    bench_structure: Structure,
+    layers: Sequence[Layer],
+    ladders: Sequence[Ladder],
+    scores: Scores,
+    assignments: Sequence[Assignment],
+    kinds: Sequence[str],
+) -> list[Plan]:
+    """Return one plan per assignment and kind, in that order. Channel scores and rankings are made once per signal."""
+    plans: list[Plan] = []
+    channel_scores = {signal: group_scores(bench_structure, scores[signal]) for signal in scores}
+    for assignment in assignments:
+        if "structured" in kinds:
+            by_group = channel_scores[assignment.signal]
+            plans.append(plan_structured(bench_structure, layers, ladders, assignment, by_group))
+    if "unstructured" in kinds:
+        for signal in scores:
+            rankings = rank_scores(layers, scores[signal])
+            for assignment in assignments:
+                if assignment.signal == signal:
+                    plans.append(Plan(assignment, "unstructured", masks=build_masks(rankings, assignment)))
+    return plans

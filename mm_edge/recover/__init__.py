@@ -1,0 +1,1 @@
+"""Bringing accuracy back after pruning: one verb per file."""
