@@ -177,10 +177,12 @@ class _Graph:
 
     @cached_property
     def activated_after(self) -> set[ir.Value]:
-        """Values that meet an activation function before a site or a residual addition."""
+        """Values that meet an activation function before a residual addition or a site other than a depthwise one."""
+        depthwise = {site.node for site in self.sites if site.kind == "depthwise"}
         met: set[ir.Value] = set()
         for node, inputs in self._backwards():
-            passes = self._carries(node) and not self.merges(node) and not met.isdisjoint(node.outputs)
+            carries = (self._carries(node) or node in depthwise) and not self.merges(node)
+            passes = carries and not met.isdisjoint(node.outputs)
             if node.op_type in ACTIVATIONS or passes:
                 met.update(inputs)
         return met
@@ -334,7 +336,7 @@ def _role(graph: _Graph, site: _Site, patches: set[ir.Node], gate_mask: int) -> 
     """Return the role of `site`: the first rule that knows its place."""
     ahead, bit = graph.readers.get(site.out, 0), 1 << graph.number[site.node]
     if site.constant:
-        return "mlp"
+        return "mlp" if site.kind == "linear" else "conv"
     if _is_classifier(graph, site):
         return "classifier"
     if site.node in patches:
@@ -399,12 +401,12 @@ def _patch_embedding(graph: _Graph) -> set[ir.Node]:
 
 
 def _conv_chain(graph: _Graph, stem: _Site) -> list[ir.Node]:
-    """Return the unbranched convolutions from `stem` on when linears alone read the last, else nothing."""
+    """Return the unbranched convolutions from `stem` on when a linear reads the last, else nothing."""
     chain = [stem]
     while chain[-1].kind == "conv":
         mask = graph.readers.get(chain[-1].out, 0)
         after = graph.pick(mask)
-        if after and all(site.kind == "linear" for site in after):
+        if any(site.kind == "linear" for site in after):
             return [site.node for site in chain]
         if len(after) != 1 or mask & (graph.attention_bit | graph.end_bit) or after[0] in chain:
             return []
