@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +69,21 @@ class Plan:
         """The candidate's id in the report."""
         return f"{self.assignment.signal}/{self.assignment.strategy}/{self.kind}/fp32"
 
+    @property
+    def file_name(self) -> str:
+        """The name its files carry."""
+        return self.id.replace("/", "-").replace(":", "_")
+
+    def digest(self) -> str:
+        """Return a hash of what is pruned."""
+        state = hashlib.sha256(self.id.encode())
+        for name, mask in sorted(
+            [*(self.keep or {}).items(), *(self.masks or {}).items()], key=lambda item: str(item[0])
+        ):
+            state.update(f"{name}".encode())
+            state.update(np.packbits(mask).tobytes())
+        return state.hexdigest()
+
 
 @dataclass(frozen=True)
 class Images:
@@ -84,7 +100,7 @@ class Images:
     parity: FloatArray
     parity_kind: str
     recovery: Callable[[], Iterator[FloatArray]] | None = None
-    validation: Callable[[], Iterator[FloatArray]] | None = None
+    validation: Callable[[], Iterator[tuple[FloatArray, npt.NDArray[np.int64]]]] | None = None
     labels: npt.NDArray[np.int64] | None = None
     dense_logits: FloatArray | None = None
 
@@ -192,15 +208,14 @@ def make_candidate(bench: Workbench, plan: Plan) -> Candidate:
         masks, keep = {}, {}
     tensors, reference, recovered = _masked_weights(bench, plan, masks)
     model = deploy(materialise(bench.raw, bench.structure, keep, tensors))
-    name = f"{plan.assignment.signal}-{plan.assignment.strategy}-{plan.kind}-fp32"
-    artifact = bench.folder / "candidates" / f"{name}.onnx"
+    artifact = bench.folder / "candidates" / f"{plan.file_name}.onnx"
     write_atomically(artifact, ir.to_proto(model).SerializeToString())
     try:
         parity = _check(bench, artifact, reference, plan.id)
     except ParityError:
         artifact.unlink()
         raise
-    state = bench.folder / "candidates" / f"{name}.safetensors"
+    state = bench.folder / "candidates" / f"{plan.file_name}.safetensors"
     write_atomically(state, safetensors.numpy.save(tensors))
     logits = _validation_logits(bench, artifact)
     evaluation = compare_logits(logits, bench.images.labels, bench.images.dense_logits) if logits is not None else None

@@ -1,0 +1,316 @@
+"""The command line: parse, call, print. One command per job."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from mm_edge import __version__
+from mm_edge.errors import MMEdgeError, UsageError, unknown_name
+
+SIGNALS_HELP = "Comma-separated: magnitude, gradient, product."
+
+
+class Commands(click.Group):
+    """Turns the package's errors into one line and the exit code of the contract."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command."""
+        try:
+            return super().invoke(ctx)
+        except MMEdgeError as error:
+            click.echo(f"mm-edge: error: {error}", err=True)
+            ctx.exit(error.exit_code)
+        except (KeyboardInterrupt, click.Abort):
+            click.echo("mm-edge: interrupted; what was made is kept, the same command goes on from there", err=True)
+            ctx.exit(1)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="mm-edge")
+def main() -> None:
+    """Prune a trained vision model for a named device, and measure what it bought and what it cost."""
+
+
+def _floats(text: str, option: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(",") if part.strip())
+    except ValueError as error:
+        raise UsageError(f"{option} '{text}' is not a list of numbers; write for example {option} 0.5,0.25") from error
+
+
+def _choices(text: str, allowed: tuple[str, ...], pending: tuple[str, ...], option: str) -> tuple[str, ...]:
+    """Split a comma-separated list; known values whose work has not landed are refused by name."""
+    names = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    if not names:
+        raise UsageError(f"{option} is empty; allowed: {', '.join(allowed)}")
+    for name in names:
+        if name in pending:
+            raise UsageError(f"{option} {name} is not available yet; allowed: {', '.join(allowed)}")
+        if name not in allowed:
+            raise UsageError(unknown_name(option.lstrip("-"), name, (*allowed, *pending)))
+    return names
+
+
+def _shape(text: str | None) -> tuple[int, int, int] | None:
+    if text is None:
+        return None
+    try:
+        channels, height, width = (int(part) for part in text.lower().replace("x", ",").split(","))
+    except ValueError as error:
+        raise UsageError(f"--input-size '{text}' is not C,H,W; write for example --input-size 3,224,224") from error
+    if min(channels, height, width) < 1:
+        raise UsageError(f"--input-size '{text}' has a size below 1; write for example --input-size 3,224,224")
+    return channels, height, width
+
+
+def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that say how to read a model."""
+    for option in (
+        click.option("--arch", metavar="TIMM_NAME", help="Architecture of a bare state_dict; or FILE.py:CALLABLE."),
+        click.option("--input-size", metavar="C,H,W", help="Input shape, where the file does not say."),
+        click.option("--mean", metavar="R,G,B", help="Mean of the normalisation."),
+        click.option("--std", metavar="R,G,B", help="Standard deviation of the normalisation."),
+        click.option("--trust-pickle", is_flag=True, help="Load a pickled module: this runs the code in it."),
+        click.option("--keep", multiple=True, metavar="PATTERN", help="Never prune parameters this names; repeatable."),
+    ):
+        command = option(command)
+    return command
+
+
+def _load(model: str, options: dict[str, Any]) -> Any:
+    from mm_edge.models import LoadOptions, load_model
+
+    mean, std = options["mean"], options["std"]
+    return load_model(
+        model,
+        LoadOptions(
+            arch=options["arch"],
+            input_size=_shape(options["input_size"]),
+            mean=None if mean is None else _floats(mean, "--mean"),
+            std=None if std is None else _floats(std, "--std"),
+            trust_pickle=options["trust_pickle"],
+        ),
+    )
+
+
+@main.command("prune-export")
+@click.argument("model")
+@click.option("--target", default="host", show_default=True, help="Device profile; see 'mm-edge targets list'.")
+@click.option("--data", metavar="PATH", help="Folder or tar of class folders, or a data set as timm names it.")
+@click.option(
+    "--out", type=click.Path(path_type=Path, file_okay=False), help="Run directory.  [default: mm-edge-MODEL]"
+)
+@click.option("--signals", default="magnitude,gradient,product", show_default=True, help=SIGNALS_HELP)
+@click.option("--strategies", default="all", show_default=True, help="Comma-separated names, or all.")
+@click.option("--ranges", default="rules", show_default=True, help="Source of the sparsity ranges: rules or observed.")
+@click.option("--split", default="0.5,0.25,0.25", show_default=True, help="Calibration, validation, test.")
+@click.option("--kinds", default="structured", show_default=True, help="Comma-separated: structured, unstructured.")
+@click.option("--recover", default=None, help="none or bn.  [default: bn with data, else none]")
+@click.option("--macs", metavar="FRACTION,...", help="Add candidates at these fractions of the dense MACs.")
+@click.option("--max-drop", type=float, metavar="POINTS", help="Largest loss of top-1 accuracy, in points.")
+@click.option("--latency", type=float, metavar="MS", help="Largest median latency.")
+@click.option("--speedup", type=float, metavar="X", help="Smallest measured speed-up.")
+@click.option("--size", type=int, metavar="BYTES", help="Largest file.")
+@click.option("--host", metavar="USER@HOST[:PORT]", help="Measure on this device.")
+@click.option("--no-bench", is_flag=True, help="Make the artifacts without measuring.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--resume/--fresh", default=True, show_default=True, help="Reuse finished stages, or start over.")
+@click.option("--select", default="signal", hidden=True)
+@click.option("--input-sizes", default="none", hidden=True)
+@click.option("--precision", default="fp32", hidden=True)
+@click.option("--epochs", type=int, hidden=True)
+@model_options
+def prune_export_command(model: str, **options: Any) -> None:
+    """Prune MODEL for a target, export ONNX, measure, and report."""
+    from mm_edge.report import print_report
+
+    report = _run(model, options)
+    print_report(report, Console())
+    _print_end(report, _out(model, options))
+
+
+def _out(model: str, options: dict[str, Any]) -> Path:
+    out: Path | None = options["out"]
+    return out if out is not None else Path(f"mm-edge-{Path(model.removeprefix('timm:')).stem}")
+
+
+def _print_end(report: Any, folder: Path) -> None:
+    if report.chosen is not None:
+        row = next(c for c in report.candidates if c.id == report.chosen.id)
+        click.echo(f"chosen model: {folder / row.artifact}")
+    click.echo(f"full report:  {folder / 'report.md'}")
+
+
+def _request(options: dict[str, Any], has_data: bool) -> Any:
+    from mm_edge.pipeline import Request
+    from mm_edge.records import Constraints
+    from mm_edge.scores import parse_signals
+    from mm_edge.strategies import parse_strategies
+
+    recover = options["recover"] or ("bn" if has_data else "none")
+    _choices(recover, ("none", "bn"), ("closed-form", "tune", "finetune"), "--recover")
+    _choices(options["select"], ("signal",), ("obs", "auto"), "--select")
+    _choices(options["precision"], ("fp32",), ("int8", "fp16"), "--precision")
+    if options["input_sizes"] != "none":
+        raise UsageError(f"--input-sizes {options['input_sizes']} is not available yet; allowed: none")
+    if options["epochs"] is not None:
+        raise UsageError("--epochs is not available yet: there is no fine-tuning to count them in")
+    if recover == "bn" and not has_data:
+        raise UsageError("--recover bn needs calibration images; give --data PATH")
+    return Request(
+        signals=parse_signals(options["signals"]),
+        strategies=parse_strategies(options["strategies"]),
+        ranges=_choices(options["ranges"], ("rules", "observed"), (), "--ranges")[0],
+        kinds=_choices(options["kinds"], ("structured", "unstructured"), ("n:m",), "--kinds"),
+        recover=recover,
+        macs=_floats(options["macs"], "--macs") if options["macs"] else (),
+        keep=tuple(options["keep"]),
+        constraints=Constraints(options["max_drop"], options["latency"], options["speedup"], options["size"]),
+        seed=options["seed"],
+    )
+
+
+def _run(model: str, options: dict[str, Any]) -> Any:
+    """Check everything that can be refused, then run the pipeline."""
+    from mm_edge.bench.connect import open_transport
+    from mm_edge.data import open_data
+    from mm_edge.pipeline import Job, check_request, prune_export
+    from mm_edge.progress import Stages
+    from mm_edge.store import RunStore
+    from mm_edge.target import load_target, matches_this_machine, resolve_host
+
+    console = Console(stderr=True)
+    target = resolve_host(load_target(options["target"]))
+    request = _request(options, options["data"] is not None)
+    split = _floats(options["split"], "--split")
+    if len(split) != 3:
+        raise UsageError(
+            f"--split '{options['split']}' has {len(split)} parts; write CAL,VAL,TEST such as 0.5,0.25,0.25"
+        )
+    store = RunStore(_out(model, options))
+    stages = Stages(console)
+    with store.lock():
+        if not options["resume"]:
+            store.clear()
+        with stages.stage("load"):
+            loaded = _load(model, options)
+            data = None
+            if options["data"] is not None:
+                data = open_data(options["data"], loaded.input, loaded.info.num_classes, split, options["seed"])
+        measured = not options["no_bench"] and (options["host"] is not None or matches_this_machine(target))
+        check_request(request, data, measured)
+        transport = open_transport(target, options["host"]) if measured else None
+        job = Job(request, loaded, data, target, transport, store.folder, store, stages)
+        if transport is None:
+            return prune_export(job)
+        with transport:
+            return prune_export(job)
+
+
+@main.command("demo")
+@click.option(
+    "--out", type=click.Path(path_type=Path, file_okay=False), default=Path("mm-edge-demo"), show_default=True
+)
+@click.pass_context
+def demo(ctx: click.Context, out: Path) -> None:
+    """Run the whole job on the small trained network and the images shipped with the package."""
+    from mm_edge.demo import IMAGES, MODEL
+
+    click.echo(
+        f"demo: a small network trained on Fashion-MNIST, {IMAGES.name} for data, this machine as target", err=True
+    )
+    ctx.invoke(prune_export_command, model=str(MODEL), data=str(IMAGES), out=out, target="host")
+
+
+@main.command("inspect")
+@click.argument("model")
+@click.option("--ranges", default="rules", hidden=True)
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
+@model_options
+def inspect(model: str, as_json: bool, **options: Any) -> None:
+    """Show layers, roles, ranges and coupled groups, and what is pinned and why."""
+    from mm_edge.inspection import describe_model
+
+    with Console(stderr=True).status("exporting"):
+        document = describe_model(_load(model, options), tuple(options["keep"]))
+    if as_json:
+        click.echo(json.dumps(document, indent=2))
+    else:
+        _print_inspection(document)
+
+
+def _print_inspection(document: dict[str, Any]) -> None:
+    console = Console()
+    layers = Table(
+        "layer", "role", "shape", "MACs", "sparsity range", title=f"{len(document['layers'])} prunable layers"
+    )
+    for row in document["layers"]:
+        bounds = f"{row['lo']:.0%} - {row['hi']:.0%}"
+        layers.add_row(row["fqn"], row["role"], "x".join(map(str, row["shape"])), f"{row['macs']:,}", bounds)
+    console.print(layers)
+    groups = Table(
+        "group", "width", "tensors", title=f"{len(document['groups'])} coupled groups that can lose channels"
+    )
+    for row in document["groups"]:
+        groups.add_row(row["id"], str(row["size"]), f"{len(row['tensors'])}: {', '.join(row['tensors'][:3])}")
+    console.print(groups)
+    pinned = Table("group", "width", "why it keeps its width", title=f"{len(document['pinned'])} pinned")
+    for row in document["pinned"]:
+        pinned.add_row(row["id"], str(row["size"]), row["reason"])
+    console.print(pinned)
+
+
+@main.command("evaluate")
+@click.argument("model", type=click.Path(path_type=Path, dir_okay=False))
+@click.option("--data", required=True, metavar="PATH", help="Folder or tar of class folders.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
+@model_options
+def evaluate(model: Path, data: str, as_json: bool, **options: Any) -> None:
+    """Measure the top-1 accuracy of an ONNX model on every image of a data set."""
+    from mm_edge.data import open_data
+    from mm_edge.evaluate import compare_logits, run_onnx
+
+    if model.suffix != ".onnx":
+        raise UsageError(f"'{model}' is not an .onnx; evaluate takes what prune-export or another exporter wrote")
+    loaded = _load(str(model), options)
+    images = open_data(data, loaded.input, loaded.info.num_classes, (0.0, 0.0, 1.0)).test
+    result = compare_logits(run_onnx(model, images.batches(32), 2), images.labels, None)
+    if as_json:
+        click.echo(json.dumps({"model": str(model), "accuracy_top1": result.accuracy_top1, "images": result.count}))
+    elif result.accuracy_top1 is None:
+        raise UsageError(f"'{data}' has no images to evaluate on")
+    else:
+        click.echo(f"top-1 accuracy {result.accuracy_top1:.2%} on {result.count} images")
+
+
+@main.command("report")
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--open", "open_page", is_flag=True, help="Open the page in a browser.")
+def report(folder: Path, open_page: bool) -> None:
+    """Print the report of a run directory."""
+    from mm_edge.report import print_report, read_report
+
+    if open_page:
+        raise UsageError("--open is not available yet; the report is in report.md beside report.json")
+    print_report(read_report(folder), Console())
+
+
+def _add_bench_commands() -> None:
+    from mm_edge.bench_cli import bench, targets
+
+    main.add_command(bench)
+    main.add_command(targets)
+
+
+_add_bench_commands()
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,497 @@
+"""The whole job, stage by stage.
+
+    load -> score -> ranges -> strategies -> masks -> structure -> export -> bench -> report
+
+Every stage is stored under the hash of what it depends on, so that a run that was killed goes on where it stopped and
+a changed flag redoes only what it touches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import torch
+
+from mm_edge.bench.session import MINIMUM_PAIRS, environment, measure_memory, measure_pair
+from mm_edge.bench.transport import Transport
+from mm_edge.candidates import (
+    Images,
+    Plan,
+    Workbench,
+    make_candidate,
+    make_ladders,
+    plan_all,
+    plan_budget,
+)
+from mm_edge.data import DataSplits, noise_batches
+from mm_edge.errors import ConstraintError, ParityError, UsageError
+from mm_edge.evaluate import compare_logits, run_onnx
+from mm_edge.export import RawGraph, deploy, export_raw, raw_from_onnx
+from mm_edge.graph.groups import Structure, read_structure
+from mm_edge.graph.widths import group_scores, select_indices
+from mm_edge.layers import read_layers
+from mm_edge.layers import read_weights as read_layer_weights
+from mm_edge.models import LoadedModel
+from mm_edge.progress import Stages
+from mm_edge.ranges import apply_constraints, observed_ranges, rule_ranges
+from mm_edge.records import (
+    Assignment,
+    Candidate,
+    Chosen,
+    Constraints,
+    DenseRow,
+    Latency,
+    Layer,
+    Report,
+    SkippedGroup,
+    SparsityRange,
+    from_json,
+    to_json,
+)
+from mm_edge.report import write_report
+from mm_edge.scores import GRASP_IMAGES, Scores, gradients, hessian_gradient_products, score_weights
+from mm_edge.select import choose, mark_pareto
+from mm_edge.store import RunStore, hash_file, write_atomically
+from mm_edge.strategies import STRATEGIES, assign
+from mm_edge.target import Target
+
+# E2 asks for 5-10 % of the training data; beyond this many images the gradient's ranking no longer moves.
+GRADIENT_IMAGES = 1024
+RECOVERY_IMAGES = 128
+PARITY_IMAGES = 8
+BATCH = 32
+
+Array = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to do with a loaded model; the defaults are the command line's."""
+
+    signals: tuple[str, ...] = ("magnitude", "gradient", "product")
+    strategies: tuple[str, ...] = tuple(STRATEGIES)
+    ranges: str = "rules"
+    kinds: tuple[str, ...] = ("structured",)
+    recover: str = "bn"
+    macs: tuple[float, ...] = ()
+    keep: tuple[str, ...] = ()
+    constraints: Constraints = field(default_factory=Constraints)
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request with everything it is done on."""
+
+    request: Request
+    model: LoadedModel
+    data: DataSplits | None
+    target: Target
+    transport: Transport | None
+    folder: Path
+    store: RunStore
+    stages: Stages
+
+    def key(self, **parts: Any) -> dict[str, Any]:
+        """Return the key of a stage: its own `parts` and what every stage depends on."""
+        return {
+            "model": self.model.info,
+            "weights": self.model.info.sha256 or _module_digest(self.model.module),
+            "input": self.model.input,
+            "seed": self.request.seed,
+            "versions": {name: version(name) for name in ("torch", "timm", "onnxruntime", "onnxscript", "mm-edge")},
+            **parts,
+        }
+
+    @property
+    def data_key(self) -> Any:
+        """What identifies the images."""
+        return None if self.data is None else self.data.describe()
+
+
+def prune_export(job: Job) -> Report:
+    """Run every stage and write report.json and report.md in the job's folder.
+
+    Raises:
+        UsageError: something was refused before scoring.
+        JobError: the job ran and failed; what was made is kept. When no candidate meets the constraints the report is
+            written all the same, with `chosen` null.
+    """
+    warnings = [*job.model.warnings]
+    with job.stages.stage("export"):
+        raw = read_raw(job.model)
+        structure = read_structure(raw, job.request.keep)
+        layers = tuple(layer for layer in read_layers(raw) if layer.fqn in raw.parameters)
+    if not structure.groups and "structured" in job.request.kinds:
+        warnings.append("no group of this network can lose channels; see 'mm-edge inspect' for the reasons")
+    scores, bounds, notes = _score(job, raw, layers)
+    warnings += notes
+    bench = _set_up(job, raw, structure, layers)
+    plans = _plan(job, structure, layers, scores, bounds)
+    candidates, failures = _make_all(job, bench, plans)
+    warnings += failures
+    dense = _dense_row(job, bench)
+    dense, candidates, env, notes = _measure(job, dense, candidates)
+    warnings += notes
+    return _finish(job, bench, dense, candidates, env, warnings)
+
+
+def read_raw(model: LoadedModel) -> RawGraph:
+    """Export the model once, or read the user's own .onnx."""
+    if model.module is None:
+        assert model.onnx_path is not None
+        return raw_from_onnx(model.onnx_path)
+    return export_raw(model.module, torch.zeros(1, *model.input.shape))
+
+
+def read_ranges(
+    job_ranges: str,
+    layers: tuple[Layer, ...],
+    family: str,
+    weights: Mapping[str, Array],
+    gradient: Mapping[str, Array] | None = None,
+    products: Mapping[str, Array] | None = None,
+) -> dict[str, SparsityRange]:
+    """Return the ranges from either source, before constraints."""
+    if job_ranges == "observed":
+        return observed_ranges(layers, weights, gradient, products)
+    return rule_ranges(layers, family)
+
+
+def _module_digest(module: torch.nn.Module | None) -> str | None:
+    """Identify a network that came from no file by its weights."""
+    if module is None:
+        return None
+    sums = [float(tensor.double().abs().sum()) for tensor in module.state_dict().values()]
+    return repr([len(sums), *sums])
+
+
+def _score(job: Job, raw: RawGraph, layers: tuple[Layer, ...]) -> tuple[Scores, dict[str, SparsityRange], list[str]]:
+    weights = read_layer_weights(raw, layers)
+    notes: list[str] = []
+    gradient: dict[str, Array] = {}
+    signals = job.request.signals
+    if signals != ("magnitude",) or job.request.ranges == "observed":
+        gradient, note = _gradients(job)
+        notes += note
+        if not gradient:
+            signals = ("magnitude",)
+    with job.stages.stage("scores"):
+        scores = score_weights(weights, gradient, signals)
+    products = _products(job, layers) if job.request.ranges == "observed" and gradient else None
+    bounds = read_ranges(job.request.ranges, layers, job.model.family, weights, gradient or None, products)
+    return scores, bounds, notes
+
+
+def _gradients(job: Job) -> tuple[dict[str, Array], list[str]]:
+    """One gradient pass over the calibration images, kept for the next run."""
+    if job.model.module is None:
+        return {}, ["a network given as .onnx has no gradients: signal magnitude only"]
+    if job.data is None or not len(job.data.calibration):
+        return {}, ["no calibration images: signal magnitude only; give --data PATH for the other signals"]
+    key = job.key(data=job.data_key, images=GRADIENT_IMAGES)
+    stored = job.store.load_arrays("gradients", key)
+    if stored is None:
+        images = job.data.calibration.take(GRADIENT_IMAGES)
+        with job.stages.stage("gradients") as advance:
+            found = gradients(job.model.module, _Batches(images), job.request.seed, advance)
+        stored = found.values
+        job.store.save_arrays("gradients", key, stored)
+    return stored, []
+
+
+def _products(job: Job, layers: tuple[Layer, ...]) -> dict[str, Array]:
+    """GraSP's Hessian-gradient products, kept for the next run."""
+    assert job.model.module is not None and job.data is not None
+    key = job.key(data=job.data_key, images=GRASP_IMAGES)
+    stored = job.store.load_arrays("hessian_gradients", key)
+    if stored is None:
+        images = _Batches(job.data.calibration.take(GRASP_IMAGES))
+        names = [layer.fqn for layer in layers]
+        with job.stages.stage("hessian-gradient products") as advance:
+            stored = hessian_gradient_products(job.model.module, images, names, job.request.seed, advance)
+        job.store.save_arrays("hessian_gradients", key, stored)
+    return stored
+
+
+class _Batches:
+    """Calibration images as the batches of tensors that scoring reads."""
+
+    def __init__(self, images: Any) -> None:
+        self._images = images
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+        for images, labels in self._images.batches(BATCH):
+            yield torch.from_numpy(images), torch.from_numpy(labels)
+
+    def __len__(self) -> int:
+        return -(-len(self._images) // BATCH)
+
+
+def _plan(
+    job: Job, structure: Structure, layers: tuple[Layer, ...], scores: Scores, bounds: dict[str, SparsityRange]
+) -> list[Plan]:
+    plans: list[Plan] = []
+    with job.stages.stage("plan"):
+        ladders = make_ladders(structure, layers, job.target)
+        for kind in job.request.kinds:
+            ranges = apply_constraints(layers, bounds, kind == "structured")
+            assignments = [item for s in scores for item in assign(job.request.strategies, s, layers, ranges)]
+            plans += plan_all(structure, layers, ladders, scores, assignments, (kind,))
+        ranges = apply_constraints(layers, bounds, True)
+        for fraction in job.request.macs:
+            sparsity, counts = plan_budget(structure, layers, ladders, ranges, fraction)
+            for signal in scores:
+                name = f"macs_{fraction:.4g}"
+                keep = select_indices(counts, group_scores(structure, scores[signal]))
+                plans.append(Plan(Assignment(signal, (name,), sparsity), "structured", keep=keep))
+    return plans
+
+
+def _set_up(job: Job, raw: RawGraph, structure: Structure, layers: tuple[Layer, ...]) -> Workbench:
+    """Save the dense model, take its answers on the validation images, and lay out what candidates share."""
+    threads = 2 if job.target.threads == "auto" else int(job.target.threads)
+    dense = job.folder / "dense.onnx"
+    with job.stages.stage("dense model") as advance:
+        write_atomically(dense, ir.to_proto(deploy(raw.model.clone())).SerializeToString())
+        images = _images(job)
+        logits = accuracy = None
+        if images.validation is not None and job.data is not None:
+            total = len(job.data.validation)
+            done = 0
+
+            def count(batch: int) -> None:
+                nonlocal done
+                done += batch
+                advance(done, total)
+
+            logits = run_onnx(dense, images.validation(), threads, count)
+            accuracy = compare_logits(logits, images.labels, None).accuracy_top1
+    images = replace(images, dense_logits=logits)
+    return Workbench(
+        module=job.model.module,
+        raw=raw,
+        structure=structure,
+        layers=layers,
+        images=images,
+        recover=job.request.recover,
+        folder=job.folder,
+        dense_accuracy=accuracy,
+        threads=threads,
+    )
+
+
+def _images(job: Job) -> Images:
+    spec = job.model.input
+    noise = np.concatenate(list(noise_batches(spec, PARITY_IMAGES, job.request.seed)))
+    if job.data is None:
+        return Images(noise, "noise")
+    calibration, validation = job.data.calibration, job.data.validation
+    source = calibration if len(calibration) else validation
+    parity = next(iter(source.batches(PARITY_IMAGES)))[0] if len(source) else noise
+    recovery = calibration.take(RECOVERY_IMAGES)
+    return Images(
+        parity=parity,
+        parity_kind="images" if len(source) else "noise",
+        recovery=(lambda: (images for images, _ in recovery.batches(BATCH))) if len(recovery) else None,
+        validation=(lambda: validation.batches(BATCH)) if len(validation) else None,
+        labels=validation.labels if len(validation) else None,
+    )
+
+
+def _make_all(job: Job, bench: Workbench, plans: list[Plan]) -> tuple[list[Candidate], list[str]]:
+    made: list[Candidate] = []
+    failures: list[str] = []
+    with job.stages.stage("candidates") as advance:
+        advance(0, len(plans))
+        for index, plan in enumerate(plans):
+            key = job.key(data=job.data_key, plan=plan.digest(), recover=bench.recover, images=RECOVERY_IMAGES)
+            candidate = job.store.load_record(f"candidates/{plan.file_name}", key, Candidate)
+            if candidate is None:
+                try:
+                    candidate = make_candidate(bench, plan)
+                except ParityError as error:
+                    failures.append(str(error))
+                    continue
+                finally:
+                    advance(index + 1, len(plans))
+                files = [job.folder / name for name in (candidate.artifact, candidate.masked_state_dict) if name]
+                job.store.save_json(f"candidates/{plan.file_name}", key, candidate, files)
+            made.append(candidate)
+            advance(index + 1, len(plans))
+    if not made:
+        raise ParityError(failures[0] if failures else "no candidate was planned; give at least one strategy and kind")
+    return made, failures
+
+
+def _dense_row(job: Job, bench: Workbench) -> DenseRow:
+    sizes = [
+        int(np.prod(value.shape.numpy()))
+        for name, value in bench.raw.model.graph.initializers.items()
+        if name in bench.raw.parameters and value.shape is not None
+    ]
+    return DenseRow(
+        accuracy_top1=bench.dense_accuracy,
+        latency_ms=Latency(),
+        peak_memory_bytes=None,
+        file_bytes=(job.folder / "dense.onnx").stat().st_size,
+        params=sum(sizes),
+        macs=round(bench.structure.macs()),
+    )
+
+
+def _measure(
+    job: Job, dense: DenseRow, candidates: list[Candidate]
+) -> tuple[DenseRow, list[Candidate], dict[str, Any], list[str]]:
+    """Time every candidate against the dense model, and take each one's memory in a process of its own."""
+    transport = job.transport
+    if transport is None:
+        return dense, candidates, {"controller": job.key()["versions"]}, []
+    notes: list[str] = []
+    measured: list[Candidate] = []
+    dense_file = job.folder / "dense.onnx"
+    with job.stages.stage("measure") as advance:
+        env = environment(job.target, transport)
+        fingerprint = env["fingerprint"]
+        memory = _memory(job, dense_file, transport, fingerprint)
+        for index, candidate in enumerate(candidates):
+            assert candidate.artifact is not None
+            artifact = job.folder / candidate.artifact
+            samples = job.folder / "samples" / f"{artifact.stem}.json"
+            timing = measure_pair(
+                dense_file,
+                artifact,
+                job.target,
+                transport=transport,
+                pairs=MINIMUM_PAIRS,
+                raw_samples=samples,
+                fingerprint=fingerprint,
+            )
+            notes += [f"{candidate.id}: {text}" for text in timing.warnings]
+            if index == 0:
+                dense = replace(dense, latency_ms=timing.dense_latency, peak_memory_bytes=memory)
+            measured.append(
+                replace(
+                    candidate,
+                    latency_ms=timing.latency,
+                    speedup=timing.speedup,
+                    speedup_ci=timing.speedup_ci,
+                    peak_memory_bytes=_memory(job, artifact, transport, fingerprint),
+                )
+            )
+            advance(index + 1, len(candidates))
+    env = {**env, "packages": job.key()["versions"]}
+    return dense, measured, env, [*(str(text) for text in env.get("doubts", [])), *notes]
+
+
+def _memory(job: Job, model: Path, transport: Transport, fingerprint: str) -> int | None:
+    key = {"model": hash_file(model), "target": job.target, "fingerprint": fingerprint}
+    stored = job.store.load_json(f"memory/{model.stem}", key)
+    if stored is None:
+        stored = [measure_memory(model, job.target, transport=transport)]
+        job.store.save_json(f"memory/{model.stem}", key, stored)
+    value: int | None = stored[0]
+    return value
+
+
+def _finish(
+    job: Job,
+    bench: Workbench,
+    dense: DenseRow,
+    candidates: list[Candidate],
+    env: dict[str, Any],
+    warnings: list[str],
+) -> Report:
+    """Mark the front, choose, read the test images once, write the report."""
+    rows = mark_pareto(_with_twins(candidates), dense)
+    if any(row.also_named for row in rows):
+        warnings.append("balanced and middle_50th coincide by formula: made and measured once, listed under both names")
+    missed: ConstraintError | None = None
+    chosen: Chosen | None = None
+    try:
+        chosen = choose(dense, rows, job.request.constraints)
+    except ConstraintError as error:
+        missed = error
+        warnings.append(str(error))
+    if chosen is not None:
+        chosen = replace(chosen, accuracy_top1_test=_test_accuracy(job, bench, rows, chosen))
+    if job.data is not None:
+        warnings += job.data.warnings
+    if job.transport is None:
+        warnings.append(_how_to_measure(job.target))
+    report = Report(
+        model=replace(job.model.info, macs=dense.macs, params=dense.params),
+        target=to_json(job.target),
+        environment=env,
+        data={} if job.data is None else job.data.describe(),
+        dense=dense,
+        candidates=rows,
+        chosen=chosen,
+        constraints=job.request.constraints,
+        skipped_groups=skipped_groups(bench.structure),
+        warnings=tuple(dict.fromkeys(warnings)),
+        seconds=dict(job.stages.seconds),
+    )
+    # The same records a reader gets from the file: tuples, floats and all.
+    report = from_json(Report, to_json(report))
+    write_report(report, job.folder)
+    if missed is not None:
+        raise missed
+    return report
+
+
+def _with_twins(candidates: list[Candidate]) -> list[Candidate]:
+    """List a candidate under every name that coincides with its own."""
+    rows: list[Candidate] = []
+    for candidate in candidates:
+        names = (candidate.strategy, *candidate.also_named)
+        for name in names:
+            others = tuple(other for other in names if other != name)
+            own = candidate.id.replace(f"/{candidate.strategy}/", f"/{name}/")
+            rows.append(replace(candidate, id=own, strategy=name, also_named=others))
+    return rows
+
+
+def _test_accuracy(job: Job, bench: Workbench, rows: tuple[Candidate, ...], chosen: Chosen) -> float | None:
+    if job.data is None or not len(job.data.test):
+        return None
+    artifact = next(row.artifact for row in rows if row.id == chosen.id)
+    assert artifact is not None
+    with job.stages.stage("test"):
+        logits = run_onnx(job.folder / artifact, job.data.test.batches(BATCH), bench.threads)
+        return compare_logits(logits, job.data.test.labels, None).accuracy_top1
+
+
+def _how_to_measure(target: Target) -> str:
+    return (
+        f"latency is not measured: this machine is not {target.name} and no device was given; copy dense.onnx and "
+        f"the artifacts to one and run 'mm-edge bench dense.onnx ARTIFACT.onnx --target {target.name}' there"
+    )
+
+
+def skipped_groups(structure: Structure) -> tuple[SkippedGroup, ...]:
+    """Return what keeps its full width and why."""
+    return tuple(SkippedGroup(item.id, item.tensors, item.reason) for item in structure.pinned)
+
+
+def check_request(request: Request, data: DataSplits | None, measured: bool) -> None:
+    """Refuse what cannot be done before any work is.
+
+    Raises:
+        UsageError: a constraint needs data or a device that is not there.
+    """
+    limits = request.constraints
+    if limits.max_drop is not None and (data is None or not len(data.validation)):
+        raise UsageError("--max-drop needs accuracy, and there are no validation images; give --data PATH")
+    if limits.latency_ms is not None and not measured:
+        raise UsageError("--latency needs a measurement, and nothing is measured here; give --target host or a device")
+    for fraction in request.macs:
+        if not 0 < fraction < 1:
+            raise UsageError(f"--macs {fraction:g} is not a fraction of the dense MACs; give values between 0 and 1")
