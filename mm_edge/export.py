@@ -56,7 +56,7 @@ def export_raw(module: nn.Module, example_input: torch.Tensor) -> RawGraph:
     Raises:
         ExportError: torch.export refuses the network, or one of its parameters is lost on the way.
     """
-    fresh = _without_caches(module)
+    fresh = _exportable(module)
     state = {name for name, _ in fresh.named_parameters()}
     buffers = {name for name, buffer in fresh.named_buffers() if buffer.is_floating_point()}
     model = _export(fresh, example_input)
@@ -172,14 +172,17 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
-def _without_caches(module: nn.Module) -> nn.Module:
-    """Return a copy in eval mode whose lazily filled dictionaries of tensors are empty.
+def _exportable(module: nn.Module) -> nn.Module:
+    """Return a copy in eval mode with plain attention, whose lazily filled dictionaries of tensors are empty.
 
     After one eval-mode forward timm's LeViT reads its attention biases from such a dictionary, and an
-    export would turn them into anonymous constants.
+    export would turn them into anonymous constants. timm's fused attention is switched to its plain form: the
+    exporter refuses it on five-dimensional operands (hiera, nest) and takes views of it that do not exist (maxvit).
     """
     fresh = copy.deepcopy(module).eval()
     for part in fresh.modules():
+        if getattr(part, "fused_attn", False) is True:
+            part.fused_attn = False
         for value in vars(part).values():
             own = value is not part._parameters and value is not part._buffers
             if isinstance(value, dict) and own and all(isinstance(item, torch.Tensor) for item in value.values()):

@@ -132,8 +132,11 @@ def _set_operand(model: ir.Model, node: ir.Node, index: int, array: npt.NDArray[
         const_value=ir.tensor(array, name=name),
     )
     model.graph.register_initializer(value)
-    if node.op_type == "Reshape" and "allowzero" in node.attributes:
-        node.attributes.pop("allowzero")
+    # Explicit sizes replace what only made sense with the old ones.
+    for implied in ("allowzero", "num_outputs"):
+        node.attributes.pop(implied, None)
+    if len(node.inputs) <= index:
+        node.resize_inputs(index + 1)
     node.replace_input_with(index, value)
 
 
@@ -147,10 +150,16 @@ def _scale_output(model: ir.Model, node: ir.Node, factor: float) -> None:
         const_value=ir.tensor(array, name=f"{node.name}_kept"),
     )
     model.graph.register_initializer(scale)
+    readers = list(out.uses())
     product = ir.node("Mul", inputs=[out, scale], name=f"{node.name}_rescale")
-    for use in list(out.uses()):
-        use.node.replace_input_with(use.idx, product.outputs[0])
-    product.outputs[0].name = f"{out.name}_rescaled"
+    (scaled,) = product.outputs
+    scaled.name, scaled.type = f"{out.name}_rescaled", out.type
+    for use in readers:
+        use.node.replace_input_with(use.idx, scaled)
+    for index, value in enumerate(model.graph.outputs):
+        if value is out:
+            out.name, scaled.name, scaled.shape = f"{out.name}_unscaled", out.name, out.shape
+            model.graph.outputs[index] = scaled
     model.graph.insert_after(node, product)
 
 

@@ -399,10 +399,7 @@ def split(reading: Reading, node: ir.Node) -> None:
     along = attribute(node, "axis", 0) % len(axes)
     sizes = [shape_of(value)[along] for value in node.outputs]
     parts = reading.table.split_sum(axes[along], sizes)
-    if len(node.inputs) > 1 and node.inputs[1] is not None:
-        resize_operand(reading, node, 1, parts)
-    elif any(reading.table.pin_reason(leaf) is None for leaf in reading.table.leaves(axes[along])):
-        raise StructureMismatch("its sizes are implicit")
+    resize_operand(reading, node, 1, parts)
     for value, part in zip(node.outputs, parts, strict=True):
         out = list(axes)
         out[along] = part
@@ -566,7 +563,7 @@ CARRIES = frozenset(
     "DepthToSpace SpaceToDepth MaxPool AveragePool GlobalAveragePool GlobalMaxPool LpPool ReduceMean ReduceSum "
     "ReduceMax ReduceMin ReduceL1 ReduceL2 ReduceSumSquare CumSum".split()
 )
-PRODUCTS = frozenset("Mul MatMul Conv ConvTranspose Gemm Einsum BatchNormalization InstanceNormalization And".split())
+PRODUCTS = frozenset("Mul And Div Pow MatMul Gemm Conv ConvTranspose Einsum BatchNormalization InstanceNormalization".split())
 SUMS = frozenset("Add Sub Sum Mean Max Min Or".split())
 
 
@@ -577,14 +574,18 @@ def zero_operands(node: ir.Node) -> tuple[str, list[int]]:
     "all": only where it is zero in all of them; "none": not even then.
     """
     count = len(node.inputs)
-    if node.op_type in ZERO_AT_ZERO or node.op_type in CARRIES:
+    if node.op_type == "Pad" and not _padding_keeps_zero(node):
+        return "none", []
+    if node.op_type in ZERO_AT_ZERO or node.op_type in CARRIES or node.op_type == "Div":
         return "any", [0]
     if node.op_type == "Clip":
         return ("any", [0]) if _clip_keeps_zero(node) else ("none", [])
-    if node.op_type in ("Div", "Pow"):
-        return "any", [0]
+    if node.op_type == "Pow":
+        return ("any", [0]) if _is_positive(node.inputs[1]) else ("none", [])
+    if node.op_type == "BatchNormalization":
+        return "any", [1]
     if node.op_type in PRODUCTS:
-        return "any", [0, 1]
+        return "any", list(range(count)) if node.op_type == "Einsum" else [0, 1]
     if node.op_type in SUMS or node.op_type == "Concat":
         return "all", list(range(count))
     if node.op_type == "Where":
@@ -597,6 +598,54 @@ def added_operands(node: ir.Node) -> list[int]:
     if node.op_type in ("Conv", "ConvTranspose", "Gemm", "BatchNormalization", "InstanceNormalization"):
         return [2] if len(node.inputs) > 2 and node.inputs[2] is not None else []
     return []
+
+
+def carried_axes(reading: Reading, node: ir.Node, index: int) -> Axes:
+    """Return the axes of operand `index` of a product that reappear in its result; the others are summed over."""
+    axes = operand_axes(reading, node, index)
+    if node.op_type == "MatMul":
+        return axes[:-1] if index == 0 else (*axes[:-2], *axes[-1:]) if len(axes) > 1 else ()
+    if node.op_type == "Gemm" and index < 2:
+        transposed = attribute(node, "transA" if index == 0 else "transB", 0)
+        return (axes[index] if not transposed else axes[1 - index],)
+    if node.op_type == "Einsum":
+        terms, arrow, result = text(node, "equation", "").replace(" ", "").partition("->")
+        if not arrow or "." in terms:
+            return ()
+        return tuple(axis for letter, axis in zip(terms.split(",")[index], axes, strict=True) if letter in result)
+    if node.op_type in ("Conv", "ConvTranspose") and index < 2:
+        transposed = node.op_type == "ConvTranspose"
+        # The channels of the data and the rows of a transposed kernel reappear as their group, all else is summed.
+        own = axes[:1] if index == 0 else axes[1:2] if transposed else axes[:1]
+        groups = attribute(node, "group", 1)
+        if groups > 1 and (index == 0 or transposed):
+            channels = axes[1] if index == 0 else axes[0]
+            own += tuple(reading.table.split_product(channels, [groups, reading.table.size(channels) // groups])[:1])
+        return own
+    return axes
+
+
+def undefined_at_zero(node: ir.Node) -> list[int]:
+    """Return the operands that must not be zero: there the result would be infinite or no number."""
+    if node.op_type in ("Div", "Mod"):
+        return [1]
+    if node.op_type in ("Reciprocal", "Log"):
+        return [0]
+    return [0] if node.op_type == "Pow" and not _is_positive(node.inputs[1]) else []
+
+
+def _is_positive(value: ir.Value | None) -> bool:
+    return value is not None and value.const_value is not None and bool(np.all(value.const_value.numpy() > 0))
+
+
+def _padding_keeps_zero(node: ir.Node) -> bool:
+    """Padding with a negative number is as good as zero where only maxima are taken of it."""
+    value = node.inputs[2] if len(node.inputs) > 2 else None
+    number: float | None = node.attributes["value"].as_float() if "value" in node.attributes else 0.0
+    if value is not None:
+        number = float(value.const_value.numpy()) if value.const_value is not None else None
+    only_maxima = all(use.node.op_type == "MaxPool" for use in node.outputs[0].uses())
+    return number == 0 or (number is not None and number < 0 and only_maxima)
 
 
 def _clip_keeps_zero(node: ir.Node) -> bool:
