@@ -27,6 +27,7 @@ from onnxscript.rewriter.rules.common import (
 from torch import nn
 
 from mm_edge.errors import ExportError, ModelError
+from mm_edge.fold import fold_weight_arithmetic_
 
 FOLDING_ROUNDS = 4
 FOLDED_BYTES = 1 << 24
@@ -42,12 +43,20 @@ class RawGraph:
         parameters: names of the initialisers that a mask may zero.
         buffers: names of the other floating-point state (BatchNorm statistics).
         unused: parameters of the module that its forward pass never reads.
+        folded: parameters whose initialiser holds what the network computes from them (see fold.py): read for
+            structure and scores, never masked nor swapped.
     """
 
     model: ir.Model
     parameters: frozenset[str]
     buffers: frozenset[str]
     unused: tuple[str, ...] = ()
+    folded: frozenset[str] = frozenset()
+
+    @property
+    def weights(self) -> frozenset[str]:
+        """Names of the initialisers that are weights: parameters, and what is computed from parameters alone."""
+        return self.parameters | self.folded
 
 
 def export_raw(module: nn.Module, example_input: torch.Tensor) -> RawGraph:
@@ -71,7 +80,7 @@ def export_raw(module: nn.Module, example_input: torch.Tensor) -> RawGraph:
             f"the export lost {len(lost)} of the network's parameters ({', '.join(lost[:3])}); "
             "its forward pass computes with cached copies of them: clear its caches or give an .onnx file"
         )
-    return RawGraph(model, frozenset(state & present), frozenset(buffers & present), tuple(absent))
+    return _raw(model, state & present, buffers & present, tuple(absent))
 
 
 def raw_from_onnx(path: Path) -> RawGraph:
@@ -104,7 +113,13 @@ def raw_from_onnx(path: Path) -> RawGraph:
     }
     fold_constants(model, keep=floats)
     present = set(model.graph.initializers)
-    return RawGraph(model, frozenset((floats - statistics) & present), frozenset(statistics & present))
+    return _raw(model, (floats - statistics) & present, statistics & present, ())
+
+
+def _raw(model: ir.Model, parameters: set[str], buffers: set[str], unused: tuple[str, ...]) -> RawGraph:
+    folded = fold_weight_arithmetic_(model, parameters)
+    present = frozenset(model.graph.initializers)
+    return RawGraph(model, (parameters & present) - folded, frozenset(buffers) & present, unused, folded)
 
 
 def fold_constants(model: ir.Model, keep: Iterable[str]) -> None:
@@ -122,7 +137,7 @@ def fold_constants(model: ir.Model, keep: Iterable[str]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for _ in range(FOLDING_ROUNDS):
-            ir_passes.ShapeInferencePass()(model)
+            infer_shapes(model)
             onnxscript.optimizer.fold_constants(
                 model, should_fold=should_fold, input_size_limit=FOLDED_BYTES, output_size_limit=FOLDED_BYTES
             )
@@ -131,12 +146,29 @@ def fold_constants(model: ir.Model, keep: Iterable[str]) -> None:
             for value in model.graph.initializers.values():
                 if value.const_value is not None:
                     value.shape = ir.Shape(value.const_value.shape.numpy())
-            ir_passes.ShapeInferencePass()(model)
+            infer_shapes(model)
             if _all_static(model):
                 break
     _split_shared_constants(model, names)
     for position, node in enumerate(model.graph):
         node.name = f"{node.op_type}_{position}"
+
+
+def infer_shapes(model: ir.Model) -> None:
+    """Infer shapes in place. ONNX's inference stops at GroupNormalization, whose result has its operand's shape."""
+    ir_passes.ShapeInferencePass()(model)
+    while True:
+        stopped = [
+            (node.inputs[0], node.outputs[0])
+            for node in model.graph
+            if node.op_type == "GroupNormalization" and node.outputs[0].shape is None
+        ]
+        known = [(operand, out) for operand, out in stopped if operand is not None and operand.shape is not None]
+        for operand, out in known:
+            out.shape, out.type = operand.shape, operand.type
+        if not known:
+            return
+        ir_passes.ShapeInferencePass()(model)
 
 
 def _all_static(model: ir.Model) -> bool:

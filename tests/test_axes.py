@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -24,7 +25,7 @@ def random_keep(table: AxisTable, axes: list[Axis], seed: int) -> dict[Axis, np.
 
 def partition(cuts: list[int]) -> list[int]:
     edges = [0, *sorted(cuts), SIZE]
-    return [b - a for a, b in zip(edges, edges[1:], strict=False)]
+    return [b - a for a, b in itertools.pairwise(edges)]
 
 
 views = st.one_of(

@@ -65,7 +65,7 @@ def masked_model(raw: RawGraph, masks: Mapping[str, AxisMask], tensors: Tensors 
     """Return the dense-shaped graph with `tensors` swapped in by name and `masks` applied: the reference of parity."""
     model = raw.model.clone()
     for name, value in model.graph.initializers.items():
-        swapped = (tensors or {}).get(name)
+        swapped = None if name in raw.folded else (tensors or {}).get(name)
         if swapped is None and name not in masks:
             continue
         assert value.const_value is not None
@@ -85,7 +85,7 @@ def materialise(raw: RawGraph, structure: Structure, keep: Keep, tensors: Tensor
             raise JobError(f"group {group.id} would lose all of its {group.size} indices")
     model = raw.model.clone()
     for name, value in model.graph.initializers.items():
-        _slice_initializer(name, value, structure, keep, tensors or {})
+        _slice_initializer(name, value, structure, keep, {} if name in raw.folded else tensors or {})
     nodes = {node.name: node for node in model.graph}
     for edit in structure.edits:
         _apply_edit(model, nodes[edit.node], edit, structure, keep)

@@ -8,6 +8,7 @@ for every value the set of leaves at whose removed indices it is exactly zero, a
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -18,8 +19,17 @@ import onnx_ir as ir
 from mm_edge.errors import UsageError
 from mm_edge.export import RawGraph
 from mm_edge.graph.axes import Axis, AxisTable, BoolArray, IndexArray
-from mm_edge.graph.reading import AttributeEdit, Axes, Edit, MeanEdit, OperandEdit, Reading, Work
-from mm_edge.graph.rules import added_operands, apply_rule, operand_names, zero_operands
+from mm_edge.graph.reading import AttributeEdit, Axes, Edit, MeanEdit, OperandEdit, Reading, Work, is_static
+from mm_edge.graph.rules import (
+    PRODUCTS,
+    SUMS,
+    added_operands,
+    apply_rule,
+    carried_axes,
+    operand_names,
+    undefined_at_zero,
+    zero_operands,
+)
 
 
 @dataclass(frozen=True)
@@ -110,7 +120,8 @@ def read_structure(raw: RawGraph, keep: Sequence[str] = ()) -> Structure:
     for node in graph:
         apply_rule(reading, node)
     for value in graph.outputs:
-        reading.pin(reading.axes_of(value), "output of the model")
+        if value.name in reading.axes or is_static(value):
+            reading.pin(reading.axes_of(value), "output of the model")
     _pin_kept(reading, keep)
     pin_inexact(reading)
     return _collect(reading)
@@ -131,8 +142,17 @@ def _pin_kept(reading: Reading, patterns: Sequence[str]) -> None:
 
 
 def pin_inexact(reading: Reading) -> None:
-    """Pin every leaf that some sum runs over without a zero at its removed indices (E8)."""
+    """Pin every leaf that some sum runs over without a zero at its removed indices (E8).
+
+    So does every leaf at whose removed indices the masked model would divide by zero: no number is exact there.
+    """
     zeros = _zero_sets(reading)
+    for node in reading.raw.model.graph:
+        for name in operand_names(node, *undefined_at_zero(node)):
+            for leaf in sorted(zeros.get(name, frozenset())):
+                reading.table.pin(
+                    leaf, f"{node.op_type} ({node.name}) of removed indices, which are zero, is undefined"
+                )
     means = {(edit.node, axis) for edit in reading.edits if isinstance(edit, MeanEdit) for axis in edit.axes}
     for item in reading.contractions:
         safe: set[Axis] = set()
@@ -154,7 +174,7 @@ def _zero_sets(reading: Reading) -> dict[str, frozenset[Axis]]:
         is_zero = name in reading.raw.parameters or _all_zero(value)
         zeros[name] = leaves.get(name, frozenset()) if is_zero else frozenset()
     for node in reading.raw.model.graph:
-        result = _zeros_through(node, zeros, leaves)
+        result = _zeros_through(reading, node, zeros, leaves)
         for out in node.outputs:
             assert out.name is not None
             zeros[out.name] = result & leaves.get(out.name, frozenset())
@@ -166,13 +186,18 @@ def _all_zero(value: ir.Value) -> bool:
 
 
 def _zeros_through(
-    node: ir.Node, zeros: dict[str, frozenset[Axis]], leaves: dict[str, frozenset[Axis]]
+    reading: Reading, node: ir.Node, zeros: dict[str, frozenset[Axis]], leaves: dict[str, frozenset[Axis]]
 ) -> frozenset[Axis]:
     how, indices = zero_operands(node)
     names = operand_names(node, *indices)
     if how == "none" or not names:
         return frozenset()
-    if how == "any":
+    if how == "any" and node.op_type in PRODUCTS:
+        result = frozenset[Axis]()
+        for index, name in zip(indices, names, strict=True):
+            carried = carried_axes(reading, node, index)
+            result |= zeros.get(name, frozenset()) & {leaf for axis in carried for leaf in reading.table.leaves(axis)}
+    elif how == "any":
         result = frozenset[Axis]().union(*(zeros.get(name, frozenset()) for name in names))
     elif node.op_type == "Concat":
         unsafe = frozenset[Axis]().union(
@@ -183,7 +208,30 @@ def _zeros_through(
         result = frozenset.intersection(*(zeros.get(name, frozenset()) for name in names))
     for name in operand_names(node, *added_operands(node)):
         result &= zeros.get(name, frozenset())
-    return result
+    return result - _crossed(reading, node, zeros)
+
+
+def _crossed(reading: Reading, node: ir.Node, zeros: dict[str, frozenset[Axis]]) -> frozenset[Axis]:
+    """Return the leaves that several axes of the result hold and that not every operand has zeros at.
+
+    In an outer product or sum of x with itself a zero in one row says nothing of the columns.
+    """
+    out = node.outputs[0]
+    if out.name is None or node.op_type not in PRODUCTS | SUMS:
+        return frozenset()
+    held = _axes_holding(reading, out.name)
+    repeated = {leaf for leaf, count in held.items() if count > 1}
+    crossed = set()
+    for name in operand_names(node, *range(len(node.inputs))) if repeated else ():
+        own = _axes_holding(reading, name)
+        for leaf in repeated & own.keys():
+            if leaf not in zeros.get(name, frozenset()) or (node.op_type in SUMS and own[leaf] < held[leaf]):
+                crossed.add(leaf)
+    return frozenset(crossed)
+
+
+def _axes_holding(reading: Reading, name: str) -> Counter[Axis]:
+    return Counter(leaf for axis in reading.axes.get(name, ()) for leaf in set(reading.table.leaves(axis)))
 
 
 def _collect(reading: Reading) -> Structure:
@@ -215,7 +263,7 @@ def _collect(reading: Reading) -> Structure:
 def _by_first_use(reading: Reading, tensors: dict[str, Axes]) -> list[str]:
     """Return the parameters in graph order, matrices and kernels first: they name the groups they produce."""
     order = [value.name for node in reading.raw.model.graph for value in node.inputs if value is not None]
-    known = [name for name in dict.fromkeys(order) if name in tensors and name in reading.raw.parameters]
+    known = [name for name in dict.fromkeys(order) if name in tensors and name in reading.raw.weights]
     return [name for name in known if len(tensors[name]) > 1] + [name for name in known if len(tensors[name]) < 2]
 
 

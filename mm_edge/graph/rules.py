@@ -563,7 +563,9 @@ CARRIES = frozenset(
     "DepthToSpace SpaceToDepth MaxPool AveragePool GlobalAveragePool GlobalMaxPool LpPool ReduceMean ReduceSum "
     "ReduceMax ReduceMin ReduceL1 ReduceL2 ReduceSumSquare CumSum".split()
 )
-PRODUCTS = frozenset("Mul And Div Pow MatMul Gemm Conv ConvTranspose Einsum BatchNormalization InstanceNormalization".split())
+PRODUCTS = frozenset(
+    "Mul And Div Pow MatMul Gemm Conv ConvTranspose Einsum BatchNormalization InstanceNormalization".split()
+)
 SUMS = frozenset("Add Sub Sum Mean Max Min Or".split())
 
 
