@@ -16,7 +16,7 @@ def describe_model(model: LoadedModel, keep: tuple[str, ...]) -> dict[str, Any]:
     """Return the document `inspect --json` prints."""
     raw = read_raw(model)
     structure = read_structure(raw, keep)
-    layers = tuple(layer for layer in read_layers(raw) if layer.fqn in raw.parameters)
+    layers = tuple(layer for layer in read_layers(raw) if layer.fqn in raw.weights)
     ranges = apply_constraints(layers, rule_ranges(layers, model.family), structured=True)
     return {
         "model": {**to_json(model.info), "macs": round(structure.macs())},

@@ -248,7 +248,7 @@ def _weight_origins(
     """
     origins: dict[ir.Value, str] = {}
     initializers = raw.model.graph.initializers
-    for name in raw.parameters:
+    for name in raw.weights:
         learned.add(initializers[name])
         if len(initializers[name].shape or ()) >= 2:
             origins[initializers[name]] = name

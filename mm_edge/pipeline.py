@@ -60,13 +60,14 @@ from mm_edge.scores import GRASP_IMAGES, Scores, gradients, hessian_gradient_pro
 from mm_edge.select import choose, mark_pareto
 from mm_edge.store import RunStore, hash_file, write_atomically
 from mm_edge.strategies import STRATEGIES, assign
-from mm_edge.target import Target
+from mm_edge.target import Target, matches_this_machine
 
 # E2 asks for 5-10 % of the training data; beyond this many images the gradient's ranking no longer moves.
 GRADIENT_IMAGES = 1024
 RECOVERY_IMAGES = 128
 PARITY_IMAGES = 8
 BATCH = 32
+SAMPLES_FOLDER = "samples"
 
 Array = npt.NDArray[np.float32]
 
@@ -128,7 +129,7 @@ def prune_export(job: Job) -> Report:
     with job.stages.stage("export"):
         raw = read_raw(job.model)
         structure = read_structure(raw, job.request.keep)
-        layers = tuple(layer for layer in read_layers(raw) if layer.fqn in raw.parameters)
+        layers = tuple(layer for layer in read_layers(raw) if layer.fqn in raw.weights)
     if not structure.groups and "structured" in job.request.kinds:
         warnings.append("no group of this network can lose channels; see 'mm-edge inspect' for the reasons")
     scores, bounds, notes = _score(job, raw, layers)
@@ -364,7 +365,7 @@ def _measure(
         for index, candidate in enumerate(candidates):
             assert candidate.artifact is not None
             artifact = job.folder / candidate.artifact
-            samples = job.folder / "samples" / f"{artifact.stem}.json"
+            samples = job.folder / SAMPLES_FOLDER / f"{artifact.stem}.json"
             timing = measure_pair(
                 dense_file,
                 artifact,
@@ -470,9 +471,12 @@ def _test_accuracy(job: Job, bench: Workbench, rows: tuple[Candidate, ...], chos
 
 
 def _how_to_measure(target: Target) -> str:
+    if matches_this_machine(target):
+        return "latency is not measured: --no-bench was given; run the same command without it to measure"
     return (
-        f"latency is not measured: this machine is not {target.name} and no device was given; copy dense.onnx and "
-        f"the artifacts to one and run 'mm-edge bench dense.onnx ARTIFACT.onnx --target {target.name}' there"
+        f"latency is not measured: this machine is not {target.name} and no device was given; give --host USER@HOST, "
+        f"or copy dense.onnx and the artifacts to one and run there: "
+        f"mm-edge bench dense.onnx ARTIFACT.onnx --target {target.name}"
     )
 
 
@@ -492,6 +496,3 @@ def check_request(request: Request, data: DataSplits | None, measured: bool) -> 
         raise UsageError("--max-drop needs accuracy, and there are no validation images; give --data PATH")
     if limits.latency_ms is not None and not measured:
         raise UsageError("--latency needs a measurement, and nothing is measured here; give --target host or a device")
-    for fraction in request.macs:
-        if not 0 < fraction < 1:
-            raise UsageError(f"--macs {fraction:g} is not a fraction of the dense MACs; give values between 0 and 1")

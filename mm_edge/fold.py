@@ -1,0 +1,166 @@
+"""Weight standardisation and other arithmetic on weights alone, folded into the raw graph before masks are made.
+
+A network may compute the weights it uses: standardised kernels (w - mean(w)) / std(w), position biases out of a small
+multi-layer perceptron. Statistics over a weight change with every index it loses, so that pruning it would change what
+is left. Folding makes the computed weight a constant, and masks come after it.
+
+A weights-only value is *mixed* once it passed an operator that combines several elements of a weight; from there on it
+is folded, as far as no other parameter joins: the gain of a scaled convolution stays a parameter of its own, to
+be zeroed with the rows it scales. A folded value of one parameter takes that parameter's name, and its shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import onnx_ir as ir
+import onnx_ir.passes.common as ir_passes
+import onnxruntime
+
+MIXING = frozenset(
+    "ReduceMean ReduceSum ReduceMax ReduceMin ReduceL1 ReduceL2 ReduceSumSquare ReduceLogSumExp ReduceProd CumSum "
+    "MatMul Gemm Conv ConvTranspose Einsum Softmax LogSoftmax LayerNormalization InstanceNormalization "
+    "BatchNormalization LpNormalization GroupNormalization RMSNormalization".split()
+)
+
+Names = frozenset[str]
+
+
+def fold_weight_arithmetic_(model: ir.Model, parameters: Iterable[str]) -> Names:
+    """Fold, in place, what is computed by mixing elements of weights.
+
+    Returns the parameters whose names now hold the results. Others that took part are gone from the graph.
+    """
+    names = frozenset(parameters)
+    _split_normalisations_(model, names)
+    roots = _roots(model, names)
+    if not roots:
+        return frozenset()
+    arrays = _compute(model, [value.name or "" for value, _ in roots])
+    for (value, _), array in zip(roots, arrays, strict=True):
+        value.replace_all_uses_with(_add_constant_(model, f"{value.name}/folded", array))
+    ir_passes.RemoveUnusedNodesPass()(model)
+    folded: set[str] = set()
+    for (value, sources), array in zip(roots, arrays, strict=True):
+        if len(sources) == 1:
+            folded |= _take_name_(model, f"{value.name}/folded", array, *sources)
+    return frozenset(folded)
+
+
+def _weights_only(model: ir.Model, parameters: Names) -> dict[ir.Value, Names]:
+    """Return, per value computed without activations, the parameters it is computed from."""
+    sources = {
+        value: frozenset([name]) & parameters
+        for name, value in model.graph.initializers.items()
+        if value.name is not None
+    }
+    for node in model.graph:
+        inputs = [value for value in node.inputs if value is not None]
+        if inputs and all(value in sources for value in inputs):
+            joined = frozenset[str]().union(*(sources[value] for value in inputs))
+            sources.update(dict.fromkeys(node.outputs, joined))
+    return sources
+
+
+def _roots(model: ir.Model, parameters: Names) -> list[tuple[ir.Value, Names]]:
+    """Return the last values of every mixed computation that one set of parameters feeds, and that set."""
+    sources = _weights_only(model, parameters)
+    mixed: dict[ir.Value, Names] = {}
+    for node in model.graph:
+        if node.outputs[0] not in sources or not sources[node.outputs[0]]:
+            continue
+        inherited = frozenset[str]().union(
+            *(mixed.get(value, frozenset()) for value in node.inputs if value is not None)
+        )
+        whole = sources[node.outputs[0]] if node.op_type in MIXING else inherited
+        mixed.update(dict.fromkeys(node.outputs, whole))
+    whole_values = {value for value, names in mixed.items() if names and sources[value] <= names}
+    outputs = set(model.graph.outputs)
+    return [
+        (value, sources[value])
+        for value in mixed
+        if value in whole_values
+        and (value in outputs or any(use.node.outputs[0] not in whole_values for use in value.uses()))
+    ]
+
+
+def _compute(model: ir.Model, names: list[str]) -> list[np.ndarray]:
+    """Run the weights-only part of the graph once."""
+    part = model.clone()
+    values = {value.name: value for node in part.graph for value in node.outputs}
+    part.graph.outputs.clear()
+    part.graph.outputs.extend(values[name] for name in names)
+    ir_passes.RemoveUnusedNodesPass()(part)
+    part.graph.inputs.clear()
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(
+        ir.to_proto(part).SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    return [np.asarray(array) for array in session.run(names, {})]
+
+
+def _split_normalisations_(model: ir.Model, parameters: Names) -> None:
+    """Write a BatchNormalization of a weight by its own statistics as one without gain, times gain, plus shift."""
+    sources = _weights_only(model, parameters)
+    for node in list(model.graph):
+        if node.op_type != "BatchNormalization" or not sources.get(node.outputs[0]):
+            continue
+        data, gain, shift = node.inputs[0], node.inputs[1], node.inputs[2]
+        assert data is not None and gain is not None and shift is not None and data.shape is not None
+        if not (sources[gain] | sources[shift]) - sources[data]:
+            continue
+        channels = data.shape[1]
+        assert isinstance(channels, int)
+        column = [channels] + [1] * (len(data.shape) - 2)
+        ones = _add_constant_(model, f"{node.name}/ones", np.ones(channels, np.float32))
+        zeros = _add_constant_(model, f"{node.name}/zeros", np.zeros(channels, np.float32))
+        shape = _add_constant_(model, f"{node.name}/column", np.array(column, np.int64))
+        node.replace_input_with(1, ones)
+        node.replace_input_with(2, zeros)
+        out = node.outputs[0]
+        users = list(out.uses())
+        steps = [ir.node("Reshape", [gain, shape]), ir.node("Reshape", [shift, shape])]
+        steps.append(ir.node("Mul", [out, steps[0].outputs[0]]))
+        steps.append(ir.node("Add", [steps[2].outputs[0], steps[1].outputs[0]]))
+        for position, step in enumerate(steps):
+            step.name = f"{node.name}/affine{position}"
+            step.outputs[0].name = f"{node.name}/affine{position}_out"
+            step.outputs[0].type = out.type
+            step.outputs[0].shape = ir.Shape(column) if position < 2 else out.shape
+        for use in users:
+            use.node.replace_input_with(use.idx, steps[3].outputs[0])
+        model.graph.insert_after(node, steps)
+
+
+def _take_name_(model: ir.Model, constant: str, array: np.ndarray, parameter: str) -> Names:
+    """Store a folded constant under its parameter's name and shape, where it has as many elements."""
+    initializers = model.graph.initializers
+    if constant not in initializers:
+        return frozenset()
+    old = initializers.get(parameter)
+    if old is not None and list(old.uses()):
+        return frozenset()
+    if old is None or old.const_value is None or old.const_value.size != array.size:
+        return frozenset()
+    value = initializers.pop(constant)
+    initializers.pop(parameter)
+    whole = _add_constant_(model, parameter, array.reshape(old.const_value.shape.numpy()))
+    if array.shape == whole.shape:
+        value.replace_all_uses_with(whole)
+        return frozenset([parameter])
+    target = _add_constant_(model, f"{parameter}/shape", np.array(array.shape, np.int64))
+    view = ir.node("Reshape", [whole, target], name=f"{parameter}/view")
+    view.outputs[0].name, view.outputs[0].type, view.outputs[0].shape = f"{parameter}/viewed", value.type, value.shape
+    first = next(node for node in model.graph if value in node.inputs)
+    model.graph.insert_before(first, view)
+    value.replace_all_uses_with(view.outputs[0])
+    return frozenset([parameter])
+
+
+def _add_constant_(model: ir.Model, name: str, array: np.ndarray) -> ir.Value:
+    tensor = ir.tensor(np.ascontiguousarray(array), name=name)
+    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    model.graph.register_initializer(value)
+    return value
