@@ -13,6 +13,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from mm_edge.bench import qemu
+from mm_edge.bench.connect import missing, open_transport
+from mm_edge.bench.host import describe
 from mm_edge.bench.session import (
     MINIMUM_PAIRS,
     Footprint,
@@ -21,6 +24,7 @@ from mm_edge.bench.session import (
     measure_footprint,
     measure_null,
     measure_pair,
+    read_info,
 )
 from mm_edge.bench.transport import LocalTransport, Transport
 from mm_edge.errors import BenchError, TargetError, UsageError
@@ -41,28 +45,12 @@ from mm_edge.target import (
 BENCH_SCHEMA_VERSION = 1
 
 
-def open_transport(target: Target, host: str | None) -> Transport:
-    """Return the way to the device: `host` through ssh when given, else this machine when it is the target.
-
-    Raises:
-        TargetError: the target is not this machine and no host was given.
-    """
-    if host is not None:
-        raise UsageError("--host is not available yet; measure on the device itself with --target host")
-    if not matches_this_machine(target):
-        raise TargetError(
-            f"this machine is not a {target.name}: its latency cannot be measured here; "
-            "run 'mm-edge bench' on the device, or give --target host"
-        )
-    return LocalTransport()
-
-
 @click.command("bench")
 @click.argument(
     "models", metavar="MODEL.onnx [MORE.onnx ...]", nargs=-1, required=True, type=click.Path(path_type=Path)
 )
 @click.option("--target", "target_name", default="host", show_default=True, help="Profile: threads, provider, options.")
-@click.option("--host", metavar="USER@HOST", help="Measure on this device.")
+@click.option("--host", metavar="USER@HOST", help="Measure on this device, through ssh; 'qemu' emulates.")
 @click.option("--pairs", default=MINIMUM_PAIRS, show_default=True, type=click.IntRange(20, 100_000))
 @click.option("--samples", type=click.Path(path_type=Path, file_okay=False), help="Keep raw samples in this folder.")
 @click.option(
@@ -75,8 +63,10 @@ def bench(
     for model in models:
         if not model.is_file():
             raise UsageError(f"model '{model}' does not exist")
-    target = resolve_host(load_target(target_name))
-    with open_transport(target, host) as transport:
+    profile = load_target(target_name)
+    with open_transport(profile, host, _tell) as transport:
+        info = read_info(transport)
+        target = resolve_host(profile, info["isa"], info["flags"])
         document = _measure_all(models, target, transport, pairs, samples)
     if as_json:
         click.echo(json.dumps(to_json(document), indent=2))
@@ -263,18 +253,19 @@ def _facts(target: Target) -> Iterable[tuple[str, str]]:
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
 def check_command(name: str, host: str | None, as_json: bool) -> None:
     """Report what the machine is and whether profile NAME describes it; exit 1 if it does not."""
-    if host is not None:
-        raise UsageError("--host is not available yet; run 'mm-edge targets check' on the device itself")
-    target = resolve_host(load_target(name))
-    with LocalTransport() as transport:
-        record = environment(target, transport)
-    problems = mismatches(target, record)
+    profile = load_target(name)
+    with LocalTransport() if host is None else open_transport(profile, host, _tell) as transport:
+        info = read_info(transport)
+        device = transport.name
+    target = resolve_host(profile, info["isa"], info["flags"])
+    record = describe(info, target, device)
+    problems = [*missing(info), *mismatches(target, info)]
     if as_json:
         click.echo(json.dumps({"target": target.name, "environment": to_json(record), "problems": problems}, indent=2))
     else:
         _print_machine(record)
     if problems:
-        raise BenchError(f"{target.name} does not describe {record['host']}: {'; '.join(problems)}")
+        raise BenchError(f"{target.name} does not describe {device}: {'; '.join(problems)}")
 
 
 def _print_machine(record: dict[str, Any]) -> None:
@@ -301,6 +292,17 @@ def _print_machine(record: dict[str, Any]) -> None:
         console.print(f"  {key}: {escape(text) if value not in (None, []) else 'not reported'}")
     for doubt in record["doubts"]:
         console.print(f"  [yellow]doubt[/yellow]: {escape(doubt)}")
+
+
+@targets.command("setup")
+@click.argument("what", type=click.Choice(["arm64-qemu"]))
+def setup_command(what: str) -> None:
+    """Build the arm64 emulator in your cache, without root: arm64 Debian packages and wheels, run by qemu-user."""
+    click.echo(f"{what} is ready in {qemu.setup(_tell)}: use it with '--host qemu' and any arm64 target")
+
+
+def _tell(line: str) -> None:
+    click.echo(line, err=True)
 
 
 @targets.command("new")

@@ -13,6 +13,7 @@ A profile is one TOML file. The packaged ones live in `mm_edge/targets/`; a user
     threads = "auto"                      # or a number; auto is one per physical core, four at most
     affinity = []                         # core numbers, empty for any
     provider = "CPUExecutionProvider"
+    python = ["python3"]                  # the command that starts Python there, for ssh
     transport = "local"                   # default way to reach it: local, ssh, qemu, or none (artifacts only)
     [session_options]                     # ONNX Runtime configuration entries, all strings
     [multiples.conv]                      # one table for each of OP_CLASSES: channel multiple per data type
@@ -67,6 +68,7 @@ class Target:
     threads: int | str = "auto"
     affinity: tuple[int, ...] = ()
     provider: str = "CPUExecutionProvider"
+    python: tuple[str, ...] = ("python3",)
     transport: str = "local"
     session_options: dict[str, str] = field(default_factory=dict)
     memory_bytes: int | None = None
@@ -141,10 +143,9 @@ def resolve_host(target: Target, isa: str | None = None, flags: Iterable[str] | 
         return target
     isa = isa or worker.isa()
     have = set(_machine_flags() if flags is None else flags)
-    fitting = [p for p in _generic_profiles() if p.isa == isa and have.issuperset(p.features)]
-    if not fitting:
+    best = _most_specific(isa, have)
+    if best is None:
         return dataclasses.replace(target, isa=isa)
-    best = max(fitting, key=lambda profile: len(profile.features))
     return dataclasses.replace(
         target,
         isa=isa,
@@ -153,6 +154,25 @@ def resolve_host(target: Target, isa: str | None = None, flags: Iterable[str] | 
         multiples=best.multiples,
         sources={**best.sources, "profile": f"channel multiples of {best.name}, chosen by this machine's ISA flags"},
     )
+
+
+def unfit_multiples(target: Target, isa: str, flags: Iterable[str]) -> list[str]:
+    """Return a sentence for each multiple of `target` that leaves part of a CPU with these `flags` unused."""
+    best = _most_specific(isa, set(flags)) if target.provider == Target.provider else None
+    if best is None:
+        return []
+    return [
+        f"{op_class} {data_type} channels in multiples of {target.multiple(op_class, data_type)} do not fill "
+        f"this CPU's {best.multiple(op_class, data_type)} (profile {best.name})"
+        for op_class in OP_CLASSES
+        for data_type in REQUIRED_DATA_TYPES
+        if target.multiple(op_class, data_type) % best.multiple(op_class, data_type)
+    ]
+
+
+def _most_specific(isa: str, flags: set[str]) -> Target | None:
+    fitting = [p for p in _generic_profiles() if p.isa == isa and flags.issuperset(p.features)]
+    return max(fitting, key=lambda profile: len(profile.features), default=None)
 
 
 def matches_this_machine(target: Target) -> bool:
@@ -247,6 +267,7 @@ class _Parser:
             threads=self._threads(),
             affinity=self._affinity(),
             provider=self._string("provider", Target.provider),
+            python=self._strings("python", default=Target.python),
             transport=self._choice("transport", TRANSPORTS, Target.transport),
             session_options=self._table("session_options", None, str),
             memory_bytes=budget.get("memory_bytes"),
@@ -261,6 +282,8 @@ class _Parser:
         for claim in SOURCED_CLAIMS:
             if not target.sources.get(claim, "").strip():
                 raise self._error("sources", f"sources.{claim} is missing: say where the claim comes from")
+        if not target.python:
+            raise self._error("python", "python is empty: name the command that starts Python there")
         for pattern in target.n_m:
             if not re.fullmatch(r"[1-9]\d*:[1-9]\d*", pattern) or not _is_n_of_m(pattern):
                 raise self._error("n_m", f"n_m '{pattern}' is not N:M with N below M, such as 2:4")

@@ -53,7 +53,10 @@ def test_bench_table(tmp_path):
     ("arguments", "error", "message"),
     [
         (["no.onnx"], UsageError, "model 'no.onnx' does not exist"),
-        (["{model}", "--target", "android-arm64"], TargetError, "this machine is not a android-arm64"),
+        (["{model}", "--target", "android-arm64"], TargetError, "a stock phone has no Python: measure there with"),
+        (["{model}", "--target", "jetson-orin"], TargetError, "this machine is not jetson-orin: give --host USER@HOST"),
+        (["{model}", "--host", "a b"], UsageError, "--host 'a b' is not USER@HOST[:PORT] or an ssh alias"),
+        (["{model}", "--host", "qemu"], TargetError, "only aarch64 targets are emulated"),
         (["{model}", "--target", "hots"], TargetError, "unknown target 'hots'; did you mean host?"),
     ],
 )

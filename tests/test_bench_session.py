@@ -151,10 +151,12 @@ def test_a_lying_device_is_refused(models, changes, message):
     [
         ({"shape": [2, 2], "data": "AAAA"}, r"sent 3 bytes for outputs of shape \[2, 2\]"),
         ({"shape": [2, -2], "data": ""}, r"sent outputs of shape \[2, -2\]"),
-        ({"shape": [1], "data": "?!"}, "sent outputs that are not base64"),
+        ({"shape": [3, 1], "data": ""}, r"sent outputs of shape \[3, 1\] for 2 images"),
+        ({"shape": [2], "data": "?!"}, "sent outputs that are not base64"),
     ],
 )
 def test_evaluate_refuses_what_does_not_fit(tmp_path, reply, message):
+    np.save(tmp_path / "i.npy", np.zeros((2, 1), np.float32))
     with pytest.raises(BenchError, match=message):
         session.evaluate(tmp_path / "m.onnx", tmp_path / "i.npy", HOST, transport=Scripted(reply))
 

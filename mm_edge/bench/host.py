@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from mm_edge.target import Target, mismatches
+from mm_edge.target import Target, mismatches, unfit_multiples
 
 MINIMUM_ONNXRUNTIME = (1, 16)
 MINIMUM_PYTHON = (3, 8)
@@ -42,7 +42,7 @@ def fingerprint(info: Mapping[str, Any]) -> str:
 
 def doubts(info: Mapping[str, Any], target: Target) -> list[str]:
     """Return what a reader should know before trusting a latency from this machine."""
-    found = list(mismatches(target, info))
+    found = [*mismatches(target, info), *unfit_multiples(target, info["isa"], info["flags"])]
     slow = [name for name in info["governors"] if name not in ("performance", "schedutil")]
     if slow:
         found.append(

@@ -10,7 +10,6 @@ SAMPLES_VERSION history:
 from __future__ import annotations
 
 import base64
-import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -21,14 +20,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mm_edge import parity
 from mm_edge.bench import host, stats
-from mm_edge.bench.transport import Transport
+from mm_edge.bench.connect import require_ready
+from mm_edge.bench.transport import DEFAULT_TIMEOUT_S, Transport, file_sha256
 from mm_edge.errors import BenchError
-from mm_edge.records import Latency
+from mm_edge.records import Latency, Parity
 from mm_edge.target import Target
 
 SAMPLES_VERSION = 1
 MINIMUM_PAIRS = 200
+SECONDS_PER_IMAGE = 10.0  # the slowest a device may be before it counts as hung
 MAX_SAMPLE_NS = 3_600_000_000_000  # an hour: anything longer is not a sample
 
 
@@ -63,9 +65,19 @@ class Footprint:
 
 
 def environment(target: Target, transport: Transport) -> dict[str, Any]:
-    """Return the environment record of the device behind `transport`; see host.describe."""
-    info = transport.ask("info", {}, {})
-    return host.describe(_checked_info(info, transport.name), target, transport.name)
+    """Return the environment record of the device behind `transport`; see host.describe.
+
+    Raises:
+        BenchError: the device lacks what measuring needs (each lack with its remedy), or its record is not one.
+    """
+    info = read_info(transport)
+    require_ready(info, transport.name)
+    return host.describe(info, target, transport.name)
+
+
+def read_info(transport: Transport) -> dict[str, Any]:
+    """Return the device's checked info record, whatever it lacks; BenchError if it is not one."""
+    return _checked_info(transport.ask("info", {}, {}), transport.name)
 
 
 def measure_pair(
@@ -95,8 +107,8 @@ def measure_pair(
     """
     options = {**_run_options(target), "pairs": pairs}
     identity = {
-        "dense": _sha256(dense),
-        "candidate": _sha256(candidate),
+        "dense": file_sha256(dense),
+        "candidate": file_sha256(candidate),
         "options": options,
         "fingerprint": fingerprint,
     }
@@ -148,10 +160,17 @@ def evaluate(model: Path, images: Path, target: Target, *, transport: Transport)
     Raises:
         BenchError: the worker could not run it, or what it sent does not fit its own shape.
     """
-    result = transport.ask("evaluate", {"model": model, "images": images}, _run_options(target))
+    try:
+        count = len(np.load(images, mmap_mode="r", allow_pickle=False))
+    except (OSError, ValueError) as error:
+        raise BenchError(f"cannot read the images {images}: {error}") from error
+    files = {"model": model, "images": images}
+    result = transport.ask("evaluate", files, _run_options(target), DEFAULT_TIMEOUT_S + SECONDS_PER_IMAGE * count)
     shape = result.get("shape")
     if not isinstance(shape, list) or not all(type(size) is int and size > 0 for size in shape):
         raise BenchError(f"{transport.name} sent outputs of shape {shape!r}")
+    if shape[:1] != [count]:
+        raise BenchError(f"{transport.name} sent outputs of shape {shape} for {count} images")
     try:
         data = base64.b64decode(str(result.get("data")), validate=True)
     except ValueError as error:
@@ -159,6 +178,18 @@ def evaluate(model: Path, images: Path, target: Target, *, transport: Transport)
     if len(data) != 4 * math.prod(shape):
         raise BenchError(f"{transport.name} sent {len(data)} bytes for outputs of shape {shape}")
     return np.frombuffer(data, dtype="<f4").reshape(shape).astype(np.float32)
+
+
+def compare_outputs(model: Path, images: Path, target: Target, *, transport: Transport, kind: str) -> Parity:
+    """Compare the device's outputs with ONNX Runtime's on this machine, for every row of the .npy file `images`.
+
+    `kind` says what the images are, "images" or "noise". This is where kernels of different ISAs are seen to differ.
+    """
+    outputs = iter(evaluate(model, images, target, transport=transport))
+    here = parity.onnx_runner(model)
+    return parity.compare(
+        lambda _: [next(outputs)[None]], lambda x: here(x)[:1], np.load(images, allow_pickle=False), kind
+    )
 
 
 def _run_options(target: Target) -> dict[str, Any]:
@@ -264,6 +295,7 @@ _INFO_KINDS: dict[str, tuple[type, ...]] = {
     "python": (str,),
     "numpy": (str, type(None)),
     "onnxruntime": (str, type(None)),
+    "onnxruntime_error": (str, type(None)),
     "providers": (list,),
     "emulated": (bool,),
 }
@@ -301,11 +333,3 @@ def _keep(path: Path, document: Mapping[str, Any]) -> None:
     temporary = path.with_name(path.name + ".part")
     temporary.write_text(json.dumps(document), encoding="utf-8")
     temporary.replace(path)
-
-
-def _sha256(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise BenchError(f"cannot read {path}: {error.strerror}") from error

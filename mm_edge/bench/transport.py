@@ -7,6 +7,7 @@ uses is checked where it is used (session.py).
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import selectors
@@ -129,6 +130,15 @@ class Finished:
         """The last line of error output, printable and short."""
         lines = [line for line in self.stderr.decode("utf-8", "replace").splitlines() if line.strip()]
         return printable(lines[-1]) if lines else ""
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal; BenchError if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise BenchError(f"cannot read {path}: {error.strerror}") from error
 
 
 def printable(text: str, limit: int = 200) -> str:

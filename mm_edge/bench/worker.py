@@ -156,6 +156,7 @@ def describe_machine() -> Dict[str, Any]:
         "python": platform.python_version(),
         "numpy": _version("numpy"),
         "onnxruntime": _version("onnxruntime"),
+        "onnxruntime_error": _import_failure("onnxruntime"),
         "providers": _providers(),
         "emulated": os.environ.get("MM_EDGE_EMULATED") == "1",
     }
@@ -214,6 +215,14 @@ def _version(module: str) -> Optional[str]:
         return None
 
 
+def _import_failure(module: str) -> Optional[str]:
+    try:
+        __import__(module)
+    except Exception as error:
+        return _one_line(error)
+    return None
+
+
 def _providers() -> List[str]:
     try:
         import onnxruntime
@@ -232,6 +241,8 @@ def _import_onnxruntime() -> Any:
     except Exception as error:
         raise WorkerError("onnxruntime", "onnxruntime cannot be imported: %s" % _one_line(error)) from error
     onnxruntime.set_default_logger_severity(3)
+    if hasattr(onnxruntime, "disable_telemetry_events"):
+        onnxruntime.disable_telemetry_events()
     return onnxruntime
 
 
