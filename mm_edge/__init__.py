@@ -1,7 +1,24 @@
 """mm-edge: a trained vision model in, a measurably faster model on a named edge device out."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from mm_edge.compat import make_timm_importable
+
+if TYPE_CHECKING:
+    from mm_edge.api import prune_export
 
 make_timm_importable()
 
 __version__ = "0.1.0"
+__all__ = ["__version__", "prune_export"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the pipeline only when it is asked for: `import mm_edge` is also what makes timm importable."""
+    if name == "prune_export":
+        from mm_edge.api import prune_export
+
+        return prune_export
+    raise AttributeError(f"module 'mm_edge' has no attribute '{name}'")

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+from click.exceptions import NoArgsIsHelpError
 from rich.console import Console
 from rich.table import Table
 
 from mm_edge import __version__
-from mm_edge.errors import MMEdgeError, UsageError, unknown_name
+from mm_edge.errors import MMEdgeError, UsageError
+
+if TYPE_CHECKING:
+    from mm_edge.api import Setting
+    from mm_edge.models import LoadedModel
+    from mm_edge.pipeline import Request
+    from mm_edge.records import Report
 
 SIGNALS_HELP = "Comma-separated: magnitude, gradient, product."
 
@@ -28,6 +36,17 @@ class Commands(click.Group):
         except MMEdgeError as error:
             click.echo(f"mm-edge: error: {error}", err=True)
             ctx.exit(error.exit_code)
+        except click.UsageError as error:
+            if isinstance(error, NoArgsIsHelpError):
+                raise
+            path = error.ctx.command_path if error.ctx is not None else "mm-edge"
+            message = error.format_message().rstrip(".")
+            click.echo(f"mm-edge: error: {message[:1].lower()}{message[1:]}; see: {path} --help", err=True)
+            ctx.exit(error.exit_code)
+        except OSError as error:
+            where = f" '{error.filename}'" if error.filename else ""
+            click.echo(f"mm-edge: error: the system refused{where}: {error.strerror or error}", err=True)
+            ctx.exit(1)
         except (KeyboardInterrupt, click.Abort):
             click.echo("mm-edge: interrupted; what was made is kept, the same command goes on from there", err=True)
             ctx.exit(1)
@@ -39,24 +58,18 @@ def main() -> None:
     """Prune a trained vision model for a named device, and measure what it bought and what it cost."""
 
 
-def _floats(text: str, option: str) -> tuple[float, ...]:
+def _floats(text: str, option: str, example: str) -> tuple[float, ...]:
     try:
-        return tuple(float(part) for part in text.split(",") if part.strip())
-    except ValueError as error:
-        raise UsageError(f"{option} '{text}' is not a list of numbers; write for example {option} 0.5,0.25") from error
+        values = tuple(float(part) for part in text.split(","))
+        if all(math.isfinite(value) for value in values):
+            return values
+    except ValueError:
+        pass
+    raise UsageError(f"{option} '{text}' is not a list of numbers; write for example {option} {example}")
 
 
-def _choices(text: str, allowed: tuple[str, ...], pending: tuple[str, ...], option: str) -> tuple[str, ...]:
-    """Split a comma-separated list; known values whose work has not landed are refused by name."""
-    names = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
-    if not names:
-        raise UsageError(f"{option} is empty; allowed: {', '.join(allowed)}")
-    for name in names:
-        if name in pending:
-            raise UsageError(f"{option} {name} is not available yet; allowed: {', '.join(allowed)}")
-        if name not in allowed:
-            raise UsageError(unknown_name(option.lstrip("-"), name, (*allowed, *pending)))
-    return names
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def _shape(text: str | None) -> tuple[int, int, int] | None:
@@ -85,7 +98,7 @@ def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def _load(model: str, options: dict[str, Any]) -> Any:
+def _load(model: str, options: dict[str, Any]) -> LoadedModel:
     from mm_edge.models import LoadOptions, load_model
 
     mean, std = options["mean"], options["std"]
@@ -94,8 +107,8 @@ def _load(model: str, options: dict[str, Any]) -> Any:
         LoadOptions(
             arch=options["arch"],
             input_size=_shape(options["input_size"]),
-            mean=None if mean is None else _floats(mean, "--mean"),
-            std=None if std is None else _floats(std, "--std"),
+            mean=None if mean is None else _floats(mean, "--mean", "0.485,0.456,0.406"),
+            std=None if std is None else _floats(std, "--std", "0.229,0.224,0.225"),
             trust_pickle=options["trust_pickle"],
         ),
     )
@@ -119,14 +132,15 @@ def _load(model: str, options: dict[str, Any]) -> Any:
 @click.option("--latency", type=float, metavar="MS", help="Largest median latency.")
 @click.option("--speedup", type=float, metavar="X", help="Smallest measured speed-up.")
 @click.option("--size", type=int, metavar="BYTES", help="Largest file.")
-@click.option("--host", metavar="USER@HOST[:PORT]", help="Measure on this device.")
+@click.option("--host", metavar="USER@HOST[:PORT]", help="Measure on this device, through ssh.")
 @click.option("--no-bench", is_flag=True, help="Make the artifacts without measuring.")
-@click.option("--seed", default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of every random choice.")
 @click.option("--resume/--fresh", default=True, show_default=True, help="Reuse finished stages, or start over.")
 @click.option("--select", default="signal", hidden=True)
 @click.option("--input-sizes", default="none", hidden=True)
 @click.option("--precision", default="fp32", hidden=True)
 @click.option("--epochs", type=int, hidden=True)
+@click.option("--dynamic-batch", is_flag=True, hidden=True)
 @model_options
 def prune_export_command(model: str, **options: Any) -> None:
     """Prune MODEL for a target, export ONNX, measure, and report."""
@@ -142,77 +156,67 @@ def _out(model: str, options: dict[str, Any]) -> Path:
     return out if out is not None else Path(f"mm-edge-{Path(model.removeprefix('timm:')).stem}")
 
 
-def _print_end(report: Any, folder: Path) -> None:
+def _print_end(report: Report, folder: Path) -> None:
     if report.chosen is not None:
         row = next(c for c in report.candidates if c.id == report.chosen.id)
-        click.echo(f"chosen model: {folder / row.artifact}")
+        if row.artifact is not None:
+            click.echo(f"chosen model: {folder / row.artifact}")
     click.echo(f"full report:  {folder / 'report.md'}")
 
 
-def _request(options: dict[str, Any], has_data: bool) -> Any:
-    from mm_edge.pipeline import Request
-    from mm_edge.records import Constraints
-    from mm_edge.scores import parse_signals
-    from mm_edge.strategies import parse_strategies
+def _refuse_pending(options: dict[str, Any]) -> None:
+    """Refuse the options of the contract whose work has not landed, by name."""
+    from mm_edge.api import check_names
 
-    recover = options["recover"] or ("bn" if has_data else "none")
-    _choices(recover, ("none", "bn"), ("closed-form", "tune", "finetune"), "--recover")
-    _choices(options["select"], ("signal",), ("obs", "auto"), "--select")
-    _choices(options["precision"], ("fp32",), ("int8", "fp16"), "--precision")
+    check_names(_names(options["select"]), ("signal",), "--select")
+    check_names(_names(options["precision"]), ("fp32",), "--precision")
     if options["input_sizes"] != "none":
         raise UsageError(f"--input-sizes {options['input_sizes']} is not available yet; allowed: none")
-    if options["epochs"] is not None:
-        raise UsageError("--epochs is not available yet: there is no fine-tuning to count them in")
-    if recover == "bn" and not has_data:
-        raise UsageError("--recover bn needs calibration images; give --data PATH")
-    return Request(
-        signals=parse_signals(options["signals"]),
-        strategies=parse_strategies(options["strategies"]),
-        ranges=_choices(options["ranges"], ("rules", "observed"), (), "--ranges")[0],
-        kinds=_choices(options["kinds"], ("structured", "unstructured"), ("n:m",), "--kinds"),
-        recover=recover,
-        macs=_floats(options["macs"], "--macs") if options["macs"] else (),
-        keep=tuple(options["keep"]),
+    for option in ("epochs", "dynamic_batch"):
+        if options[option]:
+            raise UsageError(f"--{option.replace('_', '-')} is not available yet; leave it out")
+
+
+def _request(setting: Setting, options: dict[str, Any]) -> Request:
+    from mm_edge.api import make_request
+    from mm_edge.records import Constraints
+
+    _refuse_pending(options)
+    recover = {} if options["recover"] is None else {"recover": options["recover"]}
+    return make_request(
+        setting,
+        signals=_names(options["signals"]),
+        strategies=_names(options["strategies"]),
+        ranges=options["ranges"],
+        kinds=_names(options["kinds"]),
+        macs=() if options["macs"] is None else _floats(options["macs"], "--macs", "0.5,0.25"),
+        keep=options["keep"],
         constraints=Constraints(options["max_drop"], options["latency"], options["speedup"], options["size"]),
         seed=options["seed"],
+        **recover,
     )
 
 
-def _run(model: str, options: dict[str, Any]) -> Any:
-    """Check everything that can be refused, then run the pipeline."""
-    from mm_edge.bench.connect import open_transport
-    from mm_edge.data import open_data
-    from mm_edge.pipeline import Job, check_request, prune_export
+def _run(model: str, options: dict[str, Any]) -> Report:
+    from mm_edge.api import Setting, run_job
     from mm_edge.progress import Stages
-    from mm_edge.store import RunStore
-    from mm_edge.target import load_target, matches_this_machine, resolve_host
 
-    console = Console(stderr=True)
-    target = resolve_host(load_target(options["target"]))
-    request = _request(options, options["data"] is not None)
-    split = _floats(options["split"], "--split")
+    split = _floats(options["split"], "--split", "0.5,0.25,0.25")
     if len(split) != 3:
         raise UsageError(
             f"--split '{options['split']}' has {len(split)} parts; write CAL,VAL,TEST such as 0.5,0.25,0.25"
         )
-    store = RunStore(_out(model, options))
-    stages = Stages(console)
-    with store.lock():
-        if not options["resume"]:
-            store.clear()
-        with stages.stage("load"):
-            loaded = _load(model, options)
-            data = None
-            if options["data"] is not None:
-                data = open_data(options["data"], loaded.input, loaded.info.num_classes, split, options["seed"])
-        measured = not options["no_bench"] and (options["host"] is not None or matches_this_machine(target))
-        check_request(request, data, measured)
-        transport = open_transport(target, options["host"]) if measured else None
-        job = Job(request, loaded, data, target, transport, store.folder, store, stages)
-        if transport is None:
-            return prune_export(job)
-        with transport:
-            return prune_export(job)
+    setting = Setting(
+        out=_out(model, options),
+        target=options["target"],
+        data=options["data"],
+        split=(split[0], split[1], split[2]),
+        host=options["host"],
+        bench=not options["no_bench"],
+        resume=options["resume"],
+    )
+    request = _request(setting, options)
+    return run_job(lambda: _load(model, options), setting, request, Stages(Console(stderr=True)))
 
 
 @main.command("demo")

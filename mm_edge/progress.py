@@ -7,9 +7,19 @@ import time
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
 Advance = Callable[[int, int], None]
+
+LOG_INTERVAL_S = 10.0
 
 
 class Stages:
@@ -39,8 +49,33 @@ class Stages:
         if self._console is None:
             yield lambda done, total: None
             return
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=self._console, transient=True) as progress:
-            task = progress.add_task(name, total=None)
-            yield lambda done, total: progress.update(task, completed=done, total=total)
-        self._console.print(f"[dim]{name}: {progress.tasks[task].finished_time or progress.tasks[task].elapsed or 0:.1f} s[/dim]")
+        start = time.monotonic()
+        if self._console.is_terminal:
+            with Progress(*_columns(), console=self._console, transient=True) as progress:
+                task = progress.add_task(name, total=None)
+                yield lambda done, total: progress.update(task, completed=done, total=total)
+        else:
+            yield self._log(name)
+        self._console.print(f"[dim]{name}: {time.monotonic() - start:.1f} s[/dim]", highlight=False)
+
+    def _log(self, name: str) -> Advance:
+        """Return an `Advance` for a log: a line now and then instead of a bar."""
+        console, last = self._console, time.monotonic()
+
+        def advance(done: int, total: int) -> None:
+            nonlocal last
+            if console is not None and done < total and time.monotonic() - last > LOG_INTERVAL_S:
+                last = time.monotonic()
+                console.print(f"{name}: {done} of {total}", highlight=False)
+
+        return advance
+
+
+def _columns() -> tuple[ProgressColumn, ...]:
+    return (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
