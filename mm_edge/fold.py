@@ -11,6 +11,7 @@ be zeroed with the rows it scales. A folded value of one parameter takes that pa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import numpy as np
@@ -37,6 +38,7 @@ def fold_weight_arithmetic_(model: ir.Model, parameters: Iterable[str]) -> Names
     roots = _roots(model, names)
     if not roots:
         return frozenset()
+    shapes = {name: shape_of(model.graph.initializers[name]) for name in names if name in model.graph.initializers}
     arrays = _compute(model, [value.name or "" for value, _ in roots])
     for (value, _), array in zip(roots, arrays, strict=True):
         value.replace_all_uses_with(_add_constant_(model, f"{value.name}/folded", array))
@@ -44,7 +46,8 @@ def fold_weight_arithmetic_(model: ir.Model, parameters: Iterable[str]) -> Names
     folded: set[str] = set()
     for (value, sources), array in zip(roots, arrays, strict=True):
         if len(sources) == 1:
-            folded |= _take_name_(model, f"{value.name}/folded", array, *sources)
+            (name,) = sources
+            folded |= _take_name_(model, f"{value.name}/folded", array, name, shapes[name])
     return frozenset(folded)
 
 
@@ -134,19 +137,21 @@ def _split_normalisations_(model: ir.Model, parameters: Names) -> None:
         model.graph.insert_after(node, steps)
 
 
-def _take_name_(model: ir.Model, constant: str, array: np.ndarray, parameter: str) -> Names:
+def shape_of(value: ir.Value) -> tuple[int, ...]:
+    """Return the shape of an initialiser."""
+    assert value.const_value is not None
+    return tuple(value.const_value.shape.numpy())
+
+
+def _take_name_(model: ir.Model, constant: str, array: np.ndarray, parameter: str, shape: tuple[int, ...]) -> Names:
     """Store a folded constant under its parameter's name and shape, where it has as many elements."""
     initializers = model.graph.initializers
-    if constant not in initializers:
-        return frozenset()
-    old = initializers.get(parameter)
-    if old is not None and list(old.uses()):
-        return frozenset()
-    if old is None or old.const_value is None or old.const_value.size != array.size:
+    still_read = parameter in initializers and list(initializers[parameter].uses())
+    if constant not in initializers or still_read or math.prod(shape) != array.size:
         return frozenset()
     value = initializers.pop(constant)
-    initializers.pop(parameter)
-    whole = _add_constant_(model, parameter, array.reshape(old.const_value.shape.numpy()))
+    initializers.pop(parameter, None)
+    whole = _add_constant_(model, parameter, array.reshape(shape))
     if array.shape == whole.shape:
         value.replace_all_uses_with(whole)
         return frozenset([parameter])
