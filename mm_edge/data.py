@@ -11,12 +11,14 @@ each class its share of it to within one image.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import itertools
 import re
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -50,6 +52,8 @@ _FOLDER_NAMES = {
 _DATASET_SPEC = re.compile(r"(?:hfds|hfids|tfds|wds|torch)/", re.IGNORECASE)
 # Pillow raises OSError for most damaged files and these for some.
 _UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+_JPEG_END = b"\xff\xd9"
+_JPEG_TAIL = 1024  # cameras and editors leave some bytes after the marker
 
 
 class Source(Protocol):
@@ -66,6 +70,9 @@ class Source(Protocol):
 
     def name(self, index: int) -> str:
         """Return what the user knows the image by."""
+
+    def identity(self) -> str:
+        """Return a text that changes when the images do, without reading them."""
 
 
 class _ReaderSource:
@@ -96,10 +103,22 @@ class _ReaderSource:
         return image
 
     def check(self, index: int) -> None:
-        Image.open(self._read(index)).verify()
+        file = self._read(index)
+        image = Image.open(file)
+        # Pillow verifies PNG's checksums but nothing of a JPEG: one without its end marker is decoded to be sure.
+        if image.format == "JPEG" and _JPEG_END not in file.getvalue()[-_JPEG_TAIL:]:
+            image.load()
+        else:
+            image.verify()
 
     def name(self, index: int) -> str:
         return str(self._reader.filename(index))
+
+    def identity(self) -> str:
+        folder = isinstance(self._reader, ReaderImageFolder)
+        files = [Path(name) for name, _ in self._reader.samples] if folder else [self._path]
+        stamps = [(stat.st_size, stat.st_mtime_ns) for stat in map(Path.stat, files)]
+        return repr((self.labels.tolist(), [str(file) for file in files], stamps))
 
 
 class _DatasetSource:
@@ -130,6 +149,9 @@ class _DatasetSource:
 
     def name(self, index: int) -> str:
         return f"{self._spec}[{index}]"
+
+    def identity(self) -> str:
+        return repr((self._spec, self.labels.tolist()))
 
 
 class _Pool:
@@ -265,6 +287,12 @@ class DataSplits:
             *self.notes,
             f"{len(names)} of {total} images cannot be read and are left out: {', '.join(names[:5])}{more}",
         )
+
+    @cached_property
+    def identity(self) -> str:
+        """A digest that changes when the images, their labels or the splits do; files by name, size and time."""
+        sources = [pool.source.identity() for pool in self._pools]
+        return hashlib.sha256(repr([*sources, self.how, self.seed]).encode()).hexdigest()
 
     def describe(self) -> dict[str, Any]:
         """Return the report's `data` section: where the images come from and how many each split has."""

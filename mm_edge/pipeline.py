@@ -8,6 +8,7 @@ a changed flag redoes only what it touches.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -39,6 +40,7 @@ from mm_edge.graph.widths import group_scores, select_indices
 from mm_edge.layers import read_layers
 from mm_edge.layers import read_weights as read_layer_weights
 from mm_edge.models import LoadedModel
+from mm_edge.onnx_file import INPUT_METADATA_KEY
 from mm_edge.progress import Stages
 from mm_edge.ranges import apply_constraints, observed_ranges, rule_ranges
 from mm_edge.records import (
@@ -113,8 +115,8 @@ class Job:
 
     @property
     def data_key(self) -> Any:
-        """What identifies the images."""
-        return None if self.data is None else self.data.describe()
+        """What identifies the images; it does not change as they are read."""
+        return None if self.data is None else self.data.identity
 
 
 def prune_export(job: Job) -> Report:
@@ -145,11 +147,14 @@ def prune_export(job: Job) -> Report:
 
 
 def read_raw(model: LoadedModel) -> RawGraph:
-    """Export the model once, or read the user's own .onnx."""
+    """Export the model once, or read the user's own .onnx; what is made of it says how its images are prepared."""
     if model.module is None:
         assert model.onnx_path is not None
-        return raw_from_onnx(model.onnx_path)
-    return export_raw(model.module, torch.zeros(1, *model.input.shape))
+        raw = raw_from_onnx(model.onnx_path)
+    else:
+        raw = export_raw(model.module, torch.zeros(1, *model.input.shape))
+    raw.model.metadata_props[INPUT_METADATA_KEY] = json.dumps(to_json(model.input))
+    return raw
 
 
 def read_ranges(
@@ -274,8 +279,9 @@ def _set_up(job: Job, raw: RawGraph, structure: Structure, layers: tuple[Layer, 
                 advance(done, total)
 
             logits = run_onnx(dense, images.validation(), threads, count)
+            # Decoding may have left images out, so the labels are read after it.
+            images = replace(images, labels=job.data.validation.labels, dense_logits=logits)
             accuracy = compare_logits(logits, images.labels, None).accuracy_top1
-    images = replace(images, dense_logits=logits)
     return Workbench(
         module=job.model.module,
         raw=raw,
@@ -303,7 +309,6 @@ def _images(job: Job) -> Images:
         parity_kind="images" if len(source) else "noise",
         recovery=(lambda: (images for images, _ in recovery.batches(BATCH))) if len(recovery) else None,
         validation=(lambda: validation.batches(BATCH)) if len(validation) else None,
-        labels=validation.labels if len(validation) else None,
     )
 
 
