@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import os
+import struct
 import tarfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -219,19 +223,52 @@ def test_unreadable_images_are_named_counted_and_left_out(folder: Path):
     assert splits.describe()["unreadable"] == 2
 
 
+def write_short_png(path: Path) -> None:
+    """Write a PNG with half its pixels and right checksums: only decoding shows the damage."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(buffer, "PNG")
+    content = buffer.getvalue()
+    at = content.index(b"IDAT")
+    body = content[at + 4 : at + 4 + int.from_bytes(content[at - 4 : at], "big") // 2]
+    check = zlib.crc32(b"IDAT" + body)
+    end = content[content.index(b"IEND") - 4 :]
+    path.write_bytes(content[: at - 4] + struct.pack(">I", len(body)) + b"IDAT" + body + struct.pack(">I", check) + end)
+
+
 def test_damage_found_while_decoding_is_left_out_too(tmp_path: Path):
     folder = write_images(tmp_path / "images", {"a": 6, "b": 6})
-    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    damaged = folder / "a" / "damaged.jpg"
-    Image.fromarray(pixels).save(damaged)
-    damaged.write_bytes(damaged.read_bytes()[:1500])  # header whole, pixels cut short
+    write_short_png(folder / "a" / "damaged.png")
     images = open_data(str(folder), SPEC, 2, split=(1, 0, 0))
+    identity = images.identity
     assert len(images.calibration) == 13
     part = images.calibration.take(13)
     counts = [len(labels) for _, labels in images.calibration.batches(4)]
     assert sum(counts) == len(images.calibration) == len(images.calibration.labels) == len(part) == 12
-    assert images.warnings == ("1 of 13 images cannot be read and are left out: a/damaged.jpg",)
+    assert images.warnings == ("1 of 13 images cannot be read and are left out: a/damaged.png",)
     assert sum(len(labels) for _, labels in part.batches(5)) == 12
+    assert open_data(str(folder), SPEC, 2, split=(1, 0, 0)).identity == images.identity == identity
+
+
+def test_a_jpeg_cut_short_is_left_out_at_once(tmp_path: Path):
+    folder = write_images(tmp_path / "images", {"a": 6, "b": 6})
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    for name in ("cut", "whole", "padded"):
+        Image.fromarray(pixels).save(folder / "a" / f"{name}.jpg")
+    (folder / "a" / "cut.jpg").write_bytes((folder / "a" / "cut.jpg").read_bytes()[:1500])
+    (folder / "a" / "padded.jpg").write_bytes((folder / "a" / "padded.jpg").read_bytes() + bytes(5000))
+    images = open_data(str(folder), SPEC, 2, split=(1, 0, 0))
+    assert len(images.calibration) == 14
+    assert images.warnings == ("1 of 15 images cannot be read and are left out: a/cut.jpg",)
+
+
+def test_identity_follows_the_files_the_labels_and_the_split(folder: Path):
+    first = open_data(str(folder), SPEC, 3).identity
+    assert open_data(str(folder), SPEC, 3).identity == first
+    assert open_data(str(folder), SPEC, 3, seed=1).identity != first
+    assert open_data(str(folder), SPEC, 3, split=(0.5, 0.5, 0)).identity != first
+    image = folder / "class1" / "0.png"
+    os.utime(image, ns=(0, 0))
+    assert open_data(str(folder), SPEC, 3).identity != first
 
 
 def test_nothing_readable(tmp_path: Path):

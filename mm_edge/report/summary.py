@@ -65,7 +65,13 @@ def _speed_sentence(report: Report, chosen: Candidate) -> str:
         share = 100 * chosen.macs / max(report.dense.macs, 1)
         return f"{chosen.id} needs {share:.0f} % of the dense MACs; its speed on the target was not measured."
     times = f"{show_ms(report.dense.latency_ms.p50)} -> {show_ms(chosen.latency_ms.p50)}"
-    if chosen.speedup <= 1 or (chosen.speedup_ci is not None and chosen.speedup_ci[0] <= 1):
+    if chosen.speedup_ci is not None and chosen.speedup_ci[0] <= 1 <= chosen.speedup_ci[1]:
+        lo, hi = chosen.speedup_ci
+        return (
+            f"The measurement is too noisy to tell a speed-up: {chosen.id} runs between {lo:.2f}x and {hi:.2f}x the "
+            f"dense speed (95 % interval; {times})."
+        )
+    if chosen.speedup <= 1:
         return f"Pruning brought no speed-up: {chosen.id} runs at {chosen.speedup:.2f}x the dense speed ({times})."
     return f"{chosen.id} is {chosen.speedup:.2f}x faster than dense ({times})."
 
