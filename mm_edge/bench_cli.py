@@ -24,6 +24,7 @@ from mm_edge.bench.session import (
     measure_footprint,
     measure_null,
     measure_pair,
+    merge_doubts,
     read_info,
 )
 from mm_edge.bench.transport import LocalTransport, Transport
@@ -116,7 +117,7 @@ def _measure_all(
         "harness_ms": null_ms,
         "pairs": pairs,
         "models": results,
-        "warnings": list(dict.fromkeys([*machine["doubts"], *(w for row in rows for w in row.warnings)])),
+        "warnings": list(dict.fromkeys([*machine["doubts"], *merge_doubts(rows)])),
     }
 
 
@@ -134,7 +135,7 @@ def _row(model: Path, measured: Measurement | None, footprints: tuple[Footprint,
         "first_run_ms": on.first_run_ms,
         "file_bytes": on.file_bytes,
         "samples_file": measured.samples_file if measured else None,
-        "warnings": measured.warnings if measured else (),
+        "warnings": [doubt.text for doubt in measured.doubts] if measured else [],
     }
 
 

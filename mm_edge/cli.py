@@ -84,15 +84,20 @@ def _shape(text: str | None) -> tuple[int, int, int] | None:
     return channels, height, width
 
 
+def input_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that say how a model's input is prepared."""
+    command = click.option("--std", metavar="R,G,B", help="Standard deviation of the normalisation.")(command)
+    command = click.option("--mean", metavar="R,G,B", help="Mean of the normalisation.")(command)
+    return click.option("--input-size", metavar="C,H,W", help="Input shape, where the file does not say.")(command)
+
+
 def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options that say how to read a model."""
     for option in (
-        click.option("--arch", metavar="TIMM_NAME", help="Architecture of a bare state_dict; or FILE.py:CALLABLE."),
-        click.option("--input-size", metavar="C,H,W", help="Input shape, where the file does not say."),
-        click.option("--mean", metavar="R,G,B", help="Mean of the normalisation."),
-        click.option("--std", metavar="R,G,B", help="Standard deviation of the normalisation."),
-        click.option("--trust-pickle", is_flag=True, help="Load a pickled module: this runs the code in it."),
         click.option("--keep", multiple=True, metavar="PATTERN", help="Never prune parameters this names; repeatable."),
+        click.option("--trust-pickle", is_flag=True, help="Load a pickled module: this runs the code in it."),
+        input_options,
+        click.option("--arch", metavar="TIMM_NAME", help="Architecture of a bare state_dict; or FILE.py:CALLABLE."),
     ):
         command = option(command)
     return command
@@ -105,11 +110,11 @@ def _load(model: str, options: dict[str, Any]) -> LoadedModel:
     return load_model(
         model,
         LoadOptions(
-            arch=options["arch"],
+            arch=options.get("arch"),
             input_size=_shape(options["input_size"]),
             mean=None if mean is None else _floats(mean, "--mean", "0.485,0.456,0.406"),
             std=None if std is None else _floats(std, "--std", "0.229,0.224,0.225"),
-            trust_pickle=options["trust_pickle"],
+            trust_pickle=options.get("trust_pickle", False),
         ),
     )
 
@@ -236,7 +241,6 @@ def demo(ctx: click.Context, out: Path) -> None:
 
 @main.command("inspect")
 @click.argument("model")
-@click.option("--ranges", default="rules", hidden=True)
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
 @model_options
 def inspect(model: str, as_json: bool, **options: Any) -> None:
@@ -273,10 +277,10 @@ def _print_inspection(document: dict[str, Any]) -> None:
 
 
 @main.command("evaluate")
-@click.argument("model", type=click.Path(path_type=Path, dir_okay=False))
+@click.argument("model", metavar="MODEL.onnx", type=click.Path(path_type=Path, dir_okay=False))
 @click.option("--data", required=True, metavar="PATH", help="Folder or tar of class folders.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
-@model_options
+@input_options
 def evaluate(model: Path, data: str, as_json: bool, **options: Any) -> None:
     """Measure the top-1 accuracy of an ONNX model on every image of a data set."""
     from mm_edge.data import open_data
@@ -285,12 +289,16 @@ def evaluate(model: Path, data: str, as_json: bool, **options: Any) -> None:
     if model.suffix != ".onnx":
         raise UsageError(f"'{model}' is not an .onnx; evaluate takes what prune-export or another exporter wrote")
     loaded = _load(str(model), options)
-    images = open_data(data, loaded.input, loaded.info.num_classes, (0.0, 0.0, 1.0)).test
-    result = compare_logits(run_onnx(model, images.batches(32), 2), images.labels, None)
+    splits = open_data(data, loaded.input, loaded.info.num_classes, (0.0, 0.0, 1.0))
+    with Console(stderr=True).status("evaluating"):
+        logits = run_onnx(model, splits.test.batches(32), 2)
+    result = compare_logits(logits, splits.test.labels, None)
+    for warning in (*loaded.warnings, *splits.warnings):
+        click.echo(f"warning: {warning}", err=True)
+    if result.accuracy_top1 is None:
+        raise UsageError(f"'{data}' has no images to evaluate on")
     if as_json:
         click.echo(json.dumps({"model": str(model), "accuracy_top1": result.accuracy_top1, "images": result.count}))
-    elif result.accuracy_top1 is None:
-        raise UsageError(f"'{data}' has no images to evaluate on")
     else:
         click.echo(f"top-1 accuracy {result.accuracy_top1:.2%} on {result.count} images")
 

@@ -20,7 +20,14 @@ import numpy.typing as npt
 import onnx_ir as ir
 import torch
 
-from mm_edge.bench.session import MINIMUM_PAIRS, environment, measure_memory, measure_pair
+from mm_edge.bench.session import (
+    MINIMUM_PAIRS,
+    Measurement,
+    environment,
+    measure_memory,
+    measure_pair,
+    merge_doubts,
+)
 from mm_edge.bench.transport import Transport
 from mm_edge.candidates import (
     Images,
@@ -360,7 +367,7 @@ def _measure(
     transport = job.transport
     if transport is None:
         return dense, candidates, {"controller": job.key()["versions"]}, []
-    notes: list[str] = []
+    timings: list[Measurement] = []
     measured: list[Candidate] = []
     dense_file = job.folder / "dense.onnx"
     with job.stages.stage("measure") as advance:
@@ -380,7 +387,7 @@ def _measure(
                 raw_samples=samples,
                 fingerprint=fingerprint,
             )
-            notes += [f"{candidate.id}: {text}" for text in timing.warnings]
+            timings.append(timing)
             if index == 0:
                 dense = replace(dense, latency_ms=timing.dense_latency, peak_memory_bytes=memory)
             measured.append(
@@ -394,7 +401,7 @@ def _measure(
             )
             advance(index + 1, len(candidates))
     env = {**env, "packages": job.key()["versions"]}
-    return dense, measured, env, [*(str(text) for text in env.get("doubts", [])), *notes]
+    return dense, measured, env, [*(str(text) for text in env.get("doubts", [])), *merge_doubts(timings)]
 
 
 def _memory(job: Job, model: Path, transport: Transport, fingerprint: str) -> int | None:

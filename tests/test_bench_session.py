@@ -76,14 +76,14 @@ def test_speedup_is_the_median_ratio(models):
     assert measured.latency.p50 == 0.5
     assert measured.dense_latency.source == "device"
     assert measured.latency.threads == 2
-    assert measured.warnings == ()
+    assert measured.doubts == ()
 
 
 def test_emulated_times_are_not_reported(models):
     footprint = {"peak_rss_bytes": 5, "session_ns": 5, "first_run_ns": 5, "file_bytes": 7}
     measured = session.measure_pair(*models, HOST, transport=Scripted(samples(), source="emulated"))
     assert (measured.speedup, measured.latency.p50, measured.latency.source) == (None, None, None)
-    assert "emulated" in measured.warnings[0]
+    assert "emulated" in measured.doubts[0].text
     assert session.measure_memory(models[0], HOST, transport=Scripted(footprint, source="emulated")) is None
 
 
@@ -97,11 +97,24 @@ def test_doubtful_runs_say_so_and_name_the_remedy(models):
         "warm_up_stable": False,
     }
     measured = session.measure_pair(*models, HOST, transport=Scripted(samples(**changes)))
-    text = "\n".join(measured.warnings)
+    text = "\n".join(doubt.text for doubt in measured.doubts)
     assert "the spread of the samples is 100% of their median: stop other programs" in text
     assert "ended 20% slower than it began" in text
     assert "the clock fell from 1800 to 900 MHz" in text
     assert "warm-up did not settle" in text
+
+
+def test_one_sentence_per_kind_of_doubt_the_worst_with_its_count(models):
+    def measure(**changes):
+        return session.measure_pair(*models, HOST, transport=Scripted(samples(**changes)))
+
+    mild, wild = [1_000_000, 1_500_000] * 100, [1_000_000, 3_000_000] * 100
+    rows = [measure(candidate_ns=mild), measure(candidate_ns=wild), measure(), measure(warm_up_stable=False)]
+    spread, warm_up = session.merge_doubts(rows)
+    assert spread.startswith("the spread of the samples is 100% of their median: stop other programs")
+    assert spread.endswith("and measure again (the worst of 2 such among 4 measurements)")
+    assert warm_up == "warm-up did not settle: stop other programs and measure again"
+    assert session.merge_doubts(rows[2:3]) == []
 
 
 def test_samples_are_kept_and_reused_only_where_they_belong(models, tmp_path):

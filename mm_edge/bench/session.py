@@ -12,7 +12,7 @@ from __future__ import annotations
 import base64
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,11 +35,23 @@ MAX_SAMPLE_NS = 3_600_000_000_000  # an hour: anything longer is not a sample
 
 
 @dataclass(frozen=True)
+class Doubt:
+    """What makes a measurement doubtful: of what kind, how much, and the sentence with the remedy."""
+
+    kind: str
+    size: float
+    text: str
+
+
+EMULATED = Doubt("emulated", 0.0, "emulated: times there are not the device's")
+
+
+@dataclass(frozen=True)
 class Measurement:
     """Dense and candidate timed together.
 
     `speedup` is the median of the pair ratios dense / candidate with its 95 % interval; None when the device is
-    emulated, as are the latencies. `warnings` say what makes the figures doubtful and what to do about it.
+    emulated, as are the latencies.
     """
 
     latency: Latency
@@ -47,7 +59,7 @@ class Measurement:
     speedup: float | None
     speedup_ci: tuple[float, float] | None
     samples_file: str | None
-    warnings: tuple[str, ...]
+    doubts: tuple[Doubt, ...]
 
 
 @dataclass(frozen=True)
@@ -203,9 +215,8 @@ def _run_options(target: Target) -> dict[str, Any]:
 
 def _summarise(result: Mapping[str, Any], source: str, samples_file: Path | None) -> Measurement:
     file = str(samples_file) if samples_file else None
-    warnings = tuple(_doubts(result))
     if source == "emulated":
-        return Measurement(Latency(), Latency(), None, None, file, ("emulated: times there are not the device's",))
+        return Measurement(Latency(), Latency(), None, None, file, (EMULATED,))
     dense_ns, candidate_ns, threads = result["dense_ns"], result["candidate_ns"], result["threads"]
     ratios = stats.pair_ratios(dense_ns, candidate_ns)
     return Measurement(
@@ -214,30 +225,45 @@ def _summarise(result: Mapping[str, Any], source: str, samples_file: Path | None
         speedup=float(np.median(ratios)),
         speedup_ci=stats.bootstrap_median(ratios, result["block"]),
         samples_file=file,
-        warnings=warnings,
+        doubts=tuple(_doubts(result)),
     )
 
 
-def _doubts(result: Mapping[str, Any]) -> list[str]:
+def merge_doubts(measurements: Sequence[Measurement]) -> list[str]:
+    """Return one sentence per kind of doubt: the worst case's, and how many of the measurements share it."""
+    kinds: dict[str, list[Doubt]] = {}
+    for measurement in measurements:
+        for doubt in measurement.doubts:
+            kinds.setdefault(doubt.kind, []).append(doubt)
+    sentences = []
+    for found in kinds.values():
+        worst = max(found, key=lambda doubt: doubt.size).text
+        share = f" (the worst of {len(found)} such among {len(measurements)} measurements)" if len(found) > 1 else ""
+        sentences.append(f"{worst}{share}")
+    return sentences
+
+
+def _doubts(result: Mapping[str, Any]) -> list[Doubt]:
     found = []
     wide = max(stats.spread(result[key]) for key in ("dense_ns", "candidate_ns"))
     if wide > stats.SPREAD_LIMIT:
-        found.append(
+        text = (
             f"the spread of the samples is {wide:.0%} of their median: stop other programs, set the CPU governor to "
             "performance, or lower the target's thread count, and measure again"
         )
+        found.append(Doubt("spread", wide, text))
     slower = stats.drift(result["dense_ns"])
     if slower > stats.DRIFT_LIMIT:
-        found.append(
+        text = (
             f"the dense model ended {slower:.0%} slower than it began: the device throttles or is loaded; let it cool"
         )
+        found.append(Doubt("drift", slower, text))
     before, after = result["before"].get("frequency_khz"), result["after"].get("frequency_khz")
     if before and after and after < before * (1 - stats.DRIFT_LIMIT):
-        found.append(
-            f"the clock fell from {before / 1000:.0f} to {after / 1000:.0f} MHz while measuring: let the device cool"
-        )
+        text = f"the clock fell from {before / 1000:.0f} to {after / 1000:.0f} MHz while measuring: let the device cool"
+        found.append(Doubt("clock", 1 - after / before, text))
     if not result["warm_up_stable"]:
-        found.append("warm-up did not settle: stop other programs and measure again")
+        found.append(Doubt("warm-up", 0.0, "warm-up did not settle: stop other programs and measure again"))
     return found
 
 
