@@ -223,7 +223,7 @@ def test_an_unknown_layer_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_layer_that_cannot_bear_eight_bits_is_found(tmp_path: Path) -> None:
-    model = conv_net(tmp_path / "m.onnx", outlier=30.0)
+    model = conv_net(tmp_path / "m.onnx", outlier=100.0)
     ranges = calibrate(model, [images(16)]).ranges("minmax")
     found = find_sensitive_layers(model, ranges, scheme_for(load_target(VNNI)), images(32, 5), goal_kl=1e-6, most=1)
     assert found.fp32_layers == ("second",)
