@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import onnxruntime
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import CalibrationMethod, QDQQuantizer, QuantType, quantize_dynamic
 from onnxruntime.quantization.calibrate import TensorsData
 
@@ -44,6 +44,7 @@ CARRYING_OPS = tuple(
     "Add Mul Clip Relu LeakyRelu Sigmoid MaxPool AveragePool GlobalAveragePool Concat Reshape Flatten Squeeze "
     "Unsqueeze Transpose Split Slice Resize Pad".split()
 )
+REQUANTISED_OPS = ("Conv", "ConvTranspose", "Gemm")  # whose weights ONNX Runtime quantises by itself
 OLDEST_OPSET = 13  # the first with one scale per channel
 OPSET = 17
 # Below this divergence (nats) top-1 agreement is within the noise of some hundred images.
@@ -445,8 +446,37 @@ def _quantised(
         quantiser.quantize_model()
     except Exception as error:  # the quantiser's exceptions have no common base
         raise JobError(f"ONNX Runtime cannot quantise the model: {first_line(error)}") from error
-    content: bytes = quantiser.model.model.SerializeToString(deterministic=True)
+    made: onnx.ModelProto = quantiser.model.model
+    _hold_in_fp32_(made, exclude)
+    content: bytes = made.SerializeToString(deterministic=True)
     return content
+
+
+def _hold_in_fp32_(proto: onnx.ModelProto, names: Iterable[str]) -> None:
+    """Put a Clip to the 8-bit range, which changes nothing, between a dequantised input and a layer meant to stay fp32.
+
+    Between a dequantise and a quantise node ONNX Runtime quantises a layer's fp32 weights by itself, with one scale for
+    all channels: worse than int8 as made here, and unasked.
+    """
+    graph = proto.graph
+    made_by = {name: node for node in graph.node for name in node.output}
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    left = set(names)
+    for node in [node for node in graph.node if node.name in left and node.op_type in REQUANTISED_OPS]:
+        source = made_by.get(node.input[0])
+        if source is None or source.op_type != "DequantizeLinear":
+            continue
+        scale, zero = (numpy_helper.to_array(constants[name]) for name in source.input[1:3])
+        kind = np.iinfo(zero.dtype)
+        bounds = []
+        for end, level in (("low", kind.min), ("high", kind.max)):
+            value = np.float32(level - int(zero)) * scale.astype(np.float32)
+            graph.initializer.append(numpy_helper.from_array(value.reshape(()), f"{node.name}_{end}"))
+            bounds.append(f"{node.name}_{end}")
+        held = f"{node.name}_fp32_input"
+        clip = helper.make_node("Clip", [node.input[0], *bounds], [held], f"{node.name}_hold")
+        node.input[0] = held
+        graph.node.insert(list(graph.node).index(node), clip)
 
 
 def _drop_metadata_(proto: onnx.ModelProto, key: str) -> None:
