@@ -36,6 +36,7 @@ Counts = dict[Axis, int]
 FloatArray = npt.NDArray[np.float64]
 
 K_MIN = 0.1
+RIDGE = 1e-8
 ROUNDS = 12
 SWEEPS = 200
 
@@ -67,7 +68,7 @@ def solve_widths(
         before = x
         kept = {**fixed, **dict(zip(free, np.exp(x), strict=True))}
         value, slope = _linearise(structure, chosen, free, kept)
-        x = _bounded_least_squares(slope, goal - value + slope @ x, weight, x)
+        x = _bounded_least_squares(slope, goal - value + slope @ x, weight)
         if np.abs(x - before).max() < 1e-4:
             break
     return {**fixed, **dict(zip(free, np.exp(x).tolist(), strict=True))}
@@ -111,17 +112,18 @@ def _fraction(structure: Structure, axis: Axis, kept: Fractions) -> tuple[float,
     return total, gradient
 
 
-def _bounded_least_squares(slope: FloatArray, goal: FloatArray, weight: FloatArray, start: FloatArray) -> FloatArray:
-    """Minimise sum w (slope x - goal)^2 within log K_MIN <= x <= 0 by coordinate descent.
+def _bounded_least_squares(slope: FloatArray, goal: FloatArray, weight: FloatArray) -> FloatArray:
+    """Minimise sum w (slope x - goal)^2 within log K_MIN <= x <= 0: a direct solution, then coordinate descent.
 
-    A trace of ridge makes the solution unique: groups that only occur together share evenly.
+    A trace of ridge makes the solution unique: groups that only occur together share evenly. Descent alone would
+    give it all to the first of them, along a valley too flat to leave.
     """
     weighted = slope * weight[:, None]
     gram = slope.T @ weighted
-    gram[np.diag_indices_from(gram)] += 1e-6 * max(gram.diagonal().max(), 1e-12)
+    gram[np.diag_indices_from(gram)] += RIDGE * max(gram.diagonal().max(), 1e-12)
     right = weighted.T @ goal
     diagonal = gram.diagonal()
-    x = start.copy()
+    x = _solve_clipped(gram, right)
     for _ in range(SWEEPS):
         moved = 0.0
         for index in range(len(x)):
@@ -131,6 +133,22 @@ def _bounded_least_squares(slope: FloatArray, goal: FloatArray, weight: FloatArr
             x[index] = after
         if moved < 1e-5:
             break
+    return x
+
+
+def _solve_clipped(gram: FloatArray, right: FloatArray) -> FloatArray:
+    """Solve gram x = right, fixing at its bound what passes it and solving again for the rest."""
+    low, high = math.log(K_MIN), 0.0
+    x = np.zeros(len(right))
+    free = np.ones(len(right), dtype=np.bool_)
+    while free.any():
+        rest = right[free] - gram[np.ix_(free, ~free)] @ x[~free]
+        x[free] = np.linalg.solve(gram[np.ix_(free, free)], rest)
+        outside = free & ((x < low) | (x > high))
+        x = np.clip(x, low, high)
+        if not outside.any():
+            break
+        free &= ~outside
     return x
 
 
