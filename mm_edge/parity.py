@@ -42,7 +42,9 @@ def compare(run: Run, reference: Run, inputs: FloatArray, kind: str) -> Parity:
             raise ParityError(f"outputs have the shapes {shapes}, the masked model's {wanted}")
         for got, want in zip(outputs, expected, strict=True):
             error, scale = float(np.abs(got - want).max()), float(np.abs(want).max())
-            abs_err, rel_err = max(abs_err, error), max(rel_err, error / max(scale, 1e-30))
+            # np.maximum, not max: what is no number must stay so and fail.
+            abs_err = float(np.maximum(abs_err, error))
+            rel_err = float(np.maximum(rel_err, error / max(scale, 1e-30)))
         agreed += _same_answer(outputs[0], expected[0])
     return Parity(abs_err, rel_err, agreed / len(inputs), ParityInputs(len(inputs), kind))
 

@@ -194,12 +194,15 @@ def test_groups_that_are_few_are_rounded_first_and_the_others_make_good_for_them
     body = "a = Conv(x, w) d = Conv<group=2>(a, gw) y = Conv(d, v)"
     weights = {"w": (64, 3, 1, 1), "gw": (64, 32, 1, 1), "v": (4, 64, 1, 1)}
     structure, layers = read(tiny("float[1,3,4,4] x", body, weights))
-    sparsity = dict.fromkeys(layers, 0.4)
-    counts = round_widths(structure, list(layers.values()), sparsity, [ladder(group, 1) for group in structure.groups])
-    group, inner = leaf_of(structure, "gw:0/0"), leaf_of(structure, "gw:1")
-    # 0.6 of the weights over three factors is 0.84 each: two groups stay, so the widths carry it all.
+    sparsity = {"w": 0.3, "gw": 0.4, "v": 0.3}
+    group, inner, outer = leaf_of(structure, "gw:0/0"), leaf_of(structure, "gw:1"), leaf_of(structure, "gw:0/1")
+    fractions = solve_widths(structure, list(layers.values()), sparsity)
+    # g i = 0.7, g o = 0.7 and g i o = 0.6 hold together at i = o = 0.857, g = 0.817: both groups stay.
+    assert fractions[group] == pytest.approx(0.817, abs=1e-3)
+    assert fractions[inner] == pytest.approx(0.857, abs=1e-3)
+    counts = round_widths(structure, list(layers.values()), sparsity, [ladder(item, 1) for item in structure.groups])
     assert counts[group] == 2
-    assert counts[inner] < 0.8 * 32
+    assert counts[inner] * counts[outer] / 32**2 == pytest.approx(0.6, abs=0.04)
 
 
 # --- scores, choice, sparsity ---------------------------------------------------------------------
