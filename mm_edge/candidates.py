@@ -49,6 +49,7 @@ from mm_edge.target import Target
 FloatArray = npt.NDArray[np.float32]
 Tensors = dict[str, npt.NDArray[Any]]
 
+# How far below its budget a candidate may stay before the target's channel multiples are given up for it.
 BUDGET_SLACK = 0.03
 
 
@@ -160,9 +161,10 @@ def plan_budget(
     ranges: Mapping[str, SparsityRange],
     fraction: float,
 ) -> tuple[dict[str, float], Counts]:
-    """Return sparsities and widths whose multiply-adds are at most `fraction` of dense, and as near as the widths allow.
+    """Return sparsities and widths whose multiply-adds are at most `fraction` of dense, and as near as widths allow.
 
     The ranges are scaled as a whole, rho(a) = lo + a (hi - lo), `a` found by bisection, beyond 1 where the budget asks.
+    Where the steps of the `ladders` miss the budget by more than BUDGET_SLACK they are halved, down to single indices.
     """
     dense = structure.macs()
     sizes = {item.leaf: item.widths[-1] for item in ladders}
@@ -181,8 +183,14 @@ def plan_budget(
         else:
             high = middle
     goal = wanted(high)
-    counts = {item.leaf: item.nearest(goal[item.leaf]) for item in ladders}
-    return sparsity(high), meet_budget(structure, ladders, counts, goal, fraction * dense, strict=True)
+    while True:
+        counts = {item.leaf: item.nearest(goal[item.leaf]) for item in ladders}
+        counts = meet_budget(structure, ladders, counts, goal, fraction * dense, strict=True)
+        share = structure.macs({leaf: float(count) for leaf, count in counts.items()}) / dense
+        finer = tuple(item.halved() for item in ladders)
+        if fraction * (1 - BUDGET_SLACK) <= share <= fraction or finer == tuple(ladders):
+            return sparsity(high), counts
+        ladders = finer
 
 
 def _lowest_share(ranges: Mapping[str, SparsityRange]) -> float:

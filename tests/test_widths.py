@@ -140,6 +140,21 @@ def test_the_nearest_width_is_by_ratio_and_ties_go_up() -> None:
     assert (rungs.below(8), rungs.below(24), rungs.above(24), rungs.above(8)) == (None, 16, None, 16)
 
 
+def test_halving_a_ladder_keeps_its_top_and_ends_at_single_steps() -> None:
+    assert Ladder(0, (16, 32, 40)).halved().widths == (8, 16, 24, 32, 40)
+    assert Ladder(0, (6,)).halved().widths == (3, 6)
+    assert Ladder(0, (1, 2, 3)).halved() == Ladder(0, (1, 2, 3))
+
+
+def test_multiples_too_coarse_for_a_budget_are_halved_for_it(wide_chain) -> None:
+    structure, layers = wide_chain
+    ladders = [ladder(group, 64) for group in structure.groups]
+    ranges = {fqn: SparsityRange(0.1, 0.6, "rule") for fqn in layers}
+    _, counts = plan_budget(structure, list(layers.values()), ladders, ranges, 0.55)
+    assert 0.97 * 0.55 <= structure.macs(counts) / structure.macs() <= 0.55
+    assert any(counts[rungs.leaf] not in rungs.widths for rungs in ladders)
+
+
 @given(st.lists(st.floats(0, 0.99), min_size=3, max_size=3), st.sampled_from([1, 4, 8, 16]))
 @settings(max_examples=80, deadline=None)
 def test_rounded_widths_are_on_their_ladders_and_near_the_unrounded_cost(chain, rho, multiple) -> None:

@@ -168,6 +168,11 @@ class Ladder:
         position = bisect_left(self.widths, width)
         return self.widths[position - 1] if position > 0 else None
 
+    def halved(self) -> Ladder:
+        """Return the ladder with steps half as high; single steps stay."""
+        step = max(self.widths[0] // 2, 1)
+        return Ladder(self.leaf, (*range(step, self.widths[-1], step), self.widths[-1]))
+
     def above(self, width: int) -> int | None:
         """Return the next larger width."""
         position = bisect_left(self.widths, width)
