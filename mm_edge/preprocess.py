@@ -1,0 +1,127 @@
+"""Preprocessing inside the model (--bake-preprocess): uint8 (H, W, C) of any size in, as a camera or decoder gives it.
+
+The same steps as the evaluation pipeline takes with Pillow, in the same 8-bit arithmetic:
+
+    short side -> floor(S / crop_pct), long side in proportion (rounded down), antialiased bicubic or bilinear
+    centre crop to S x S, offset (size - S) / 2 rounded half to even
+    (x / 255 - mean) / std
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from mm_edge.errors import UsageError
+from mm_edge.records import InputSpec
+
+INPUT_NAME = "image"
+OPSET = 18  # the first whose Resize can antialias
+MODES = {"bicubic": "cubic", "bilinear": "linear"}
+_PREFIX = "preprocess_"
+
+
+def bake_preprocess(model: onnx.ModelProto, spec: InputSpec) -> onnx.ModelProto:
+    """Return a copy of `model` whose input is "image", uint8 (height, width, C), of any size.
+
+    Raises:
+        UsageError: the model's input is not one image of `spec`, or the interpolation has no ONNX equivalent.
+    """
+    _check(model, spec)
+    baked = onnx.ModelProto()
+    baked.CopyFrom(model)
+    if next(entry.version for entry in baked.opset_import if entry.domain in ("", "ai.onnx")) < OPSET:
+        baked = onnx.version_converter.convert_version(baked, OPSET)
+    graph = baked.graph
+    feed = _feed(baked)
+    steps = _Steps()
+    _add_steps(steps, spec)
+    steps.nodes[-1].output[0] = feed.name
+    shape: list[str | int | None] = ["height", "width", spec.shape[0]]
+    image = helper.make_tensor_value_info(INPUT_NAME, TensorProto.UINT8, shape)
+    nodes = [*steps.nodes, *graph.node]
+    inputs = [image, *(item for item in graph.input if item.name != feed.name)]
+    del graph.node[:], graph.input[:]
+    graph.node.extend(nodes)
+    graph.input.extend(inputs)
+    graph.initializer.extend(steps.constants)
+    return baked
+
+
+class _Steps:
+    """Collects nodes; each method returns the name of what it makes."""
+
+    def __init__(self) -> None:
+        self.nodes: list[onnx.NodeProto] = []
+        self.constants: list[onnx.TensorProto] = []
+
+    def constant(self, value: npt.ArrayLike, dtype: type) -> str:
+        name = f"{_PREFIX}constant_{len(self.constants)}"
+        self.constants.append(numpy_helper.from_array(np.asarray(value, dtype=dtype), name))
+        return name
+
+    def add(self, op: str, *inputs: str, **attributes: Any) -> str:
+        name = f"{_PREFIX}{op.lower()}_{len(self.nodes)}"
+        self.nodes.append(helper.make_node(op, inputs, [name], name, **attributes))
+        return name
+
+
+def _add_steps(steps: _Steps, spec: InputSpec) -> None:
+    channels, side, _ = spec.shape
+    scaled = math.floor(side / spec.crop_pct)
+    planes = steps.add("Transpose", INPUT_NAME, perm=[2, 0, 1])
+    batch = steps.add("Unsqueeze", planes, steps.constant([0], np.int64))
+    size = steps.add("Shape", INPUT_NAME, start=0, end=2)
+    short = steps.add("ReduceMin", size, keepdims=1)
+    wanted = steps.add("Div", steps.add("Mul", size, steps.constant([scaled], np.int64)), short)
+    whole = steps.add("Concat", steps.constant([1, channels], np.int64), wanted, axis=0)
+    resized = steps.add(
+        "Resize",
+        batch,
+        "",
+        "",
+        whole,
+        mode=MODES[spec.interpolation],
+        antialias=1,
+        exclude_outside=1,
+        cubic_coeff_a=-0.5,
+        coordinate_transformation_mode="half_pixel",
+    )
+    rest = steps.add("Cast", steps.add("Sub", wanted, steps.constant([side], np.int64)), to=TensorProto.FLOAT)
+    half = steps.add("Round", steps.add("Mul", rest, steps.constant([0.5], np.float32)))
+    start = steps.add("Cast", half, to=TensorProto.INT64)
+    end = steps.add("Add", start, steps.constant([side], np.int64))
+    cropped = steps.add("Slice", resized, start, end, steps.constant([2, 3], np.int64))
+    numbers = steps.add("Cast", cropped, to=TensorProto.FLOAT)
+    unit = steps.add("Div", numbers, steps.constant(255, np.float32))
+    mean, std = (np.reshape(values, (1, -1, 1, 1)) for values in (spec.mean, spec.std))
+    centred = steps.add("Sub", unit, steps.constant(mean, np.float32))
+    steps.add("Div", centred, steps.constant(std, np.float32))
+
+
+def _feed(model: onnx.ModelProto) -> onnx.ValueInfoProto:
+    constants = {tensor.name for tensor in model.graph.initializer}
+    feeds: list[onnx.ValueInfoProto] = [item for item in model.graph.input if item.name not in constants]
+    if len(feeds) != 1:
+        raise UsageError(f"--bake-preprocess needs a model with one input; this one has {len(feeds)}")
+    return feeds[0]
+
+
+def _check(model: onnx.ModelProto, spec: InputSpec) -> None:
+    tensor = _feed(model).type.tensor_type
+    shape = [size.dim_value for size in tensor.shape.dim]
+    if tensor.elem_type != TensorProto.FLOAT or shape != [1, *spec.shape]:
+        raise UsageError(f"--bake-preprocess needs an fp32 input of shape {[1, *spec.shape]}; this model has {shape}")
+    if spec.interpolation not in MODES:
+        raise UsageError(
+            f"--bake-preprocess knows {' and '.join(MODES)}; this network was trained with {spec.interpolation}"
+        )
+    if spec.shape[1] != spec.shape[2]:
+        raise UsageError(
+            f"--bake-preprocess needs a square input; this network takes {spec.shape[1]} x {spec.shape[2]}"
+        )
