@@ -268,7 +268,8 @@ def _masked_weights(bench: Workbench, plan: Plan, masks: Mapping[str, AxisMask])
     if bench.recover == "bn" and bench.images.recovery is not None and has_batch_norm(module):
         reestimate_batch_norm_(module, (torch.from_numpy(batch) for batch in bench.images.recovery()))
         recovered = "bn"
-    state = {name: np.array(tensor.numpy(force=True)) for name, tensor in module.state_dict().items()}
+    # Views of the copy made above, which nothing changes from here on.
+    state = {name: tensor.numpy(force=True) for name, tensor in module.state_dict().items()}
     return state, torch_runner(module), recovered
 
 
