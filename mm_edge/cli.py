@@ -16,6 +16,7 @@ from rich.table import Table
 
 from mm_edge import __version__
 from mm_edge.errors import MMEdgeError, UsageError
+from mm_edge.strategies import STRATEGIES
 
 if TYPE_CHECKING:
     from mm_edge.api import Setting
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from mm_edge.records import Report
 
 SIGNALS_HELP = "Comma-separated: magnitude, gradient, product."
+STRATEGIES_HELP = f"all, or comma-separated: {', '.join(STRATEGIES)}."
 
 
 class Commands(click.Group):
@@ -52,7 +54,9 @@ class Commands(click.Group):
             ctx.exit(1)
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(
+    "mm-edge", cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
+)
 @click.version_option(__version__, prog_name="mm-edge")
 def main() -> None:
     """Prune a trained vision model for a named device, and measure what it bought and what it cost."""
@@ -127,7 +131,7 @@ def _load(model: str, options: dict[str, Any]) -> LoadedModel:
     "--out", type=click.Path(path_type=Path, file_okay=False), help="Run directory.  [default: mm-edge-MODEL]"
 )
 @click.option("--signals", default="magnitude,gradient,product", show_default=True, help=SIGNALS_HELP)
-@click.option("--strategies", default="all", show_default=True, help="Comma-separated names, or all.")
+@click.option("--strategies", default="all", show_default=True, help=STRATEGIES_HELP)
 @click.option("--ranges", default="rules", show_default=True, help="Source of the sparsity ranges: rules or observed.")
 @click.option("--split", default="0.5,0.25,0.25", show_default=True, help="Calibration, validation, test.")
 @click.option("--kinds", default="structured", show_default=True, help="Comma-separated: structured, unstructured.")
