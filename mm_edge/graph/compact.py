@@ -6,6 +6,7 @@ candidate is made from a copy of the raw graph, so that it costs milliseconds, n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from mm_edge.errors import JobError
 from mm_edge.export import RawGraph
 from mm_edge.graph.axes import Axis, BoolArray
 from mm_edge.graph.groups import Structure
+from mm_edge.graph.norms import restore_normalization_
 from mm_edge.graph.reading import AttributeEdit, Edit, MeanEdit, OperandEdit
 
 Keep = dict[Axis, BoolArray]
@@ -122,6 +124,11 @@ def _apply_edit(model: ir.Model, node: ir.Node, edit: Edit, structure: Structure
         kept = float(np.prod([size(axis) / structure.table.size(axis) for axis in edit.axes]))
         if kept != 1.0:
             _scale_output(model, node, kept)
+    else:
+        kept_size = math.prod(size(axis) for axis in edit.axes)
+        dense_size = math.prod(structure.table.size(axis) for axis in edit.axes)
+        if kept_size != dense_size:
+            restore_normalization_(model, node, kept_size, dense_size)
 
 
 def _set_operand(model: ir.Model, node: ir.Node, index: int, array: npt.NDArray[np.generic], name: str) -> None:

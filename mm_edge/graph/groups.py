@@ -105,15 +105,17 @@ class Structure:
         return total
 
 
-def read_structure(raw: RawGraph, keep: Sequence[str] = ()) -> Structure:
+def read_structure(raw: RawGraph, keep: Sequence[str] = (), *, prune_norms: bool = False) -> Structure:
     """Read the coupled groups of `raw`; weights whose name matches a pattern in `keep` lose nothing.
+
+    With `prune_norms` the channels a LayerNormalization averages over may go too (see norms.py for the price).
 
     Patterns are shell-style and match a parameter's name or a module's prefix of it.
 
     Raises:
         UsageError: a pattern matches nothing.
     """
-    reading = Reading(raw)
+    reading = Reading(raw, prune_norms)
     graph = raw.model.graph
     for value in graph.inputs:
         reading.pin(reading.axes_of(value), "input of the model")

@@ -48,7 +48,15 @@ class MeanEdit:
     axes: Axes
 
 
-Edit = OperandEdit | AttributeEdit | MeanEdit
+@dataclass(frozen=True)
+class NormEdit:
+    """The LayerNormalization `node` still normalises over the dense size of `axes`; see norms.py."""
+
+    node: str
+    axes: Axes
+
+
+Edit = OperandEdit | AttributeEdit | MeanEdit | NormEdit
 
 
 @dataclass(frozen=True)
@@ -74,9 +82,13 @@ class Contraction:
 
 @dataclass
 class Reading:
-    """The state of the walk. Rules call its methods and nothing else."""
+    """The state of the walk. Rules call its methods and nothing else.
+
+    With `prune_norms` a LayerNormalization may lose channels, at the price norms.py states; else it pins them.
+    """
 
     raw: RawGraph
+    prune_norms: bool = False
     table: AxisTable = field(default_factory=AxisTable)
     axes: dict[str, Axes] = field(default_factory=dict)
     edits: list[Edit] = field(default_factory=list)

@@ -21,6 +21,7 @@ from mm_edge.graph.reading import (
     Axes,
     Contraction,
     MeanEdit,
+    NormEdit,
     OperandEdit,
     Reading,
     SizeTerm,
@@ -285,7 +286,12 @@ def layer_normalization(reading: Reading, node: ir.Node) -> None:
     """Over the trailing axes from `axis` on."""
     axes = operand_axes(reading, node, 0)
     start = attribute(node, "axis", -1) % len(axes)
-    reading.pin(axes[start:], f"{node.op_type} averages over this axis")
+    if reading.prune_norms and node.op_type == "LayerNormalization":
+        for axis in axes[start:]:
+            reading.contractions.append(Contraction(name_of(node), axis, operand_names(node, 0)))
+        reading.edits.append(NormEdit(name_of(node), axes[start:]))
+    else:
+        reading.pin(axes[start:], f"{node.op_type} averages over this axis")
     for index in range(1, len(node.inputs)):
         reading.broadcast([axes, operand_axes(reading, node, index)])
     reading.set_axes(node.outputs[0], axes)
@@ -584,7 +590,7 @@ def zero_operands(node: ir.Node) -> tuple[str, list[int]]:
         return ("any", [0]) if _clip_keeps_zero(node) else ("none", [])
     if node.op_type == "Pow":
         return ("any", [0]) if _is_positive(node.inputs[1]) else ("none", [])
-    if node.op_type == "BatchNormalization":
+    if node.op_type in ("BatchNormalization", "LayerNormalization"):
         return "any", [1]
     if node.op_type in PRODUCTS:
         return "any", list(range(count)) if node.op_type == "Einsum" else [0, 1]
@@ -597,7 +603,14 @@ def zero_operands(node: ir.Node) -> tuple[str, list[int]]:
 
 def added_operands(node: ir.Node) -> list[int]:
     """Return the operands a product-like node adds at its end: biases and shifts."""
-    if node.op_type in ("Conv", "ConvTranspose", "Gemm", "BatchNormalization", "InstanceNormalization"):
+    if node.op_type in (
+        "Conv",
+        "ConvTranspose",
+        "Gemm",
+        "BatchNormalization",
+        "InstanceNormalization",
+        "LayerNormalization",
+    ):
         return [2] if len(node.inputs) > 2 and node.inputs[2] is not None else []
     return []
 
