@@ -142,7 +142,7 @@ def _row(model: Path, measured: Measurement | None, footprints: tuple[Footprint,
 def _print_bench(document: dict[str, Any]) -> None:
     machine = document["environment"]
     console = Console()
-    threads = document["models"][0]["latency_ms"].threads
+    threads = document["models"][0]["latency_ms"].threads or "no measured"
     console.print(
         f"{escape(machine['cpu_model'])}, {machine['isa']}, onnxruntime {machine['onnxruntime']}, {threads} thread(s), "
         f"{document['pairs']} interleaved pairs"

@@ -156,10 +156,13 @@ def resolve_host(target: Target, isa: str | None = None, flags: Iterable[str] | 
     )
 
 
-def unfit_multiples(target: Target, isa: str, flags: Iterable[str]) -> list[str]:
-    """Return a sentence for each multiple of `target` that leaves part of a CPU with these `flags` unused."""
-    best = _most_specific(isa, set(flags)) if target.provider == Target.provider else None
-    if best is None:
+def unfit_multiples(target: Target, machine: Mapping[str, Any]) -> list[str]:
+    """Return a sentence for each multiple of `target` that leaves part of the CPU of `machine` (an info record) unused.
+
+    A profile of the very core is taken at its word: the generic ones are broader.
+    """
+    best = _most_specific(machine["isa"], set(machine["flags"])) if target.provider == Target.provider else None
+    if best is None or set(machine["cpu_parts"]) & set(target.cpu_parts):
         return []
     return [
         f"{op_class} {data_type} channels in multiples of {target.multiple(op_class, data_type)} do not fill "

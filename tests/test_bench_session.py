@@ -79,12 +79,15 @@ def test_speedup_is_the_median_ratio(models):
     assert measured.doubts == ()
 
 
-def test_emulated_times_are_not_reported(models):
-    footprint = {"peak_rss_bytes": 5, "session_ns": 5, "first_run_ns": 5, "file_bytes": 7}
-    measured = session.measure_pair(*models, HOST, transport=Scripted(samples(), source="emulated"))
+def test_emulated_times_are_not_even_taken(models):
+    device = Scripted({}, source="emulated")
+    measured = session.measure_pair(*models, HOST, transport=device)
     assert (measured.speedup, measured.latency.p50, measured.latency.source) == (None, None, None)
-    assert "emulated" in measured.doubts[0].text
-    assert session.measure_memory(models[0], HOST, transport=Scripted(footprint, source="emulated")) is None
+    assert measured.doubts == (session.EMULATED,)
+    assert session.measure_memory(models[0], HOST, transport=device) is None
+    assert session.measure_footprint(models[0], HOST, transport=device).file_bytes == models[0].stat().st_size
+    assert session.measure_null(HOST, transport=device) is None
+    assert device.asked == []
 
 
 def test_doubtful_runs_say_so_and_name_the_remedy(models):

@@ -16,6 +16,7 @@ from mm_edge.target import (
     matches_this_machine,
     mismatches,
     resolve_host,
+    unfit_multiples,
 )
 
 NAMES = [
@@ -191,6 +192,16 @@ def test_mismatches_say_what_differs():
     ]
     (provider,) = mismatches(load_target("jetson-orin"), PI5)
     assert provider == "onnxruntime there lacks TensorrtExecutionProvider (it has CPUExecutionProvider)"
+
+
+def test_multiples_that_do_not_fill_a_cpu():
+    avx512 = {"isa": "x86_64", "flags": load_target("x86_64-avx512").features, "cpu_parts": []}
+    assert unfit_multiples(load_target("x86_64-avx512"), avx512) == []
+    found = unfit_multiples(load_target("x86_64-avx2"), avx512)
+    assert "conv fp32 channels in multiples of 8 do not fill this CPU's 16 (profile x86_64-avx512)" in found
+    pi4 = {"isa": "aarch64", "flags": ["asimd"], "cpu_parts": ["0x41/0xd08"]}
+    assert unfit_multiples(load_target("raspberry-pi-4"), pi4) == []
+    assert unfit_multiples(load_target("raspberry-pi-4"), {**pi4, "isa": "riscv64"}) == []
 
 
 def test_matches_this_machine(monkeypatch):

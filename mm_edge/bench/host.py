@@ -42,7 +42,7 @@ def fingerprint(info: Mapping[str, Any]) -> str:
 
 def doubts(info: Mapping[str, Any], target: Target) -> list[str]:
     """Return what a reader should know before trusting a latency from this machine."""
-    found = [*mismatches(target, info), *unfit_multiples(target, info["isa"], info["flags"])]
+    found = [*mismatches(target, info), *unfit_multiples(target, info)]
     slow = [name for name in info["governors"] if name not in ("performance", "schedutil")]
     if slow:
         found.append(

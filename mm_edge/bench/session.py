@@ -43,7 +43,7 @@ class Doubt:
     text: str
 
 
-EMULATED = Doubt("emulated", 0.0, "emulated: times there are not the device's")
+EMULATED = Doubt("emulated", 0.0, "emulated: the target's own kernels, but neither time nor memory is the device's")
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,8 @@ def measure_pair(
     Raises:
         BenchError: the worker could not measure; the message says why.
     """
+    if transport.source == EMULATED.kind:
+        return Measurement(Latency(), Latency(), None, None, None, (EMULATED,))
     options = {**_run_options(target), "pairs": pairs}
     identity = {
         "dense": file_sha256(dense),
@@ -144,26 +146,20 @@ def measure_footprint(model: Path, target: Target, *, transport: Transport, aren
     Raises:
         BenchError: the worker could not measure; the message says why.
     """
+    if transport.source == EMULATED.kind:
+        return Footprint(None, None, None, model.stat().st_size, arena)
     result = transport.ask("memory", {"model": model}, {**_run_options(target), "arena": arena})
-    emulated = transport.source == "emulated"
-    values = {
-        key: _natural(result, key, transport.name)
-        for key in ("peak_rss_bytes", "session_ns", "first_run_ns", "file_bytes")
-    }
-    return Footprint(
-        peak_rss_bytes=None if emulated else values["peak_rss_bytes"],
-        session_ms=None if emulated else values["session_ns"] / 1e6,
-        first_run_ms=None if emulated else values["first_run_ns"] / 1e6,
-        file_bytes=values["file_bytes"],
-        arena=arena,
-    )
+    keys = ("peak_rss_bytes", "session_ns", "first_run_ns", "file_bytes")
+    peak, load_ns, first_ns, size = (_natural(result, key, transport.name) for key in keys)
+    return Footprint(peak, load_ns / 1e6, first_ns / 1e6, size, arena)
 
 
 def measure_null(target: Target, *, transport: Transport, runs: int = 1000) -> float | None:
     """Return the harness's own cost per inference in milliseconds (median); None when the device is emulated."""
+    if transport.source == EMULATED.kind:
+        return None
     result = transport.ask("null", {}, {**_run_options(target), "pairs": runs})
-    samples = _samples(result, "null_ns", runs, transport.name)
-    return None if transport.source == "emulated" else stats.percentile_ms(samples, 50)
+    return stats.percentile_ms(_samples(result, "null_ns", runs, transport.name), 50)
 
 
 def evaluate(model: Path, images: Path, target: Target, *, transport: Transport) -> NDArray[np.float32]:
@@ -215,8 +211,6 @@ def _run_options(target: Target) -> dict[str, Any]:
 
 def _summarise(result: Mapping[str, Any], source: str, samples_file: Path | None) -> Measurement:
     file = str(samples_file) if samples_file else None
-    if source == "emulated":
-        return Measurement(Latency(), Latency(), None, None, file, (EMULATED,))
     dense_ns, candidate_ns, threads = result["dense_ns"], result["candidate_ns"], result["threads"]
     ratios = stats.pair_ratios(dense_ns, candidate_ns)
     return Measurement(
