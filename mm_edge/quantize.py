@@ -16,6 +16,7 @@ sum of two products saturates 16 bits, so weights get 7 bits there), arm64 and N
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -44,7 +45,7 @@ CARRYING_OPS = tuple(
     "Add Mul Clip Relu LeakyRelu Sigmoid MaxPool AveragePool GlobalAveragePool Concat Reshape Flatten Squeeze "
     "Unsqueeze Transpose Split Slice Resize Pad".split()
 )
-REQUANTISED_OPS = ("Conv", "ConvTranspose", "Gemm")  # whose weights ONNX Runtime quantises by itself
+BIASED_OPS = ("Conv", "ConvTranspose", "Gemm")  # their third operand is a bias, and ONNX Runtime requantises them
 OLDEST_OPSET = 13  # the first with one scale per channel
 OPSET = 17
 # Below this divergence (nats) top-1 agreement is within the noise of some hundred images.
@@ -368,7 +369,23 @@ def _load(path: Path) -> onnx.ModelProto:
         if not node.name or node.name in seen:
             node.name = f"{node.op_type}_{index}"
         seen.add(node.name)
+    _split_shared_biases_(proto)
     return onnx.shape_inference.infer_shapes(proto)
+
+
+def _split_shared_biases_(proto: onnx.ModelProto) -> None:
+    """Give each layer a bias of its own: the scale of a bias belongs to one layer, and an Add wants it in fp32."""
+    constants = {tensor.name: tensor for tensor in proto.graph.initializer}
+    uses = Counter(name for node in proto.graph.node for name in node.input)
+    for node in proto.graph.node:
+        if node.op_type in BIASED_OPS and len(node.input) > 2 and uses[node.input[2]] > 1:
+            shared = constants.get(node.input[2])
+            if shared is None:
+                continue
+            own = proto.graph.initializer.add()
+            own.CopyFrom(shared)
+            own.name = f"{node.name}_bias"
+            node.input[2] = own.name
 
 
 def _weighted(proto: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
@@ -462,7 +479,7 @@ def _hold_in_fp32_(proto: onnx.ModelProto, names: Iterable[str]) -> None:
     made_by = {name: node for node in graph.node for name in node.output}
     constants = {tensor.name: tensor for tensor in graph.initializer}
     left = set(names)
-    for node in [node for node in graph.node if node.name in left and node.op_type in REQUANTISED_OPS]:
+    for node in [node for node in graph.node if node.name in left and node.op_type in BIASED_OPS]:
         source = made_by.get(node.input[0])
         if source is None or source.op_type != "DequantizeLinear":
             continue

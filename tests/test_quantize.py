@@ -278,6 +278,21 @@ def test_an_old_opset_is_raised_first(tmp_path: Path) -> None:
     assert initializers(tmp_path / "q.onnx")["w1_scale"].shape == (CHANNELS,)
 
 
+def test_a_bias_shared_with_an_addition_is_split(tmp_path: Path) -> None:
+    model = onnx.load(conv_net(tmp_path / "m.onnx"))
+    nodes = list(model.graph.node)
+    nodes[3].input[0] = "c2"
+    nodes.insert(3, helper.make_node("Add", ["c", "shaped"], ["c2"], "shift"))
+    nodes.insert(0, helper.make_node("Unsqueeze", ["b1", "axes"], ["shaped"], "shape"))
+    nodes[3].input[2] = "b1"  # both convolutions and the addition read b1
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    model.graph.initializer.append(numpy_helper.from_array(np.array([1, 2]), "axes"))
+    onnx.save(model, tmp_path / "m.onnx")
+    report = quantise(tmp_path / "m.onnx", tmp_path / "q.onnx", load_target(VNNI), [images(16)], images(32, 5))
+    assert report.layers == 3 and report.kl_to_fp32 is not None and report.kl_to_fp32 < 0.02
+
+
 def test_a_file_that_is_no_model_is_named(tmp_path: Path) -> None:
     (tmp_path / "m.onnx").write_bytes(b"no")
     with pytest.raises(ModelError, match=r"m\.onnx is not an ONNX model"):
