@@ -374,7 +374,11 @@ def _load(path: Path) -> onnx.ModelProto:
 
 
 def _split_shared_biases_(proto: onnx.ModelProto) -> None:
-    """Give each layer a bias of its own: the scale of a bias belongs to one layer, and an Add wants it in fp32."""
+    """Give each layer a bias of its own.
+
+    Its scale belongs to one layer, so the quantiser makes copies; it names them "b0", "b1" ... without looking whether
+    a tensor of that name exists ("val_78" and "6").
+    """
     constants = {tensor.name: tensor for tensor in proto.graph.initializer}
     uses = Counter(name for node in proto.graph.node for name in node.input)
     for node in proto.graph.node:

@@ -278,18 +278,24 @@ def test_an_old_opset_is_raised_first(tmp_path: Path) -> None:
     assert initializers(tmp_path / "q.onnx")["w1_scale"].shape == (CHANNELS,)
 
 
-def test_a_bias_shared_with_an_addition_is_split(tmp_path: Path) -> None:
-    model = onnx.load(conv_net(tmp_path / "m.onnx"))
-    nodes = list(model.graph.node)
-    nodes[3].input[0] = "c2"
-    nodes.insert(3, helper.make_node("Add", ["c", "shaped"], ["c2"], "shift"))
-    nodes.insert(0, helper.make_node("Unsqueeze", ["b1", "axes"], ["shaped"], "shape"))
-    nodes[3].input[2] = "b1"  # both convolutions and the addition read b1
-    del model.graph.node[:]
-    model.graph.node.extend(nodes)
-    model.graph.initializer.append(numpy_helper.from_array(np.array([1, 2]), "axes"))
-    onnx.save(model, tmp_path / "m.onnx")
-    report = quantise(tmp_path / "m.onnx", tmp_path / "q.onnx", load_target(VNNI), [images(16)], images(32, 5))
+def test_a_shared_bias_is_split_before_the_quantiser_names_its_copies(tmp_path: Path) -> None:
+    rng = np.random.default_rng(4)
+    weights = {
+        "w1": rng.standard_normal((CLASSES, 3, 3, 3)),
+        "w2": rng.standard_normal((CLASSES, CLASSES, 1, 1)),
+        "w3": rng.standard_normal((CLASSES, CLASSES)),
+        "b": rng.standard_normal(CLASSES),
+    }
+    nodes = [
+        helper.make_node("Conv", ["x", "w1", "b"], ["a"], "first"),
+        helper.make_node("Conv", ["a", "w2", "b"], ["b0"], "second"),
+        helper.make_node("GlobalAveragePool", ["b0"], ["c"], "pool"),
+        helper.make_node("Flatten", ["c"], ["d"], "flat"),
+        helper.make_node("MatMul", ["d", "w3"], ["e"], "fc"),
+        helper.make_node("Add", ["e", "b"], ["y"], "shift"),
+    ]
+    model = save(tmp_path / "m.onnx", nodes, weights, [1, 3, 8, 8], 20)
+    report = quantise(model, tmp_path / "q.onnx", load_target(VNNI), [images(16)], images(32, 5))
     assert report.layers == 3 and report.kl_to_fp32 is not None and report.kl_to_fp32 < 0.02
 
 
