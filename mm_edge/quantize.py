@@ -370,6 +370,8 @@ def _load(path: Path) -> onnx.ModelProto:
             node.name = f"{node.op_type}_{index}"
         seen.add(node.name)
     _split_shared_biases_(proto)
+    _fold_pads_(proto)
+    _pool_means_(proto)
     return onnx.shape_inference.infer_shapes(proto)
 
 
@@ -390,6 +392,65 @@ def _split_shared_biases_(proto: onnx.ModelProto) -> None:
             own.CopyFrom(shared)
             own.name = f"{node.name}_bias"
             node.input[2] = own.name
+
+
+def _fold_pads_(proto: onnx.ModelProto) -> None:
+    """Put zero padding into the convolution behind it: ONNX Runtime does so in fp32 only, and pads 8 bits in fp32."""
+    graph = proto.graph
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    shown = {item.name for item in graph.output}
+    for pad in [node for node in graph.node if node.op_type == "Pad"]:
+        behind = readers.get(pad.output[0], [])
+        sizes = _zero_padding(pad, constants)
+        if sizes is None or len(behind) != 1 or behind[0].op_type != "Conv" or pad.output[0] in shown:
+            continue
+        conv = behind[0]
+        given = {item.name: helper.get_attribute_value(item) for item in conv.attribute}
+        if given.get("auto_pad", b"NOTSET") != b"NOTSET" or conv.input[0] != pad.output[0]:
+            continue
+        before = given.get("pads", [0] * len(sizes))
+        for item in [item for item in conv.attribute if item.name == "pads"]:
+            conv.attribute.remove(item)
+        conv.attribute.append(helper.make_attribute("pads", [a + b for a, b in zip(before, sizes, strict=True)]))
+        conv.input[0] = pad.input[0]
+        graph.node.remove(pad)
+
+
+def _zero_padding(pad: onnx.NodeProto, constants: Mapping[str, TensorProto]) -> list[int] | None:
+    """Return the spatial sizes (all beginnings, then all ends) of a Pad with zeros, None for any other Pad."""
+    mode = next((helper.get_attribute_value(item) for item in pad.attribute if item.name == "mode"), b"constant")
+    operands = [name for name in pad.input[1:] if name]
+    if mode != b"constant" or len(pad.input) > 3 or any(name not in constants for name in operands):
+        return None
+    sizes, *value = (numpy_helper.to_array(constants[name]) for name in operands)
+    half = len(sizes) // 2
+    if (value and float(value[0]) != 0) or (sizes < 0).any() or sizes[:2].any() or sizes[half : half + 2].any():
+        return None
+    return [int(size) for size in (*sizes[2:half], *sizes[half + 2 :])]
+
+
+def _pool_means_(proto: onnx.ModelProto) -> None:
+    """Turn a mean over all positions into GlobalAveragePool, which has an 8-bit kernel."""
+    constants = {tensor.name: tensor for tensor in proto.graph.initializer}
+    ranks = {item.name: len(item.type.tensor_type.shape.dim) for item in proto.graph.value_info}
+    for node in list(proto.graph.node):
+        if node.op_type != "ReduceMean" or len(node.input) != 2 or node.input[1] not in constants:
+            continue
+        rank = ranks.get(node.input[0], 0)
+        axes = sorted(int(axis) % rank for axis in numpy_helper.to_array(constants[node.input[1]])) if rank else []
+        keep = next((item.i for item in node.attribute if item.name == "keepdims"), 1)
+        if rank < 3 or axes != list(range(2, rank)):
+            continue
+        pooled = node.output[0] if keep else f"{node.name}_pooled"
+        pool = helper.make_node("GlobalAveragePool", [node.input[0]], [pooled], node.name)
+        if not keep:
+            flat = helper.make_node("Flatten", [pooled], [node.output[0]], f"{node.name}_flat", axis=1)
+            proto.graph.node.insert(list(proto.graph.node).index(node) + 1, flat)
+        node.CopyFrom(pool)
 
 
 def _weighted(proto: onnx.ModelProto) -> dict[str, onnx.NodeProto]:

@@ -299,6 +299,42 @@ def test_a_shared_bias_is_split_before_the_quantiser_names_its_copies(tmp_path: 
     assert report.layers == 3 and report.kl_to_fp32 is not None and report.kl_to_fp32 < 0.02
 
 
+def padded_net(path: Path, sizes: list[int], value: float = 0.0) -> Path:
+    """Pad, Conv of stride 2 with padding of its own, mean over the positions."""
+    rng = np.random.default_rng(6)
+    nodes = [
+        helper.make_node("Pad", ["x", "sizes", "value"], ["p"], "pad"),
+        helper.make_node("Conv", ["p", "w"], ["a"], "conv", strides=[2, 2], pads=[1, 0, 0, 0]),
+        helper.make_node("ReduceMean", ["a", "axes"], ["y"], "mean", keepdims=0),
+    ]
+    save(path, nodes, {"w": rng.standard_normal((CLASSES, 3, 3, 3))}, [1, 3, 8, 8], 20)
+    model = onnx.load(path)
+    model.graph.initializer.append(numpy_helper.from_array(np.array(sizes), "sizes"))
+    model.graph.initializer.append(numpy_helper.from_array(np.float32(value), "value"))
+    model.graph.initializer.append(numpy_helper.from_array(np.array([2, 3]), "axes"))
+    onnx.save(onnx.shape_inference.infer_shapes(model), path)
+    return path
+
+
+def test_padding_and_means_run_in_eight_bits(tmp_path: Path) -> None:
+    model = padded_net(tmp_path / "m.onnx", [0, 0, 0, 1, 0, 0, 1, 2])
+    report = quantise(model, tmp_path / "q.onnx", load_target(VNNI), [images(16)], images(32, 5))
+    made = onnx.load(tmp_path / "q.onnx")
+    kinds = [node.op_type for node in made.graph.node]
+    assert "Pad" not in kinds and "ReduceMean" not in kinds and "GlobalAveragePool" in kinds
+    (conv,) = (node for node in made.graph.node if node.op_type == "Conv")
+    assert next(list(item.ints) for item in conv.attribute if item.name == "pads") == [1, 1, 1, 2]
+    assert report.kl_to_fp32 is not None and report.kl_to_fp32 < 0.02
+
+
+@pytest.mark.parametrize(("sizes", "value"), [([0, 0, 1, 1, 0, 0, 1, 1], 0.5), ([0, 1, 1, 1, 0, -1, 1, 1], 0.0)])
+def test_other_padding_stays(tmp_path: Path, sizes: list[int], value: float) -> None:
+    model = padded_net(tmp_path / "m.onnx", sizes, value)
+    ranges = calibrate(model, [images(8)]).ranges("minmax")
+    quantise_static(model, tmp_path / "q.onnx", ranges, scheme_for(load_target(VNNI)))
+    assert "Pad" in {node.op_type for node in onnx.load(tmp_path / "q.onnx").graph.node}
+
+
 def test_a_file_that_is_no_model_is_named(tmp_path: Path) -> None:
     (tmp_path / "m.onnx").write_bytes(b"no")
     with pytest.raises(ModelError, match=r"m\.onnx is not an ONNX model"):
