@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from mm_edge.bench import qemu
+from mm_edge.bench import qemu, worker
+from mm_edge.bench.audit import Audit, audit_model
 from mm_edge.bench.connect import missing, open_transport
 from mm_edge.bench.host import describe
 from mm_edge.bench.session import (
+    EMULATED,
     MINIMUM_PAIRS,
-    Footprint,
     Measurement,
+    compare_outputs,
     environment,
     measure_footprint,
     measure_null,
@@ -29,7 +34,7 @@ from mm_edge.bench.session import (
 )
 from mm_edge.bench.transport import LocalTransport, Transport
 from mm_edge.errors import BenchError, TargetError, UsageError
-from mm_edge.records import to_json
+from mm_edge.records import Parity, to_json
 from mm_edge.target import (
     OP_CLASSES,
     Target,
@@ -44,6 +49,19 @@ from mm_edge.target import (
 )
 
 BENCH_SCHEMA_VERSION = 1
+NOISE_INPUTS = 8
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One `bench` command: what to measure, on what, and what to keep."""
+
+    models: tuple[Path, ...]
+    target: Target
+    transport: Transport
+    pairs: int
+    samples: Path | None
+    audit: bool
 
 
 @click.command("bench")
@@ -54,13 +72,23 @@ BENCH_SCHEMA_VERSION = 1
 @click.option("--host", metavar="USER@HOST", help="Measure on this device, through ssh; 'qemu' emulates.")
 @click.option("--pairs", default=MINIMUM_PAIRS, show_default=True, type=click.IntRange(20, 100_000))
 @click.option("--samples", type=click.Path(path_type=Path, file_okay=False), help="Keep raw samples in this folder.")
+@click.option("--audit", is_flag=True, help="Name the kernel of each convolution and matrix product, and why.")
 @click.option(
     "--json", "as_json", is_flag=True, help="One JSON document on standard output, the rest on standard error."
 )
 def bench(
-    models: tuple[Path, ...], target_name: str, host: str | None, pairs: int, samples: Path | None, as_json: bool
+    models: tuple[Path, ...],
+    target_name: str,
+    host: str | None,
+    pairs: int,
+    samples: Path | None,
+    audit: bool,
+    as_json: bool,
 ) -> None:
-    """Measure latency and memory of ONNX models; the first is what the others are compared with."""
+    """Measure latency and memory of ONNX models; the first is what the others are compared with.
+
+    With --audit, the graphs as ONNX Runtime optimised them are kept in the --samples folder (default: mm-edge-audit).
+    """
     for model in models:
         if not model.is_file():
             raise UsageError(f"model '{model}' does not exist")
@@ -68,74 +96,93 @@ def bench(
     with open_transport(profile, host, _tell) as transport:
         info = read_info(transport)
         target = resolve_host(profile, info["isa"], info["flags"])
-        document = _measure_all(models, target, transport, pairs, samples)
+        document = _measure_all(_Job(models, target, transport, pairs, samples, audit))
     if as_json:
         click.echo(json.dumps(to_json(document), indent=2))
     else:
         _print_bench(document)
 
 
-def _measure_all(
-    models: tuple[Path, ...], target: Target, transport: Transport, pairs: int, samples: Path | None
-) -> dict[str, Any]:
-    console = Console(stderr=True)
-    machine = environment(target, transport)
-    rows = []
-    others = models[1:] or models[:1]
-    with console.status("measuring the harness itself") as status:
-        null_ms = measure_null(target, transport=transport)
-        for index, model in enumerate(others):
-            status.update(f"{escape(model.name)} ({index + 1} of {len(others)})")
-            raw = samples / f"{index + 1:03}-{model.stem}.json" if samples else None
-            rows.append(
-                measure_pair(
-                    models[0],
-                    model,
-                    target,
-                    transport=transport,
-                    pairs=pairs,
-                    raw_samples=raw,
-                    fingerprint=machine["fingerprint"],
-                )
-            )
-        footprints = [
-            (
-                measure_footprint(m, target, transport=transport),
-                measure_footprint(m, target, transport=transport, arena=False),
-            )
-            for m in models
-        ]
-    dense = rows[0].dense_latency
-    results = [_row(models[0], None, footprints[0])]
-    results[0]["latency_ms"] = dense
-    if len(models) > 1:
-        results += [_row(m, row, f) for m, row, f in zip(models[1:], rows, footprints[1:], strict=True)]
+def _measure_all(job: _Job) -> dict[str, Any]:
+    machine = environment(job.target, job.transport)
+    pairs = []
+    with Console(stderr=True).status("measuring the harness itself") as status:
+        null_ms = measure_null(job.target, transport=job.transport)
+        others = job.models[1:] or job.models[:1]
+        for index, model in enumerate(others, start=1):
+            status.update(f"{escape(model.name)} ({index} of {len(others)})")
+            pairs.append(_measure_one(job, model, index, machine["fingerprint"]))
+        status.update("memory and cold start")
+        rows = [_row(job, model) for model in job.models]
+        status.update("kernels")
+        audits = {model.name: _audit(job, model, machine) for model in job.models if job.audit}
+    rows[0] |= {"latency_ms": pairs[0].dense_latency}
+    for row, pair in zip(rows[1:], pairs if len(job.models) > 1 else (), strict=True):
+        row |= {
+            "latency_ms": pair.latency,
+            "dense_latency_ms": pair.dense_latency,
+            "speedup": pair.speedup,
+            "speedup_ci": pair.speedup_ci,
+            "samples_file": pair.samples_file,
+        }
     return {
         "schema_version": BENCH_SCHEMA_VERSION,
-        "target": target,
+        "target": job.target,
         "environment": machine,
         "harness_ms": null_ms,
-        "pairs": pairs,
-        "models": results,
-        "warnings": list(dict.fromkeys([*machine["doubts"], *merge_doubts(rows)])),
+        "pairs": job.pairs,
+        "models": rows,
+        "audit": audits if job.audit else None,
+        "warnings": [*machine["doubts"], *merge_doubts(pairs)],
     }
 
 
-def _row(model: Path, measured: Measurement | None, footprints: tuple[Footprint, Footprint]) -> dict[str, Any]:
-    on, off = footprints
+def _measure_one(job: _Job, model: Path, index: int, fingerprint: str) -> Measurement:
+    raw = job.samples / f"{index:03}-{model.stem}.json" if job.samples else None
+    return measure_pair(
+        job.models[0],
+        model,
+        job.target,
+        transport=job.transport,
+        pairs=job.pairs,
+        raw_samples=raw,
+        fingerprint=fingerprint,
+    )
+
+
+def _audit(job: _Job, model: Path, machine: dict[str, Any]) -> Audit:
+    folder = job.samples or Path("mm-edge-audit")
+    save_to = folder / f"{model.stem}.optimised.onnx"
+    return audit_model(model, job.target, machine, transport=job.transport, save_to=save_to)
+
+
+def _agreement(job: _Job, model: Path) -> Parity | None:
+    """Compare an emulated device's outputs with this machine's on noise; None for a real device."""
+    if job.transport.source != EMULATED.kind:
+        return None
+    with tempfile.TemporaryDirectory(prefix="mm-edge-noise-") as folder:
+        session = worker.make_session(str(model), {"threads": 1})
+        noise = [next(iter(worker.make_inputs(session, {"seed": seed}).values())) for seed in range(NOISE_INPUTS)]
+        images = Path(folder) / "noise.npy"
+        np.save(images, np.concatenate(noise))
+        return compare_outputs(model, images, job.target, transport=job.transport, kind="noise")
+
+
+def _row(job: _Job, model: Path) -> dict[str, Any]:
+    on, off = (measure_footprint(model, job.target, transport=job.transport, arena=arena) for arena in (True, False))
     return {
         "model": str(model),
-        "latency_ms": measured.latency if measured else None,
-        "dense_latency_ms": measured.dense_latency if measured else None,
-        "speedup": measured.speedup if measured else None,
-        "speedup_ci": measured.speedup_ci if measured else None,
+        "latency_ms": None,
+        "dense_latency_ms": None,
+        "speedup": None,
+        "speedup_ci": None,
         "peak_memory_bytes": on.peak_rss_bytes,
         "peak_memory_no_arena_bytes": off.peak_rss_bytes,
         "load_ms": on.session_ms,
         "first_run_ms": on.first_run_ms,
         "file_bytes": on.file_bytes,
-        "samples_file": measured.samples_file if measured else None,
-        "warnings": [doubt.text for doubt in measured.doubts] if measured else [],
+        "samples_file": None,
+        "parity": _agreement(job, model),
     }
 
 
@@ -165,16 +212,36 @@ def _print_bench(document: dict[str, Any]) -> None:
             *(_megabytes(row[key]) for key in ("peak_memory_bytes", "peak_memory_no_arena_bytes", "file_bytes")),
         )
     console.print(latency, footprint)
+    for row in document["models"]:
+        if row["parity"] is not None:
+            console.print(
+                f"{escape(Path(row['model']).name)} on {document['environment']['transport']}: outputs within "
+                f"{row['parity'].max_rel_err:.1e} of this machine's, top-1 agreement {row['parity'].top1_agreement:.0%}"
+            )
     if document["harness_ms"] is not None:
         console.print(f"the harness itself costs {document['harness_ms'] * 1000:.1f} microseconds a run")
+    for name, audit in (document["audit"] or {}).items():
+        _print_audit(name, audit)
     for warning in document["warnings"]:
         Console(stderr=True).print(f"warning: {escape(warning)}")
+
+
+def _print_audit(name: str, audit: Audit) -> None:
+    table = _table(f"kernels of {name}", ("node", "kernel", "time", "weight", "why"))
+    for use in audit.kernels:
+        shape = " x ".join(map(str, use.weight_shape))
+        table.add_row(escape(use.node), use.kernel, f"{use.share:.1%}", shape, use.reason or "")
+    table.add_row("all other operators", "", f"{audit.other_share:.1%}", "", "")
+    Console().print(table)
+    click.echo(f"optimised graph: {audit.graph_file}")
 
 
 def _table(title: str, headings: tuple[str, ...]) -> Table:
     table = Table(title=title, box=SIMPLE, title_justify="left")
     for heading in headings:
-        table.add_column(heading, justify="left" if heading == "model" else "right", overflow="fold")
+        table.add_column(
+            heading, justify="left" if heading in ("model", "node", "kernel", "why") else "right", overflow="fold"
+        )
     return table
 
 

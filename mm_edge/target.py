@@ -10,7 +10,7 @@ A profile is one TOML file. The packaged ones live in `mm_edge/targets/`; a user
     cpu_parts = ["0x41/0xd0b"]            # optional: ARM implementer/part, for a profile of one board
     data_types = ["fp32", "int8"]         # worth using there
     n_m = ["2:4"]                         # n:m patterns the runtime has kernels for
-    threads = "auto"                      # or a number; auto is one per physical core, four at most
+    threads = "auto"                      # or a number; auto is every physical core but one, four at most
     affinity = []                         # core numbers, empty for any
     provider = "CPUExecutionProvider"
     python = ["python3"]                  # the command that starts Python there, for ssh

@@ -43,8 +43,11 @@ def test_bench_json(tmp_path):
 
 
 def test_bench_table(tmp_path):
-    result = run("bench", str(save_convs(tmp_path / "one.onnx", 8)), "--pairs", "20")
-    assert result.exit_code == 0
+    model = str(save_convs(tmp_path / "one.onnx", 8))
+    result = run("bench", model, "--pairs", "20", "--audit", "--samples", str(tmp_path / "kept"))
+    assert result.exit_code == 0, result.exception
+    assert "kernels of one.onnx" in result.stdout
+    assert [path.name for path in (tmp_path / "kept").glob("*.onnx")] == ["one.optimised.onnx"]
     assert "one.onnx" in result.stdout
     assert "microseconds a run" in result.stdout
 

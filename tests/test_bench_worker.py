@@ -110,8 +110,12 @@ def test_auto_threads_count_hyper_threads_once(monkeypatch):
     monkeypatch.setattr(worker, "usable_cores", lambda: sorted(siblings))
     monkeypatch.setattr(worker, "_read_text", lambda path: siblings[int(path.split("cpu")[2].split("/")[0])])
     assert worker.physical_cores() == 2
-    monkeypatch.setattr(worker, "physical_cores", lambda: 64)
-    assert worker.default_threads() == 4
+
+
+@pytest.mark.parametrize(("cores", "threads"), [(1, 1), (2, 1), (4, 3), (5, 4), (64, 4)])
+def test_auto_threads_leave_a_core(monkeypatch, cores, threads):
+    monkeypatch.setattr(worker, "physical_cores", lambda: cores)
+    assert worker.default_threads() == threads
 
 
 def test_cpuinfo_of_an_arm_board(monkeypatch):

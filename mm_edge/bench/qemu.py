@@ -214,7 +214,7 @@ def _make_core(built: Path, core: Core, final: Path, python: str) -> None:
     )
     here = final / "cpu" / core.name
     script = built / f"python-{core.name}"
-    variables = {"MM_EDGE_EMULATED": "1", "PYTHONPATH": str(final / "site"), "PYTHONDONTWRITEBYTECODE": "1"}
+    variables = {"MM_EDGE_EMULATED": "1", "PYTHONPATH": str(final / "site")}
     settings = " ".join(f"-E '{key}={value}'" for key, value in variables.items())
     script.write_text(
         f"#!/bin/sh\nexec {QEMU} -cpu {core.name} -L '{here}' {settings} '{here}/usr/bin/{python}' \"$@\"\n"

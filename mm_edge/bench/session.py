@@ -119,7 +119,7 @@ def measure_pair(
     """
     if transport.source == EMULATED.kind:
         return Measurement(Latency(), Latency(), None, None, None, (EMULATED,))
-    options = {**_run_options(target), "pairs": pairs}
+    options = {**run_options(target), "pairs": pairs}
     identity = {
         "dense": file_sha256(dense),
         "candidate": file_sha256(candidate),
@@ -148,7 +148,7 @@ def measure_footprint(model: Path, target: Target, *, transport: Transport, aren
     """
     if transport.source == EMULATED.kind:
         return Footprint(None, None, None, model.stat().st_size, arena)
-    result = transport.ask("memory", {"model": model}, {**_run_options(target), "arena": arena})
+    result = transport.ask("memory", {"model": model}, {**run_options(target), "arena": arena})
     keys = ("peak_rss_bytes", "session_ns", "first_run_ns", "file_bytes")
     peak, load_ns, first_ns, size = (_natural(result, key, transport.name) for key in keys)
     return Footprint(peak, load_ns / 1e6, first_ns / 1e6, size, arena)
@@ -158,7 +158,7 @@ def measure_null(target: Target, *, transport: Transport, runs: int = 1000) -> f
     """Return the harness's own cost per inference in milliseconds (median); None when the device is emulated."""
     if transport.source == EMULATED.kind:
         return None
-    result = transport.ask("null", {}, {**_run_options(target), "pairs": runs})
+    result = transport.ask("null", {}, {**run_options(target), "pairs": runs})
     return stats.percentile_ms(_samples(result, "null_ns", runs, transport.name), 50)
 
 
@@ -173,7 +173,7 @@ def evaluate(model: Path, images: Path, target: Target, *, transport: Transport)
     except (OSError, ValueError) as error:
         raise BenchError(f"cannot read the images {images}: {error}") from error
     files = {"model": model, "images": images}
-    result = transport.ask("evaluate", files, _run_options(target), DEFAULT_TIMEOUT_S + SECONDS_PER_IMAGE * count)
+    result = transport.ask("evaluate", files, run_options(target), DEFAULT_TIMEOUT_S + SECONDS_PER_IMAGE * count)
     shape = result.get("shape")
     if not isinstance(shape, list) or not all(type(size) is int and size > 0 for size in shape):
         raise BenchError(f"{transport.name} sent outputs of shape {shape!r}")
@@ -200,7 +200,8 @@ def compare_outputs(model: Path, images: Path, target: Target, *, transport: Tra
     )
 
 
-def _run_options(target: Target) -> dict[str, Any]:
+def run_options(target: Target) -> dict[str, Any]:
+    """Return the options every worker command takes from the target."""
     return {
         "threads": 0 if target.threads == "auto" else target.threads,
         "affinity": list(target.affinity),

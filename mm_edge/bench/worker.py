@@ -14,6 +14,7 @@ Commands (options are validated on the other side; paths are this machine's):
     measure   dense and candidate interleaved in one process, every sample in nanoseconds
     memory    peak resident memory of one model in this fresh process, beyond the harness's own
     null      the harness's own cost: a model that does nothing
+    profile   time of each node, and the graph as ONNX Runtime optimised it, without its weights
     evaluate  the outputs for a .npy of inputs, as base64 of little-endian float32
 
 How runs are interleaved. Models alternate in blocks (dense dense dense | candidate candidate candidate | ...), the
@@ -32,8 +33,10 @@ import gc
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
@@ -127,12 +130,13 @@ def physical_cores() -> int:
 
 
 def default_threads() -> int:
-    """Return the thread count meant by "auto": one per physical core, four at most.
+    """Return the thread count meant by "auto": one per physical core but one, at least one and four at most.
 
-    More than four rarely helps a batch of one, and on big.LITTLE it pulls in the slow cores (8 threads were 12 times
-    slower than 4 there).
+    One core is left to the system, because threads that wait for each other lose far more to a busy core than they
+    gain: EfficientNet-Lite0 with two threads on two cores took 3.3 ms alone and 42 ms beside other programs. More than
+    four rarely helps a batch of one, and on big.LITTLE it pulls in the slow cores (8 threads 12 times slower than 4).
     """
-    return min(4, physical_cores())
+    return max(1, min(4, physical_cores() - 1))
 
 
 def describe_machine() -> Dict[str, Any]:
@@ -249,7 +253,8 @@ def _import_onnxruntime() -> Any:
 def make_session(model: Any, options: Dict[str, Any]) -> Any:
     """Return an onnxruntime session for `model` (path or bytes) as `options` ask.
 
-    `options`: threads (0 is auto), provider, session_options {key: value}, arena (default on), profile_prefix.
+    `options`: threads (0 is auto), provider, session_options {key: value}, arena (default on); profile_prefix and
+    save_to ask for the profiler and for the optimised graph, its weights in a file beside it.
     """
     ort = _import_onnxruntime()
     provider = options.get("provider", "CPUExecutionProvider")
@@ -262,6 +267,12 @@ def make_session(model: Any, options: Dict[str, Any]) -> Any:
     settings.enable_cpu_mem_arena = bool(options.get("arena", True))
     entries = {"session.force_spinning_stop": "1"}
     entries.update(options.get("session_options") or {})
+    if options.get("save_to"):
+        settings.enable_profiling = True
+        settings.profile_file_prefix = options["profile_prefix"]
+        settings.optimized_model_filepath = options["save_to"]
+        entries["session.optimized_model_external_initializers_file_name"] = "weights.bin"
+        entries["session.optimized_model_external_initializers_min_size_in_bytes"] = "64"
     for key, value in entries.items():
         settings.add_session_config_entry(key, str(value))
     try:
@@ -449,12 +460,51 @@ def evaluate(options: Dict[str, Any]) -> Dict[str, Any]:
     return {"data": base64.b64encode(outputs.tobytes()).decode("ascii"), "shape": list(outputs.shape)}
 
 
+def profile(options: Dict[str, Any]) -> Dict[str, Any]:
+    """Run `model` under ONNX Runtime's profiler; return each node's time and the optimised graph without weights.
+
+    Options: model (path), runs, and those of make_session. The result has `runs`, `nodes` (name, op_type, dur_us summed
+    over the runs, input_shapes, output_shapes) and `graph` (base64 of the optimised ONNX file).
+    """
+    folder = tempfile.mkdtemp(prefix="mm-edge-profile-")
+    try:
+        saved = os.path.join(folder, "optimised.onnx")
+        session = make_session(options["model"], dict(options, profile_prefix=os.path.join(folder, "p"), save_to=saved))
+        run = _bind(session, make_inputs(session, options))
+        for _ in range(int(options.get("runs", 10))):
+            run()
+        with open(session.end_profiling(), encoding="utf-8") as file:
+            events = json.load(file)
+        with open(saved, "rb") as file:
+            graph = base64.b64encode(file.read()).decode("ascii")
+        return {"runs": int(options.get("runs", 10)), "nodes": _sum_events(events), "graph": graph}
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sum_events(events: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
+    nodes: Dict[str, Dict[str, Any]] = {}
+    for event in events:
+        suffix = "_kernel_time"
+        if event.get("cat") != "Node" or not event["name"].endswith(suffix):
+            continue
+        name, details = event["name"][: -len(suffix)], event["args"]
+        shapes = [
+            [next(iter(s.values())) for s in details.get(key, [])] for key in ("input_type_shape", "output_type_shape")
+        ]
+        fresh = {"name": name, "op_type": details["op_name"], "dur_us": 0}
+        fresh.update(input_shapes=shapes[0], output_shapes=shapes[1])
+        nodes.setdefault(name, fresh)["dur_us"] += int(event["dur"])
+    return list(nodes.values())
+
+
 COMMANDS: Dict[str, Callable[[Dict[str, Any]], Dict[str, Any]]] = {
     "info": lambda options: describe_machine(),
     "measure": measure,
     "memory": memory,
     "null": null,
     "evaluate": evaluate,
+    "profile": profile,
 }
 
 
