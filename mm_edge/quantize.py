@@ -16,7 +16,6 @@ sum of two products saturates 16 bits, so weights get 7 bits there), arm64 and N
 from __future__ import annotations
 
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,12 +25,20 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import onnxruntime
-from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import CalibrationMethod, QDQQuantizer, QuantType, quantize_dynamic
 from onnxruntime.quantization.calibrate import TensorsData
 
-from mm_edge.errors import JobError, ModelError, UsageError
+from mm_edge.errors import JobError, UsageError
 from mm_edge.evaluate import compare_logits, run_onnx
+from mm_edge.int8_graph import (
+    EXTREMES,
+    WEIGHTED_OPS,
+    add_extremes_,
+    hold_in_fp32_,
+    is_mostly_linear,
+    read_ready,
+    weighted_layers,
+)
 from mm_edge.store import write_atomically
 from mm_edge.target import Target
 from mm_edge.weights import first_line
@@ -39,15 +46,11 @@ from mm_edge.weights import first_line
 Floats = npt.NDArray[np.float32]
 Advance = Callable[[int, int], None]
 
-WEIGHTED_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 # Operators between the weighted ones that have 8-bit kernels, or only move bytes; leaving one out costs a round trip.
 CARRYING_OPS = tuple(
     "Add Mul Clip Relu LeakyRelu Sigmoid MaxPool AveragePool GlobalAveragePool Concat Reshape Flatten Squeeze "
     "Unsqueeze Transpose Split Slice Resize Pad".split()
 )
-BIASED_OPS = ("Conv", "ConvTranspose", "Gemm")  # their third operand is a bias, and ONNX Runtime requantises them
-OLDEST_OPSET = 13  # the first with one scale per channel
-OPSET = 17
 # Below this divergence (nats) top-1 agreement is within the noise of some hundred images.
 GOAL_KL = 0.01
 MOST_FP32_LAYERS = 6
@@ -141,7 +144,7 @@ def scheme_for(target: Target) -> Scheme:
 
 def layer_names(model: Path) -> tuple[str, ...]:
     """Return the names of the layers with constant weights, in graph order; what `fp32_layers` and `exclude` mean."""
-    return tuple(_weighted(_load(model)))
+    return tuple(weighted_layers(read_ready(model)))
 
 
 def calibrate(model: Path, images: Iterable[Floats]) -> Extremes:
@@ -151,11 +154,11 @@ def calibrate(model: Path, images: Iterable[Floats]) -> Extremes:
         UsageError: no images.
         JobError: an activation is NaN or infinite.
     """
-    proto = _load(model)
-    names = _add_extremes_(proto)
+    proto = read_ready(model)
+    names = add_extremes_(proto)
     session = _session(proto.SerializeToString())
     feed = session.get_inputs()[0].name
-    rows = [session.run(["__extremes"], {feed: image[None]})[0] for batch in images for image in batch]
+    rows = [session.run([EXTREMES], {feed: image[None]})[0] for batch in images for image in batch]
     if not rows:
         raise UsageError("int8 needs calibration images; give --data PATH, or ask for --precision fp32")
     values = np.stack(rows)
@@ -176,11 +179,11 @@ def quantise_static(
         UsageError: `exclude` names no layer of the model.
         JobError: ONNX Runtime's quantiser fails.
     """
-    proto = _load(model)
+    proto = read_ready(model)
     left = tuple(exclude)
     content = _quantised(proto, ranges, scheme, left)
     write_atomically(out, content)
-    layers = len(_weighted(proto)) - len(left)
+    layers = len(weighted_layers(proto)) - len(left)
     return QuantReport("int8", "static", scheme.name, None, layers, left, None, None, len(content))
 
 
@@ -191,8 +194,8 @@ def quantise_dynamic(model: Path, out: Path, scheme: Scheme) -> QuantReport:
         UsageError: the model has no linear layer.
         JobError: ONNX Runtime's quantiser fails.
     """
-    proto = _load(model)
-    weighted = _weighted(proto)
+    proto = read_ready(model)
+    weighted = weighted_layers(proto)
     linear = [name for name, node in weighted.items() if node.op_type in ("Gemm", "MatMul")]
     if not linear:
         raise UsageError("dynamic int8 is for linear layers and this network has none; use static int8")
@@ -229,7 +232,7 @@ def find_sensitive_layers(
     calibration images that `ranges` were not taken from. Costs one pass over them per layer when int8 misses the goal,
     one in all when it meets it.
     """
-    proto = _load(model)
+    proto = read_ready(model)
     judge = _Judge(model, held_back, threads)
 
     def divergence(left: Iterable[str]) -> float:
@@ -238,7 +241,7 @@ def find_sensitive_layers(
     before = divergence(())
     if before <= goal_kl or most < 1:
         return Sensitivity((), before, before, {})
-    names = tuple(_weighted(proto))
+    names = tuple(weighted_layers(proto))
     saved: dict[str, float] = {}
     for index, name in enumerate(names):
         saved[name] = before - divergence((name,))
@@ -279,7 +282,7 @@ def quantise(
     """
     scheme = scheme_for(target)
     extremes = calibrate(model, calibration)
-    proto = _load(model)
+    proto = read_ready(model)
     judge = _Judge(model, held_back, threads)
     found = {way: judge.kl(_quantised(proto, extremes.ranges(way), scheme, ())) for way in ("minmax", "mean")}
     way = min(found, key=lambda item: found[item])
@@ -289,7 +292,7 @@ def quantise(
     )
     report = quantise_static(model, out, ranges, scheme, sensitive.fp32_layers)
     report = judge.complete(replace(report, ranges=way), out)
-    if sensitive.kl_after > goal_kl and _mostly_linear(proto):
+    if sensitive.kl_after > goal_kl and is_mostly_linear(proto):
         report = _dynamic_if_nearer(model, out, scheme, judge, report)
     return report
 
@@ -305,7 +308,7 @@ def convert_fp16(model: Path, out: Path, target: Target) -> QuantReport:
     from onnxruntime.transformers import float16  # slow to import, and needed here only
 
     try:
-        made = float16.convert_float_to_float16(_load(model), keep_io_types=True)
+        made = float16.convert_float_to_float16(read_ready(model), keep_io_types=True)
         content: bytes = made.SerializeToString()
         _session(content)
     except Exception as error:  # the converter's exceptions have no common base
@@ -355,153 +358,10 @@ def _require(target: Target, precision: str) -> None:
     raise UsageError(f"{precision} gains nothing on {target.name}, which lists {have} ({why}); use one of these")
 
 
-def _load(path: Path) -> onnx.ModelProto:
-    """Read a model with inferred shapes, a known opset and a unique name for every node."""
-    try:
-        proto = onnx.load(path)
-    except Exception as error:
-        raise ModelError(f"{path} is not an ONNX model ({type(error).__name__})") from error
-    opset = next((entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")), 0)
-    if opset < OLDEST_OPSET:
-        proto = onnx.version_converter.convert_version(proto, OPSET)
-    seen: set[str] = set()
-    for index, node in enumerate(proto.graph.node):
-        if not node.name or node.name in seen:
-            node.name = f"{node.op_type}_{index}"
-        seen.add(node.name)
-    _split_shared_biases_(proto)
-    _fold_pads_(proto)
-    _pool_means_(proto)
-    return onnx.shape_inference.infer_shapes(proto)
-
-
-def _split_shared_biases_(proto: onnx.ModelProto) -> None:
-    """Give each layer a bias of its own.
-
-    Its scale belongs to one layer, so the quantiser makes copies; it names them "b0", "b1" ... without looking whether
-    a tensor of that name exists ("val_78" and "6").
-    """
-    constants = {tensor.name: tensor for tensor in proto.graph.initializer}
-    uses = Counter(name for node in proto.graph.node for name in node.input)
-    for node in proto.graph.node:
-        if node.op_type in BIASED_OPS and len(node.input) > 2 and uses[node.input[2]] > 1:
-            shared = constants.get(node.input[2])
-            if shared is None:
-                continue
-            own = proto.graph.initializer.add()
-            own.CopyFrom(shared)
-            own.name = f"{node.name}_bias"
-            node.input[2] = own.name
-
-
-def _fold_pads_(proto: onnx.ModelProto) -> None:
-    """Put zero padding into the convolution behind it: ONNX Runtime does so in fp32 only, and pads 8 bits in fp32."""
-    graph = proto.graph
-    constants = {tensor.name: tensor for tensor in graph.initializer}
-    readers: dict[str, list[onnx.NodeProto]] = {}
-    for node in graph.node:
-        for name in node.input:
-            readers.setdefault(name, []).append(node)
-    shown = {item.name for item in graph.output}
-    for pad in [node for node in graph.node if node.op_type == "Pad"]:
-        behind = readers.get(pad.output[0], [])
-        sizes = _zero_padding(pad, constants)
-        if sizes is None or len(behind) != 1 or behind[0].op_type != "Conv" or pad.output[0] in shown:
-            continue
-        conv = behind[0]
-        given = {item.name: helper.get_attribute_value(item) for item in conv.attribute}
-        if given.get("auto_pad", b"NOTSET") != b"NOTSET" or conv.input[0] != pad.output[0]:
-            continue
-        before = given.get("pads", [0] * len(sizes))
-        for item in [item for item in conv.attribute if item.name == "pads"]:
-            conv.attribute.remove(item)
-        conv.attribute.append(helper.make_attribute("pads", [a + b for a, b in zip(before, sizes, strict=True)]))
-        conv.input[0] = pad.input[0]
-        graph.node.remove(pad)
-
-
-def _zero_padding(pad: onnx.NodeProto, constants: Mapping[str, TensorProto]) -> list[int] | None:
-    """Return the spatial sizes (all beginnings, then all ends) of a Pad with zeros, None for any other Pad."""
-    mode = next((helper.get_attribute_value(item) for item in pad.attribute if item.name == "mode"), b"constant")
-    operands = [name for name in pad.input[1:] if name]
-    if mode != b"constant" or len(pad.input) > 3 or any(name not in constants for name in operands):
-        return None
-    sizes, *value = (numpy_helper.to_array(constants[name]) for name in operands)
-    half = len(sizes) // 2
-    if (value and float(value[0]) != 0) or (sizes < 0).any() or sizes[:2].any() or sizes[half : half + 2].any():
-        return None
-    return [int(size) for size in (*sizes[2:half], *sizes[half + 2 :])]
-
-
-def _pool_means_(proto: onnx.ModelProto) -> None:
-    """Turn a mean over all positions into GlobalAveragePool, which has an 8-bit kernel."""
-    constants = {tensor.name: tensor for tensor in proto.graph.initializer}
-    ranks = {item.name: len(item.type.tensor_type.shape.dim) for item in proto.graph.value_info}
-    for node in list(proto.graph.node):
-        if node.op_type != "ReduceMean" or len(node.input) != 2 or node.input[1] not in constants:
-            continue
-        rank = ranks.get(node.input[0], 0)
-        axes = sorted(int(axis) % rank for axis in numpy_helper.to_array(constants[node.input[1]])) if rank else []
-        keep = next((item.i for item in node.attribute if item.name == "keepdims"), 1)
-        if rank < 3 or axes != list(range(2, rank)):
-            continue
-        pooled = node.output[0] if keep else f"{node.name}_pooled"
-        pool = helper.make_node("GlobalAveragePool", [node.input[0]], [pooled], node.name)
-        if not keep:
-            flat = helper.make_node("Flatten", [pooled], [node.output[0]], f"{node.name}_flat", axis=1)
-            proto.graph.node.insert(list(proto.graph.node).index(node) + 1, flat)
-        node.CopyFrom(pool)
-
-
-def _weighted(proto: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
-    constants = {tensor.name for tensor in proto.graph.initializer}
-    return {
-        node.name: node
-        for node in proto.graph.node
-        if node.op_type in WEIGHTED_OPS and len(node.input) > 1 and constants & set(node.input[:2])
-    }
-
-
-def _mostly_linear(proto: onnx.ModelProto) -> bool:
-    """Whether linear layers hold most of the weights."""
-    sizes = {tensor.name: int(np.prod(tensor.dims)) for tensor in proto.graph.initializer}
-    linear = total = 0
-    for node in _weighted(proto).values():
-        size = sum(sizes.get(name, 0) for name in node.input[:2])
-        total += size
-        linear += size if node.op_type in ("Gemm", "MatMul") else 0
-    return 2 * linear > total
-
-
-def _add_extremes_(proto: onnx.ModelProto) -> tuple[str, ...]:
-    """Give the graph one more output, "__extremes" (2, tensors): minimum and maximum of each activation named."""
-    graph = proto.graph
-    constants = {tensor.name for tensor in graph.initializer}
-    known = [*graph.input, *graph.value_info, *graph.output]
-    floats = {item.name for item in known if item.type.tensor_type.elem_type == TensorProto.FLOAT}
-    made = [name for node in graph.node for name in node.output]
-    names = [name for name in dict.fromkeys([*(i.name for i in graph.input), *made]) if name in floats - constants]
-    one = helper.make_tensor("__one", TensorProto.INT64, [1], [1])
-    graph.initializer.append(one)
-    rows = []
-    for way in ("Min", "Max"):
-        for index, name in enumerate(names):
-            scalar = f"__{way}{index}"
-            graph.node.append(helper.make_node(f"Reduce{way}", [name], [scalar], keepdims=0))
-            graph.node.append(helper.make_node("Reshape", [scalar, "__one"], [f"{scalar}r"]))
-        graph.node.append(helper.make_node("Concat", [f"__{way}{i}r" for i in range(len(names))], [f"__{way}"], axis=0))
-        graph.node.append(helper.make_node("Unsqueeze", [f"__{way}", "__zero"], [f"__{way}_row"]))
-        rows.append(f"__{way}_row")
-    graph.initializer.append(helper.make_tensor("__zero", TensorProto.INT64, [1], [0]))
-    graph.node.append(helper.make_node("Concat", rows, ["__extremes"], axis=0))
-    graph.output.append(helper.make_tensor_value_info("__extremes", TensorProto.FLOAT, [2, len(names)]))
-    return tuple(names)
-
-
 def _quantised(
     proto: onnx.ModelProto, ranges: Mapping[str, tuple[float, float]], scheme: Scheme, exclude: tuple[str, ...]
 ) -> bytes:
-    unknown = sorted(set(exclude) - set(_weighted(proto)))
+    unknown = sorted(set(exclude) - set(weighted_layers(proto)))
     if unknown:
         raise UsageError(f"no layer of the model is called '{unknown[0]}'; quantize.layer_names lists them")
     copy = onnx.ModelProto()
@@ -529,43 +389,9 @@ def _quantised(
     except Exception as error:  # the quantiser's exceptions have no common base
         raise JobError(f"ONNX Runtime cannot quantise the model: {first_line(error)}") from error
     made: onnx.ModelProto = quantiser.model.model
-    _hold_in_fp32_(made, exclude)
+    hold_in_fp32_(made, exclude)
     content: bytes = made.SerializeToString(deterministic=True)
     return content
-
-
-def _hold_in_fp32_(proto: onnx.ModelProto, names: Iterable[str]) -> None:
-    """Put a Clip to the 8-bit range, which changes nothing, between a dequantised input and a layer meant to stay fp32.
-
-    Between a dequantise and a quantise node ONNX Runtime quantises a layer's fp32 weights by itself, with one scale for
-    all channels: worse than int8 as made here, and unasked.
-    """
-    graph = proto.graph
-    made_by = {name: node for node in graph.node for name in node.output}
-    constants = {tensor.name: tensor for tensor in graph.initializer}
-    left = set(names)
-    for node in [node for node in graph.node if node.name in left and node.op_type in BIASED_OPS]:
-        source = made_by.get(node.input[0])
-        if source is None or source.op_type != "DequantizeLinear":
-            continue
-        scale, zero = (numpy_helper.to_array(constants[name]) for name in source.input[1:3])
-        kind = np.iinfo(zero.dtype)
-        bounds = []
-        for end, level in (("low", kind.min), ("high", kind.max)):
-            value = np.float32(level - int(zero)) * scale.astype(np.float32)
-            graph.initializer.append(numpy_helper.from_array(value.reshape(()), f"{node.name}_{end}"))
-            bounds.append(f"{node.name}_{end}")
-        held = f"{node.name}_fp32_input"
-        clip = helper.make_node("Clip", [node.input[0], *bounds], [held], f"{node.name}_hold")
-        node.input[0] = held
-        graph.node.insert(list(graph.node).index(node), clip)
-
-
-def _drop_metadata_(proto: onnx.ModelProto, key: str) -> None:
-    kept = [(entry.key, entry.value) for entry in proto.metadata_props if entry.key != key]
-    del proto.metadata_props[:]
-    for name, value in kept:
-        proto.metadata_props.add(key=name, value=value)
 
 
 def _session(content: bytes) -> Any:
@@ -573,3 +399,10 @@ def _session(content: bytes) -> Any:
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
     return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+
+
+def _drop_metadata_(proto: onnx.ModelProto, key: str) -> None:
+    kept = [(entry.key, entry.value) for entry in proto.metadata_props if entry.key != key]
+    del proto.metadata_props[:]
+    for name, value in kept:
+        proto.metadata_props.add(key=name, value=value)
