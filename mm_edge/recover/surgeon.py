@@ -1,0 +1,115 @@
+"""Which of a group's indices to keep: iterative optimal brain surgeon over everything that reads the group.
+
+For a consumer with weight W and inverse H = [Cov(h, h) + lambda mean(diag) I]^-1, removing the columns J costs
+
+    e(J) = tr( W_J [H_JJ]^-1 W_J^T )                                          (E9; Hassibi and Stork 1993)
+
+once the other columns have made good what they can:  W -= W_J H_JJ^-1 H_J,   H -= H^T_J H_JJ^-1 H_J.
+One index goes at a time, the cheapest first, its costs summed over the consumers as fractions of the energy
+tr(W Cov W^T) each puts out. The order is nested, so one order serves every width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+Indices = npt.NDArray[np.int64]
+
+RIDGE = 0.03
+SHRINK_AT = 0.85
+
+
+@dataclass(frozen=True)
+class Order:
+    """A group's indices in the order they go, and the summed relative error after each."""
+
+    removed: Indices
+    error: Floats
+
+    def keep(self, count: int) -> npt.NDArray[np.bool_]:
+        """Return which indices stay when `count` do."""
+        mask = np.ones(len(self.removed), dtype=np.bool_)
+        mask[self.removed[: len(self.removed) - count]] = False
+        return mask
+
+    def error_at(self, count: int) -> float:
+        """Return the relative error of keeping `count` indices."""
+        gone = len(self.removed) - count
+        return float(self.error[gone - 1]) if gone else 0.0
+
+
+class Surgeon:
+    """One consumer under the knife.
+
+    `weight` (O, K), `covariance` (K, K); `columns` (indices, columns per index) says which columns go with an index.
+    """
+
+    def __init__(self, weight: Floats, covariance: Floats, columns: Indices, ridge: float = RIDGE) -> None:
+        """Invert the damped covariance."""
+        self._weight = weight.copy()
+        self._inverse = np.linalg.inv(damped(covariance, ridge))
+        self._columns = columns.copy()
+        self._energy = max(float(np.einsum("ok,kl,ol->", weight, covariance, weight, optimize=True)), 1e-30)
+
+    def errors(self) -> Floats:
+        """Return the relative error that removing each index would add; what is gone already costs infinity."""
+        live = self._columns[:, 0] >= 0
+        found = np.full(len(self._columns), np.inf)
+        columns = self._columns[live]
+        if columns.shape[1] == 1:
+            flat = columns[:, 0]
+            found[live] = (self._weight[:, flat] ** 2).sum(axis=0) / self._inverse[flat, flat]
+        else:
+            blocks = self._inverse[columns[:, :, None], columns[:, None, :]]
+            rows = self._weight[:, columns].transpose(1, 2, 0)  # (indices, columns, O)
+            found[live] = (rows * np.linalg.solve(blocks, rows)).sum(axis=(1, 2))
+        return found / self._energy
+
+    def remove(self, index: int) -> None:
+        """Take out one index; the rest makes good for it."""
+        columns = self._columns[index]
+        rows = self._inverse[columns]  # (J, K)
+        share = np.linalg.solve(rows[:, columns], rows)
+        self._weight -= self._weight[:, columns] @ share
+        self._inverse -= rows.T @ share
+        self._columns[index] = -1
+        self._shrink()
+
+    def _shrink(self) -> None:
+        """Drop the rows and columns that are gone once they are many."""
+        alive = np.zeros(len(self._inverse), dtype=np.bool_)
+        reached = self._columns[self._columns[:, 0] >= 0].reshape(-1)
+        alive[reached] = True
+        if alive.sum() > SHRINK_AT * len(alive):
+            return
+        place = np.cumsum(alive) - 1
+        self._inverse = np.ascontiguousarray(self._inverse[np.ix_(alive, alive)])
+        self._weight = np.ascontiguousarray(self._weight[:, alive])
+        self._columns = np.where(self._columns >= 0, place[self._columns], -1)
+
+
+def damped(covariance: Floats, ridge: float) -> Floats:
+    """Return covariance + ridge * mean(diag) * I, for blocks (..., K, K)."""
+    scale = np.trace(covariance, axis1=-2, axis2=-1) / covariance.shape[-1]
+    floor = np.maximum(ridge * scale, 1e-12)
+    return np.asarray(covariance + floor[..., None, None] * np.eye(covariance.shape[-1]))
+
+
+def order_of(surgeons: Sequence[Surgeon], size: int) -> Order:
+    """Return the order in which the `size` indices of a group go, all but the last."""
+    removed: list[int] = []
+    errors: list[float] = []
+    for _ in range(size - 1):
+        cost = np.sum([surgeon.errors() for surgeon in surgeons], axis=0)
+        index = int(np.argmin(cost))
+        for surgeon in surgeons:
+            surgeon.remove(index)
+        removed.append(index)
+        errors.append(float(cost[index]))
+    (last,) = set(range(size)) - set(removed)
+    return Order(np.array([*removed, last]), np.cumsum([*errors, 1.0]))
