@@ -21,6 +21,7 @@ from mm_edge.errors import UsageError, unknown_name
 from mm_edge.models import LoadedModel, wrap_module
 from mm_edge.pipeline import SAMPLES_FOLDER, Job, Request, check_request
 from mm_edge.pipeline import prune_export as run_pipeline
+from mm_edge.precision import PRECISIONS
 from mm_edge.progress import Stages
 from mm_edge.records import Constraints, Report
 from mm_edge.scores import SIGNALS, parse_signals
@@ -29,14 +30,12 @@ from mm_edge.strategies import STRATEGIES, parse_strategies
 from mm_edge.target import load_target, matches_this_machine, resolve_host
 
 RANGES = ("rules", "observed")
-KINDS = ("structured", "unstructured")
+KINDS = ("structured", "n:m", "unstructured")
 RECOVERIES = ("none", "bn")
 # Values of the contract whose work has not landed, refused by name.
 PENDING = {
-    "--kinds": ("n:m",),
     "--recover": ("closed-form", "tune", "finetune"),
     "--select": ("obs", "auto"),
-    "--precision": ("int8", "fp16"),
 }
 
 
@@ -50,6 +49,10 @@ class RequestFields(TypedDict, total=False):
     recover: str
     macs: Sequence[float]
     keep: Sequence[str]
+    precisions: Sequence[str]
+    prune_norms: bool
+    ort: bool
+    bake_preprocess: bool
     constraints: Constraints
     seed: int
 
@@ -149,6 +152,10 @@ def make_request(setting: Setting, **fields: Unpack[RequestFields]) -> Request:
         recover=recover,
         macs=_check_macs(fields.get("macs", ())),
         keep=tuple(fields.get("keep", ())),
+        precisions=check_names(fields.get("precisions", PRECISIONS[:1]), PRECISIONS, "--precision"),
+        prune_norms=fields.get("prune_norms", False),
+        ort=fields.get("ort", False),
+        bake_preprocess=fields.get("bake_preprocess", False),
         constraints=_check_constraints(fields.get("constraints", Constraints())),
         seed=fields.get("seed", 0),
     )
@@ -187,7 +194,7 @@ def run_job(load: Callable[[], LoadedModel], setting: Setting, request: Request,
         if setting.data is not None:
             data = open_data(setting.data, model.input, model.info.num_classes, setting.split, request.seed)
     measured = setting.bench and (setting.host is not None or matches_this_machine(target))
-    check_request(request, data, measured)
+    check_request(request, data, target, measured)
     transport = open_transport(target, setting.host) if measured else None
     store = RunStore(setting.out)
     with store.lock():

@@ -12,7 +12,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,7 @@ import safetensors.numpy
 import torch
 from torch import nn
 
-from mm_edge.errors import ParityError
+from mm_edge.errors import ParityError, UsageError
 from mm_edge.evaluate import compare_logits, run_onnx
 from mm_edge.export import RawGraph, deploy
 from mm_edge.graph.axes import Axis
@@ -43,6 +43,8 @@ from mm_edge.parity import Run, compare, onnx_runner, require, torch_runner
 from mm_edge.records import Assignment, Candidate, Layer, Parity, SparsityRange
 from mm_edge.recover.batchnorm import has_batch_norm, reestimate_batch_norm_
 from mm_edge.scores import Scores
+from mm_edge.semi_structured import parse_pattern, project, reduced_axes, require_pattern
+from mm_edge.sparse_file import store_smallest
 from mm_edge.store import write_atomically
 from mm_edge.target import Target
 
@@ -51,6 +53,7 @@ Tensors = dict[str, npt.NDArray[Any]]
 
 # How far below its budget a candidate may stay before the target's channel multiples are given up for it.
 BUDGET_SLACK = 0.03
+PATTERN = parse_pattern("2:4")
 
 
 @dataclass(frozen=True)
@@ -223,11 +226,13 @@ def make_candidate(bench: Workbench, plan: Plan) -> Candidate:
     except ParityError:
         artifact.unlink()
         raise
+    if plan.kind == "n:m" and plan.masks is not None:
+        require_pattern(artifact, plan.masks, reduced_axes(bench.raw.model), PATTERN)
+    stored = artifact
+    if plan.kind == "unstructured":
+        stored = store_smallest(artifact, bench.folder / "dense.onnx", artifact.parent / "stored").path
     state = bench.folder / "candidates" / f"{plan.file_name}.safetensors"
     write_atomically(state, safetensors.numpy.save(tensors))
-    logits = _validation_logits(bench, artifact)
-    evaluation = compare_logits(logits, bench.images.labels, bench.images.dense_logits) if logits is not None else None
-    accuracy = evaluation.accuracy_top1 if evaluation is not None else None
     return Candidate(
         id=plan.id,
         signal=plan.assignment.signal,
@@ -238,17 +243,38 @@ def make_candidate(bench: Workbench, plan: Plan) -> Candidate:
         params=_parameter_count(bench, tensors, plan, keep),
         macs=round(bench.structure.macs({leaf: float(kept.sum()) for leaf, kept in keep.items()})),
         input_shape=tuple(bench.images.parity.shape[1:]),
-        accuracy_top1=accuracy,
-        accuracy_drop=_drop(bench.dense_accuracy, accuracy),
-        agreement_top1=evaluation.agreement_top1 if evaluation is not None else None,
-        kl_to_dense=evaluation.kl_to_dense if evaluation is not None else None,
-        file_bytes=artifact.stat().st_size,
+        file_bytes=stored.stat().st_size,
+        stored_file=None if stored is artifact else stored.relative_to(bench.folder).as_posix(),
         parity=parity,
         recovered_by=recovered,
         artifact=artifact.relative_to(bench.folder).as_posix(),
         masked_state_dict=state.relative_to(bench.folder).as_posix(),
         also_named=plan.assignment.names[1:],
+        **evaluate_artifact(bench, artifact),
     )
+
+
+class Judgement(TypedDict):
+    """The fields of a candidate that validation images decide."""
+
+    accuracy_top1: float | None
+    accuracy_drop: float | None
+    agreement_top1: float | None
+    kl_to_dense: float | None
+
+
+def evaluate_artifact(bench: Workbench, artifact: Path) -> Judgement:
+    """Return what the validation images say of a model file; None throughout without any."""
+    if bench.images.validation is None:
+        return {"accuracy_top1": None, "accuracy_drop": None, "agreement_top1": None, "kl_to_dense": None}
+    logits = run_onnx(artifact, bench.images.validation(), bench.threads)
+    found = compare_logits(logits, bench.images.labels, bench.images.dense_logits)
+    return {
+        "accuracy_top1": found.accuracy_top1,
+        "accuracy_drop": _drop(bench.dense_accuracy, found.accuracy_top1),
+        "agreement_top1": found.agreement_top1,
+        "kl_to_dense": found.kl_to_dense,
+    }
 
 
 def _masked_weights(bench: Workbench, plan: Plan, masks: Mapping[str, AxisMask]) -> tuple[Tensors, Run, str | None]:
@@ -283,12 +309,6 @@ def _check(bench: Workbench, artifact: Path, reference: Run, what: str) -> Parit
     parity = compare(onnx_runner(artifact, bench.threads), reference, bench.images.parity, bench.images.parity_kind)
     require(parity, what)
     return parity
-
-
-def _validation_logits(bench: Workbench, artifact: Path) -> FloatArray | None:
-    if bench.images.validation is None:
-        return None
-    return run_onnx(artifact, bench.images.validation(), bench.threads)
 
 
 def _sparsity(bench: Workbench, plan: Plan, tensors: Tensors) -> float:
@@ -335,3 +355,24 @@ def plan_all(
                 if assignment.signal == signal:
                     plans.append(Plan(assignment, "unstructured", masks=build_masks(rankings, assignment)))
     return plans
+
+
+def plan_n_m(
+    raw: RawGraph, layers: Sequence[Layer], scores: Scores, assignments: Sequence[Assignment]
+) -> tuple[list[Plan], dict[str, str]]:
+    """Return one n:m plan per assignment, and why the layers that none of them touches stay dense.
+
+    Raises:
+        UsageError: no layer is large enough to gain from the pattern.
+    """
+    axes = reduced_axes(raw.model)
+    plans, dense = [], {}
+    for assignment in assignments:
+        found = project(layers, scores[assignment.signal], assignment.sparsity, axes, PATTERN)
+        dense = {fqn: reason for fqn, reason in found.dense.items() if fqn in dense or not plans}
+        if found.masks:
+            plans.append(Plan(assignment, "n:m", masks=found.masks))
+    if not plans:
+        reason = next(iter(dense.values()), "it has no layer of that kind")
+        raise UsageError(f"--kinds n:m: no layer of this network takes {PATTERN}: {reason}; use --kinds structured")
+    return plans, dense

@@ -134,9 +134,20 @@ def _load(model: str, options: dict[str, Any]) -> LoadedModel:
 @click.option("--strategies", default="all", show_default=True, help=STRATEGIES_HELP)
 @click.option("--ranges", default="rules", show_default=True, help="Source of the sparsity ranges: rules or observed.")
 @click.option("--split", default="0.5,0.25,0.25", show_default=True, help="Calibration, validation, test.")
-@click.option("--kinds", default="structured", show_default=True, help="Comma-separated: structured, unstructured.")
+@click.option(
+    "--kinds", default="structured", show_default=True, help="Comma-separated: structured, n:m (2:4), unstructured."
+)
 @click.option("--recover", default=None, help="none or bn.  [default: bn with data, else none]")
 @click.option("--macs", metavar="FRACTION,...", help="Add candidates at these fractions of the dense MACs.")
+@click.option(
+    "--precision",
+    default="fp32",
+    show_default=True,
+    help="Comma-separated: fp32; int8, fp16 of the dense model and the rows on the front.",
+)
+@click.option("--prune-norms", is_flag=True, help="Let LayerNorm lose channels: exact, but it runs slower than fused.")
+@click.option("--ort", is_flag=True, help="Also write the chosen model in ONNX Runtime's .ort format.")
+@click.option("--bake-preprocess", is_flag=True, help="Also write it with preprocessing inside, for raw uint8 images.")
 @click.option("--max-drop", type=float, metavar="POINTS", help="Largest loss of top-1 accuracy, in points.")
 @click.option("--latency", type=float, metavar="MS", help="Largest median latency.")
 @click.option("--speedup", type=float, metavar="X", help="Smallest measured speed-up.")
@@ -147,7 +158,6 @@ def _load(model: str, options: dict[str, Any]) -> LoadedModel:
 @click.option("--resume/--fresh", default=True, show_default=True, help="Reuse finished stages, or start over.")
 @click.option("--select", default="signal", hidden=True)
 @click.option("--input-sizes", default="none", hidden=True)
-@click.option("--precision", default="fp32", hidden=True)
 @click.option("--epochs", type=int, hidden=True)
 @click.option("--dynamic-batch", is_flag=True, hidden=True)
 @model_options
@@ -170,6 +180,8 @@ def _print_end(report: Report, folder: Path) -> None:
         row = next(c for c in report.candidates if c.id == report.chosen.id)
         if row.artifact is not None:
             click.echo(f"chosen model: {folder / row.artifact}")
+        for path in sorted((folder / "bundle").glob("[!.]*")):
+            click.echo(f"for the device: {path}")
     click.echo(f"full report:  {folder / 'report.md'}")
 
 
@@ -178,7 +190,6 @@ def _refuse_pending(options: dict[str, Any]) -> None:
     from mm_edge.api import check_names
 
     check_names(_names(options["select"]), ("signal",), "--select")
-    check_names(_names(options["precision"]), ("fp32",), "--precision")
     if options["input_sizes"] != "none":
         raise UsageError(f"--input-sizes {options['input_sizes']} is not available yet; allowed: none")
     for option in ("epochs", "dynamic_batch"):
@@ -200,6 +211,10 @@ def _request(setting: Setting, options: dict[str, Any]) -> Request:
         kinds=_names(options["kinds"]),
         macs=() if options["macs"] is None else _floats(options["macs"], "--macs", "0.5,0.25"),
         keep=options["keep"],
+        precisions=_names(options["precision"]),
+        prune_norms=options["prune_norms"],
+        ort=options["ort"],
+        bake_preprocess=options["bake_preprocess"],
         constraints=Constraints(options["max_drop"], options["latency"], options["speedup"], options["size"]),
         seed=options["seed"],
         **recover,

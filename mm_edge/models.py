@@ -13,7 +13,6 @@ import importlib.util
 import inspect
 import math
 import re
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,7 +41,8 @@ from mm_edge.weights import (
 _USER_CODE = re.compile(r"(?P<file>.+\.py):(?P<callable>[A-Za-z_][\w.]*)$")
 # Input sides tried, in this order, where only the tensors tell what a network with a fixed input size was made for.
 _COMMON_SIDES = (224, 384, 256, 32, 64, 96, 128, 112, 160, 192, 240, 288, 320, 448, 512, 28, 48)
-_SEARCH_SECONDS = 4.0
+# Networks tried on the meta device when an architecture does not fit: about 4 s, the nearest names first.
+_SEARCHED_NETWORKS = 40
 _INIT_SEED = 0
 
 Shape = tuple[int, int, int]
@@ -374,12 +374,11 @@ def _describe_misfits(misfits: list[Misfit]) -> str:
 
 def _fitting_names(arch: str, tensors: Mapping[str, torch.Tensor]) -> list[str]:
     """Up to three timm networks like `arch` whose tensors are those of the file, first and last layer aside."""
-    deadline = time.monotonic() + _SEARCH_SECONDS
     family = timm.list_models(module=timm.models.model_entrypoint(_base_name(arch)).__module__.rpartition(".")[2])
     candidates = dict.fromkeys([*nearest(arch, timm.list_models(), 8), *nearest(arch, family, len(family) or 1)])
     fitting: list[str] = []
-    for name in candidates:
-        if time.monotonic() > deadline or len(fitting) == 3:
+    for name in list(candidates)[:_SEARCHED_NETWORKS]:
+        if len(fitting) == 3:
             break
         try:
             blank = _create_timm(name, meta=True)

@@ -29,8 +29,10 @@ from mm_edge.bench.session import (
     merge_doubts,
 )
 from mm_edge.bench.transport import Transport
+from mm_edge.bundle import write_bundle
 from mm_edge.candidates import (
     BUDGET_SLACK,
+    PATTERN,
     Images,
     Plan,
     Workbench,
@@ -38,6 +40,7 @@ from mm_edge.candidates import (
     make_ladders,
     plan_all,
     plan_budget,
+    plan_n_m,
 )
 from mm_edge.data import DataSplits, noise_batches
 from mm_edge.errors import ConstraintError, ParityError, UsageError
@@ -49,6 +52,14 @@ from mm_edge.layers import read_layers
 from mm_edge.layers import read_weights as read_layer_weights
 from mm_edge.models import LoadedModel
 from mm_edge.onnx_file import INPUT_METADATA_KEY
+from mm_edge.precision import (
+    CALIBRATION_IMAGES,
+    HELD_BACK_IMAGES,
+    CalibrationImages,
+    check_precisions,
+    convert_candidate,
+    dense_control,
+)
 from mm_edge.progress import Stages
 from mm_edge.ranges import apply_constraints, observed_ranges, rule_ranges
 from mm_edge.records import (
@@ -68,6 +79,7 @@ from mm_edge.records import (
 from mm_edge.report import write_report
 from mm_edge.scores import GRASP_IMAGES, Scores, gradients, hessian_gradient_products, score_weights
 from mm_edge.select import choose, mark_pareto
+from mm_edge.semi_structured import require_support
 from mm_edge.store import RunStore, hash_file, write_atomically
 from mm_edge.strategies import STRATEGIES, assign
 from mm_edge.target import Target, matches_this_machine
@@ -95,6 +107,10 @@ class Request:
     recover: str = "bn"
     macs: tuple[float, ...] = ()
     keep: tuple[str, ...] = ()
+    precisions: tuple[str, ...] = ("fp32",)
+    prune_norms: bool = False
+    ort: bool = False
+    bake_preprocess: bool = False
     constraints: Constraints = field(default_factory=Constraints)
     seed: int = 0
 
@@ -140,7 +156,7 @@ def prune_export(job: Job) -> Report:
     warnings = [*job.model.warnings]
     with job.stages.stage("export"):
         raw = read_raw(job.model)
-        structure = read_structure(raw, job.request.keep)
+        structure = read_structure(raw, job.request.keep, prune_norms=job.request.prune_norms)
         layers = tuple(layer for layer in read_layers(raw) if layer.fqn in raw.weights)
     if not structure.groups and "structured" in job.request.kinds:
         warnings.append("no group of this network can lose channels; see 'mm-edge inspect' for the reasons")
@@ -150,6 +166,9 @@ def prune_export(job: Job) -> Report:
     candidates, failures = _make_all(job, bench, plans)
     warnings += failures
     dense = _dense_row(job, bench)
+    smaller, failures = _convert_all(job, bench, dense, candidates)
+    candidates += smaller
+    warnings += failures
     dense, candidates, env, notes = _measure(job, dense, candidates)
     warnings += notes
     return _finish(job, bench, dense, candidates, env, warnings)
@@ -266,7 +285,12 @@ def _plan(job: Job, raw: RawGraph, structure: Structure, layers: tuple[Layer, ..
         for kind in job.request.kinds:
             ranges = apply_constraints(layers, bounds, kind == "structured")
             assignments = [item for s in scores for item in assign(job.request.strategies, s, layers, ranges)]
-            plans += plan_all(structure, layers, ladders, scores, assignments, (kind,))
+            if kind == "n:m":
+                found, dense = plan_n_m(raw, layers, scores, assignments)
+                plans += found
+                notes += _pattern_notes(dense)
+            else:
+                plans += plan_all(structure, layers, ladders, scores, assignments, (kind,))
         ranges = apply_constraints(layers, bounds, True)
         for fraction in job.request.macs:
             sparsity, counts = plan_budget(structure, layers, ladders, ranges, fraction)
@@ -276,6 +300,17 @@ def _plan(job: Job, raw: RawGraph, structure: Structure, layers: tuple[Layer, ..
                 keep = select_indices(counts, group_scores(structure, scores[signal]))
                 plans.append(Plan(Assignment(signal, (name,), sparsity), "structured", keep=keep))
     return plans, notes
+
+
+def _pattern_notes(dense: Mapping[str, str]) -> list[str]:
+    """Say once per reason which layers stay dense under an n:m pattern."""
+    by_reason: dict[str, list[str]] = {}
+    for fqn, reason in dense.items():
+        by_reason.setdefault(reason, []).append(fqn)
+    return [
+        f"n:m: {len(names)} layers stay dense ({', '.join(names[:3])}{' ...' if len(names) > 3 else ''}): {reason}"
+        for reason, names in by_reason.items()
+    ]
 
 
 def _budget_notes(structure: Structure, counts: Counts, fraction: float) -> list[str]:
@@ -364,6 +399,46 @@ def _make_all(job: Job, bench: Workbench, plans: list[Plan]) -> tuple[list[Candi
     return made, failures
 
 
+def _convert_all(
+    job: Job, bench: Workbench, dense: DenseRow, candidates: list[Candidate]
+) -> tuple[list[Candidate], list[str]]:
+    """Make the smaller-number versions of the dense model and of the front of accuracy against MACs."""
+    precisions = [precision for precision in job.request.precisions if precision != "fp32"]
+    if not precisions:
+        return [], []
+    front = [row for row in mark_pareto(candidates, dense) if row.pareto or bench.images.validation is None]
+    sources = [dense_control(bench, dense.macs, dense.params), *front]
+    made: list[Candidate] = []
+    notes = [
+        f"{' and '.join(precisions)} versions were made of the dense model and of the {len(front)} rows on the front"
+    ]
+    with job.stages.stage("smaller numbers") as advance:
+        images = _quantising_images(job)
+        for index, source in enumerate(sources):
+            assert source.artifact is not None
+            digest = hash_file(job.folder / source.artifact)
+            for precision in precisions:
+                name = f"candidates/{source.id.replace('/', '-').replace(':', '_')}-{precision}"
+                key = job.key(data=job.data_key, source=digest, precision=precision, target=job.target)
+                row = job.store.load_record(name, key, Candidate)
+                if row is None:
+                    row = convert_candidate(bench, source, precision, job.target, images)
+                    assert row.artifact is not None
+                    job.store.save_json(name, key, row, [job.folder / row.artifact])
+                made.append(replace(row, also_named=source.also_named))
+            advance(index + 1, len(sources))
+    return made, notes
+
+
+def _quantising_images(job: Job) -> CalibrationImages | None:
+    if job.data is None:
+        return None
+    wanted = job.data.calibration.take(CALIBRATION_IMAGES + HELD_BACK_IMAGES)
+    images = np.concatenate([batch for batch, _ in wanted.batches(BATCH)])
+    cut = max(1, len(images) * CALIBRATION_IMAGES // (CALIBRATION_IMAGES + HELD_BACK_IMAGES))
+    return CalibrationImages(images[:cut], images[cut:] if cut < len(images) else images)
+
+
 def _dense_row(job: Job, bench: Workbench) -> DenseRow:
     sizes = [
         int(np.prod(value.shape.numpy()))
@@ -394,6 +469,7 @@ def _measure(
         env = environment(job.target, transport)
         fingerprint = env["fingerprint"]
         memory = _memory(job, dense_file, transport, fingerprint)
+        dense_latencies: list[Latency] = []
         for index, candidate in enumerate(candidates):
             assert candidate.artifact is not None
             artifact = job.folder / candidate.artifact
@@ -408,8 +484,7 @@ def _measure(
                 fingerprint=fingerprint,
             )
             timings.append(timing)
-            if index == 0:
-                dense = replace(dense, latency_ms=timing.dense_latency, peak_memory_bytes=memory)
+            dense_latencies.append(timing.dense_latency)
             measured.append(
                 replace(
                     candidate,
@@ -420,6 +495,10 @@ def _measure(
                 )
             )
             advance(index + 1, len(candidates))
+    # Every pair timed the dense model anew; the one in the middle stands for it, so that drift does not pick the row.
+    timed = sorted((item for item in dense_latencies if item.p50 is not None), key=lambda item: item.p50 or 0.0)
+    middle = timed[len(timed) // 2] if timed else Latency()
+    dense = replace(dense, latency_ms=middle, peak_memory_bytes=memory)
     env = {**env, "packages": job.key()["versions"]}
     return dense, measured, env, [*(str(text) for text in env.get("doubts", [])), *merge_doubts(timings)]
 
@@ -455,6 +534,7 @@ def _finish(
         warnings.append(str(error))
     if chosen is not None:
         chosen = replace(chosen, accuracy_top1_test=_test_accuracy(job, bench, rows, chosen))
+        _bundle(job, bench, next(row for row in rows if row.id == chosen.id))
     if job.data is not None:
         warnings += job.data.warnings
     if job.transport is None:
@@ -478,6 +558,23 @@ def _finish(
     if missed is not None:
         raise missed
     return report
+
+
+def _bundle(job: Job, bench: Workbench, row: Candidate) -> None:
+    request = job.request
+    if not (request.ort or request.bake_preprocess or row.kind == "n:m"):
+        return
+    with job.stages.stage("files for the device"):
+        write_bundle(
+            job.folder,
+            row,
+            job.model.input,
+            job.target,
+            bench.images.parity,
+            bench.images.parity_kind,
+            ort=request.ort,
+            baked=request.bake_preprocess,
+        )
 
 
 def _with_twins(candidates: list[Candidate]) -> list[Candidate]:
@@ -517,12 +614,15 @@ def skipped_groups(structure: Structure) -> tuple[SkippedGroup, ...]:
     return tuple(SkippedGroup(item.id, item.tensors, item.reason) for item in structure.pinned)
 
 
-def check_request(request: Request, data: DataSplits | None, measured: bool) -> None:
+def check_request(request: Request, data: DataSplits | None, target: Target, measured: bool) -> None:
     """Refuse what cannot be done before any work is.
 
     Raises:
-        UsageError: a constraint needs data or a device that is not there.
+        UsageError: a constraint needs data or a device that is not there, or the target gains nothing from a request.
     """
+    check_precisions(request.precisions, target, data is not None and len(data.calibration) > 0)
+    if "n:m" in request.kinds:
+        require_support(target, PATTERN)
     limits = request.constraints
     if limits.max_drop is not None and (data is None or not len(data.validation)):
         raise UsageError("--max-drop needs accuracy, and there are no validation images; give --data PATH")

@@ -152,7 +152,8 @@ class DenseRow:
 class Candidate:
     """One row of the report: what was made, what it costs and what it buys.
 
-    `accuracy_top1` is on validation images; `accuracy_drop` in points of dense minus this.
+    `file_bytes` is of the `artifact`, or of the `stored_file` where zeros were squeezed out. `accuracy_top1` is on
+    validation images; `accuracy_drop` in points of dense minus this.
     """
 
     id: str
@@ -177,6 +178,7 @@ class Candidate:
     recovered_by: str | None = None
     pareto: bool = False
     artifact: str | None = None
+    stored_file: str | None = None
     masked_state_dict: str | None = None
     also_named: tuple[str, ...] = ()
 

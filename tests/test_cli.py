@@ -171,12 +171,25 @@ def test_what_click_refuses_is_one_line_too() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    ["--kinds n:m", "--select auto", "--precision int8", "--input-sizes 192", "--epochs 3", "--dynamic-batch"],
+    ["--select auto", "--input-sizes 192", "--epochs 3", "--dynamic-batch"],
 )
 def test_what_has_not_landed_is_refused_by_name(files: Path, arguments: str) -> None:
     assert prune(files / "net.pt", *arguments.split()).startswith(
         f"{arguments.removesuffix(' 3')} is not available yet; "
     )
+
+
+def test_what_a_target_gains_nothing_from_is_refused_with_the_alternative(files: Path) -> None:
+    assert prune(files / "net.pt", "--target", "x86_64-avx2", "--kinds", "n:m") == (
+        "2:4 gains nothing on x86_64-avx2: ONNX Runtime has no n:m kernel for CPUs; "
+        "use --kinds structured, which removes whole channels"
+    )
+    assert prune(files / "net.pt", "--precision", "int8") == (
+        "--precision int8 needs calibration images; give --data PATH"
+    )
+    refused = prune(files / "net.pt", "--target", "x86_64-avx2", "--precision", "fp16")
+    assert refused.startswith("--precision fp16 is not for x86_64-avx2: ")
+    assert refused.endswith("; use fp32 or int8")
 
 
 # --- images ---------------------------------------------------------------------------------------------------------

@@ -26,9 +26,13 @@ def write_headline(report: Report) -> str:
 def pick_rows(report: Report) -> tuple[Candidate, ...]:
     """Return all candidates where they are few; else the Pareto rows and the chosen one, in their order.
 
-    Where no row is marked (accuracy was not measured), those of fewest MACs stand in.
+    Where no row is marked (accuracy was not measured), those of fewest MACs stand in. Of strategies that coincide the
+    first stands for all.
     """
-    rows = report.candidates
+    first: dict[str, Candidate] = {}
+    for c in report.candidates:
+        first.setdefault(c.artifact or c.id, c)
+    rows = tuple(first.values())
     if len(rows) <= SHORT_TABLE_ROWS:
         return rows
     chosen = find_chosen(report)
