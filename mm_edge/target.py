@@ -156,21 +156,21 @@ def resolve_host(target: Target, isa: str | None = None, flags: Iterable[str] | 
     )
 
 
-def unfit_multiples(target: Target, machine: Mapping[str, Any]) -> list[str]:
-    """Return a sentence for each multiple of `target` that leaves part of the CPU of `machine` (an info record) unused.
+def unfit_multiples(target: Target, machine: Mapping[str, Any]) -> str | None:
+    """Return a sentence on the multiples of `target` that leave part of the CPU of `machine` unused, None if none do.
 
-    A profile of the very core is taken at its word: the generic ones are broader.
+    `machine` is an info record. A profile of the very core is taken at its word: the generic ones are broader.
     """
     best = _most_specific(machine["isa"], set(machine["flags"])) if target.provider == Target.provider else None
     if best is None or set(machine["cpu_parts"]) & set(target.cpu_parts):
-        return []
-    return [
-        f"{op_class} {data_type} channels in multiples of {target.multiple(op_class, data_type)} do not fill "
-        f"this CPU's {best.multiple(op_class, data_type)} (profile {best.name})"
+        return None
+    found = [
+        f"{op_class} {data_type} {best.multiple(op_class, data_type)}, not {target.multiple(op_class, data_type)}"
         for op_class in OP_CLASSES
         for data_type in REQUIRED_DATA_TYPES
         if target.multiple(op_class, data_type) % best.multiple(op_class, data_type)
     ]
+    return f"this CPU rewards other channel multiples ({best.name}): {'; '.join(found)}" if found else None
 
 
 def _most_specific(isa: str, flags: set[str]) -> Target | None:

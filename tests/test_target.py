@@ -196,12 +196,14 @@ def test_mismatches_say_what_differs():
 
 def test_multiples_that_do_not_fill_a_cpu():
     avx512 = {"isa": "x86_64", "flags": load_target("x86_64-avx512").features, "cpu_parts": []}
-    assert unfit_multiples(load_target("x86_64-avx512"), avx512) == []
-    found = unfit_multiples(load_target("x86_64-avx2"), avx512)
-    assert "conv fp32 channels in multiples of 8 do not fill this CPU's 16 (profile x86_64-avx512)" in found
+    assert unfit_multiples(load_target("x86_64-avx512"), avx512) is None
+    assert unfit_multiples(load_target("x86_64-avx2"), avx512) == (
+        "this CPU rewards other channel multiples (x86_64-avx512): conv fp32 16, not 8; pointwise fp32 16, not 8; "
+        "depthwise fp32 16, not 8; grouped fp32 16, not 8"
+    )
     pi4 = {"isa": "aarch64", "flags": ["asimd"], "cpu_parts": ["0x41/0xd08"]}
-    assert unfit_multiples(load_target("raspberry-pi-4"), pi4) == []
-    assert unfit_multiples(load_target("raspberry-pi-4"), {**pi4, "isa": "riscv64"}) == []
+    assert unfit_multiples(load_target("raspberry-pi-4"), pi4) is None
+    assert unfit_multiples(load_target("raspberry-pi-4"), {**pi4, "isa": "riscv64"}) is None
 
 
 def test_matches_this_machine(monkeypatch):

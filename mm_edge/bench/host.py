@@ -42,7 +42,10 @@ def fingerprint(info: Mapping[str, Any]) -> str:
 
 def doubts(info: Mapping[str, Any], target: Target) -> list[str]:
     """Return what a reader should know before trusting a latency from this machine."""
-    found = [*mismatches(target, info), *unfit_multiples(target, info)]
+    found = mismatches(target, info)
+    unfit = None if found else unfit_multiples(target, info)
+    if unfit is not None:
+        found.append(unfit)
     slow = [name for name in info["governors"] if name not in ("performance", "schedutil")]
     if slow:
         found.append(

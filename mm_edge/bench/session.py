@@ -31,6 +31,7 @@ from mm_edge.target import Target
 SAMPLES_VERSION = 1
 MINIMUM_PAIRS = 200
 SECONDS_PER_IMAGE = 10.0  # the slowest a device may be before it counts as hung
+SECONDS_PER_PAIR = 20.0
 MAX_SAMPLE_NS = 3_600_000_000_000  # an hour: anything longer is not a sample
 
 
@@ -128,7 +129,8 @@ def measure_pair(
     }
     result = _reuse(raw_samples, identity)
     if result is None:
-        result = transport.ask("measure", {"dense": dense, "candidate": candidate}, options)
+        files = {"dense": dense, "candidate": candidate}
+        result = transport.ask("measure", files, options, SECONDS_PER_PAIR * pairs + DEFAULT_TIMEOUT_S)
         _check_samples(result, pairs, transport.name)
         if raw_samples is not None:
             _keep(raw_samples, {"samples_version": SAMPLES_VERSION, "identity": identity, "result": result})
