@@ -103,7 +103,7 @@ def time_all(models: dict[str, Path], samples: Path) -> tuple[dict[str, dict[str
         ):
             interval = bootstrap_median(np.asarray(result[key], dtype=np.float64), result["block"])
             rows[row] = {"p50_ms": latency.p50, "p50_ms_ci": [bound / 1e6 for bound in interval]}
-        rows[name] |= {"speedup": found.speedup, "speedup_ci": found.speedup_ci, "warnings": found.warnings}
+        rows[name] |= {"speedup": found.speedup, "speedup_ci": found.speedup_ci, "doubts": to_json(found.doubts)}
     for name, path in models.items():
         rows[name]["peak_rss_bytes"] = measure_memory(path, target, transport=transport)
         rows[name]["file_bytes"] = path.stat().st_size
