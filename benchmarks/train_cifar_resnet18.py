@@ -4,7 +4,8 @@ timm's resnet18 at half its width (2.8 M parameters) for 32-pixel images: the st
 there is no max-pool, so stage 1 works on 16x16. Trained from scratch in bfloat16 autocast on the CPU with the one-cycle
 schedule; the weights written are fp32. The test images are read once, at the end.
 
-    python benchmarks/train_cifar_resnet18.py --data FOLDER_WITH_THE_TARS --out resnet18_cifar10.safetensors
+    python benchmarks/train_cifar_resnet18.py --data FOLDER_WITH_THE_TARS --out resnet18_cifar10
+    mm-edge prune-export resnet18_cifar10 --arch benchmarks/train_cifar_resnet18.py:make_network ...
 """
 
 from __future__ import annotations
@@ -93,6 +94,16 @@ def accuracy(network: nn.Module, images: np.ndarray, labels: np.ndarray) -> floa
     return float((np.concatenate(found) == labels).mean())
 
 
+def write_folder(folder: Path, network: nn.Module) -> None:
+    """Write config.json, which says what the network expects, and the weights beside it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    expects = {"input_size": [3, 32, 32], "mean": MEAN, "std": STD, "crop_pct": 1.0, "interpolation": "bicubic"}
+    config = {"architecture": "resnet18", "num_classes": 10, "pretrained_cfg": expects}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    state = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
+    safetensors.torch.save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
@@ -106,8 +117,7 @@ def main() -> None:
     started = time.perf_counter()
     train(network, *read_tar(args.data / "cifar10-train.tar"), args.epochs, args.seed)
     seconds = time.perf_counter() - started
-    state = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
-    safetensors.torch.save_file(state, args.out, metadata={"format": "pt"})
+    write_folder(args.out, network)
     test = accuracy(network, *read_tar(args.data / "cifar10-test.tar"))
     print(json.dumps({"accuracy_top1_test": test, "epochs": args.epochs, "train_seconds": round(seconds, 1)}))
 
