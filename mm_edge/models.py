@@ -41,8 +41,8 @@ from mm_edge.weights import (
 _USER_CODE = re.compile(r"(?P<file>.+\.py):(?P<callable>[A-Za-z_][\w.]*)$")
 # Input sides tried, in this order, where only the tensors tell what a network with a fixed input size was made for.
 _COMMON_SIDES = (224, 384, 256, 32, 64, 96, 128, 112, 160, 192, 240, 288, 320, 448, 512, 28, 48)
-# Networks tried on the meta device when an architecture does not fit: about 4 s, the nearest names first.
-_SEARCHED_NETWORKS = 40
+# Networks tried on the meta device when an architecture does not fit, the nearest names first: ten seconds at most.
+_SEARCHED_NETWORKS = 150
 _INIT_SEED = 0
 
 Shape = tuple[int, int, int]
