@@ -34,6 +34,7 @@ from mm_edge.int8_graph import (
     EXTREMES,
     WEIGHTED_OPS,
     add_extremes_,
+    free_outputs_,
     hold_in_fp32_,
     is_mostly_linear,
     read_ready,
@@ -390,6 +391,7 @@ def _quantised(
         raise JobError(f"ONNX Runtime cannot quantise the model: {first_line(error)}") from error
     made: onnx.ModelProto = quantiser.model.model
     hold_in_fp32_(made, exclude)
+    free_outputs_(made)
     content: bytes = made.SerializeToString(deterministic=True)
     return content
 

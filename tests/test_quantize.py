@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
@@ -204,6 +205,22 @@ def test_without_vnni_weights_use_seven_bits(tmp_path: Path) -> None:
     ranges = calibrate(model, [images(8)]).ranges("minmax")
     quantise_static(model, tmp_path / "q.onnx", ranges, scheme_for(load_target(PLAIN)))
     assert np.abs(initializers(tmp_path / "q.onnx")["w2_quantized"].astype(int)).max() <= 64
+
+
+@pytest.mark.parametrize("target", [VNNI, ARM])
+def test_logits_are_not_rounded_to_eight_bits(tmp_path: Path, target: str) -> None:
+    model = conv_net(tmp_path / "m.onnx")
+    ranges = calibrate(model, [images(16)]).ranges("minmax")
+    quantise_static(model, tmp_path / "q.onnx", ranges, scheme_for(load_target(target)))
+    made = onnx.load(tmp_path / "q.onnx")
+    (last,) = (node for node in made.graph.node if "y" in node.output)
+    assert last.op_type == "Gemm"
+    assert len(np.unique(logits(tmp_path / "q.onnx", images(200, 9)))) > 300  # 8 bits have 256 values
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "o.onnx")
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    onnxruntime.InferenceSession(str(tmp_path / "q.onnx"), options, providers=["CPUExecutionProvider"])
+    assert "QGemm" in {node.op_type for node in onnx.load(tmp_path / "o.onnx").graph.node}  # still 8-bit arithmetic
 
 
 def test_excluded_layers_keep_their_fp32_weights(tmp_path: Path) -> None:
