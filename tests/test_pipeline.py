@@ -405,3 +405,34 @@ def test_the_keywords_are_the_requests_fields() -> None:
     defaults = make_request(Setting(out=Path("x"), data="images"))
     assert defaults == Request()
     assert defaults.strategies == tuple(STRATEGIES)
+
+
+def test_smaller_numbers_and_files_for_the_device(files: Path, tmp_path: Path) -> None:
+    """int8 of the dense model and of the front, an .ort that agrees, a model that takes raw images."""
+    asked = {"precisions": ("fp32", "int8"), "ort": True, "bake_preprocess": True}
+    report = run(lambda: load(files), files / "images", tmp_path / "run", **asked)
+    rows = {c.id: c for c in report.candidates}
+    assert rows["dense/int8"].kind == "dense" and rows["dense/int8"].sparsity == 0
+    pruned = [c for c in rows.values() if c.precision == "int8" and c.kind == "structured"]
+    assert pruned and all(c.parity is None and c.agreement_top1 is not None for c in pruned)
+    for row in pruned:
+        assert row.file_bytes is not None and row.artifact is not None
+        fp32 = rows[row.id.replace("int8", "fp32")]
+        assert fp32.file_bytes is not None and row.file_bytes < fp32.file_bytes
+        assert any(node.op_type == "QuantizeLinear" for node in onnx.load(tmp_path / "run" / row.artifact).graph.node)
+    bundle = tmp_path / "run" / "bundle"
+    assert len(list(bundle.glob("*.ort"))) == len(list(bundle.glob("*-raw-images.onnx"))) == 1
+    (raw,) = bundle.glob("*-raw-images.onnx")
+    session = onnxruntime.InferenceSession(str(raw))
+    assert session.get_inputs()[0].type == "tensor(uint8)"
+    (scores,) = session.run(None, {session.get_inputs()[0].name: np.zeros((50, 60, 3), np.uint8)})
+    assert scores.shape == (1, CLASSES)
+
+
+def test_unstructured_rows_are_stored_small_and_say_where(files: Path, tmp_path: Path) -> None:
+    asked = {"kinds": ("unstructured",), "strategies": ("max_aggressive",)}
+    report = run(lambda: load(files), files / "images", tmp_path / "run", **asked)
+    (row,) = report.candidates
+    assert row.stored_file is not None and row.artifact is not None
+    stored = tmp_path / "run" / row.stored_file
+    assert row.file_bytes == stored.stat().st_size < (tmp_path / "run" / row.artifact).stat().st_size

@@ -227,12 +227,12 @@ def meet_budget(
         move = costs.best(ladders, wanted, budget, up=False)
         if move is None or (not strict and abs(costs.total + move[2] - budget) > costs.total - budget):
             break
-        costs.apply(*move)
+        costs.apply(*move[:2])
     while costs.total < budget:
         move = costs.best(ladders, wanted, budget, up=True)
         if move is None:
             break
-        costs.apply(*move)
+        costs.apply(*move[:2])
     return costs.counts
 
 
@@ -277,13 +277,12 @@ class _Costs:
                 found = (price, item.leaf, width, change)
         return None if found is None else found[1:]
 
-    def apply(self, leaf: Axis, width: int, change: float) -> None:
+    def apply(self, leaf: Axis, width: int) -> None:
         """Make the step."""
         self.counts[leaf] = width
         for index in self._touched.get(leaf, []):
             self._cost[index] = self._of(index, {})
         self.total = math.fsum(self._cost)
-        del change
 
 
 def group_scores(structure: Structure, scores: Mapping[str, npt.NDArray[np.floating]]) -> dict[Axis, FloatArray]:
