@@ -94,7 +94,7 @@ def test_info_describes_this_machine(tmp_path):
             "has no TensorrtExecutionProvider here; it has",
         ),
         ("dance", {}, "request", "unknown request"),
-        ("measure", {"dense": "no.onnx"}, "model", "cannot load the model"),
+        ("measure", {"dense": "no.onnx"}, "worker", "KeyError: 'pairs'"),
     ],
 )
 def test_errors_are_answers(tmp_path, command, options, kind, message):

@@ -23,7 +23,8 @@ the other's use of the caches, which it would not do when deployed alone (7 to 1
 where it was tried). Two live sessions of several threads must not spin while the other runs: unrestrained, ONNX
 Runtime's threads made the same model measure between 8 and 23 ms instead of 3.4 ms. `session.force_spinning_stop`
 ends the spinning with each run and keeps it inside the run (3.7 ms), which `session.intra_op.allow_spinning=0` does not
-(4.7 ms), so the former is set unless the request says otherwise.
+(4.7 ms), so the former is set unless the request says otherwise. Both models are loaded anew for every third of the
+samples: where their memory happens to lie moves the ratio by some 3 % from one loading to the next.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 SCHEMA_VERSION = 1
 RESULT_MARK = "MM-EDGE-RESULT "
 BLOCK = 4  # timed runs of one model before the other has its turn
+SITTINGS = 3  # how often a measurement loads both models anew
 WARM_UP_WINDOW = 5  # warm-up is stable when the medians of two successive windows agree ...
 WARM_UP_TOLERANCE = 0.05  # ... to this fraction
 WARM_UP_SECONDS = 3.0  # and ends here in any case
@@ -311,25 +313,24 @@ def _one_line(error: BaseException) -> str:
 
 
 def measure(options: Dict[str, Any]) -> Dict[str, Any]:
-    """Time `dense` and `candidate` in alternating blocks.
+    """Time `dense` and `candidate` in alternating blocks, in SITTINGS with fresh sessions.
 
     Options: dense, candidate (paths), pairs, and those of make_session and make_inputs.
     Returns dense_ns and candidate_ns, equally long lists whose items belong in pairs, and how they were made.
     """
-    runs = []
-    for key in ("dense", "candidate"):
-        session = make_session(options[key], options)
-        runs.append(_bind(session, make_inputs(session, options)))
-    gc.collect()
-    gc.disable()
     before = _clock_state()
-    warm_up, stable = _warm_up(runs)
     samples: Tuple[List[int], List[int]] = ([], [])
-    turn = 0
+    warm_up, stable, sitting = 0, True, 0
     while len(samples[0]) < int(options["pairs"]):
-        for index in ((0, 1), (1, 0))[turn % 2]:
-            _time_block(runs[index], samples[index])
-        turn += 1
+        sitting += 1
+        runs = [_open(options, key) for key in ("dense", "candidate")]
+        gc.collect()
+        gc.disable()
+        spent, settled = _warm_up(runs)
+        warm_up, stable = warm_up + spent, stable and settled
+        _alternate(runs, samples, int(options["pairs"]) * min(sitting, SITTINGS) // SITTINGS)
+        gc.enable()
+        del runs  # the next sitting's models do not share memory with these
     return {
         "dense_ns": samples[0],
         "candidate_ns": samples[1],
@@ -340,6 +341,20 @@ def measure(options: Dict[str, Any]) -> Dict[str, Any]:
         "before": before,
         "after": _clock_state(),
     }
+
+
+def _open(options: Dict[str, Any], key: str) -> Callable[[], Any]:
+    session = make_session(options[key], options)
+    return _bind(session, make_inputs(session, options))
+
+
+def _alternate(runs: List[Callable[[], Any]], samples: Tuple[List[int], List[int]], until: int) -> None:
+    """Time the two in alternating blocks until each has `until` samples."""
+    turn = 0
+    while len(samples[0]) < until:
+        for index in ((0, 1), (1, 0))[turn % 2]:
+            _time_block(runs[index], samples[index])
+        turn += 1
 
 
 def _bind(session: Any, feeds: Dict[str, Any]) -> Callable[[], Any]:
