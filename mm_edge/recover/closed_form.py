@@ -1,78 +1,35 @@
-"""Recovery without training (E9, recipe A): a consumer's weights are re-solved for the inputs that survive.
+"""Recovery without training (E9, recipe A): choose which indices stay, re-solve who reads them, let images decide.
 
-With W0 the dense weights on the kept columns, h what the pruned network reads and y what the consumer should put out:
+    selection   the plan's own signal, iterative brain surgeon, or |W_j|^2: per group what diverges least
+    screening   readers re-solved from the dense network's moments, the same for all candidates
+    walking     readers re-solved from the pruned network's own values, input to output
 
-    D  = Cov(y - W0 h, h) [Cov(h, h) + lambda mean(diag) I]^-1,      W' = W0 + D,      b' = b + E[y] - W' E[h]
-
-so that lambda pulls toward the dense weights, not toward zero. To screen a candidate, h is the kept part of the dense
-network's own inputs t and y - W0 h = W_removed t_removed: only t's covariance is needed, which one pass gives for all
-candidates. To finish one, the pruned network is walked from input to output: h comes from it as recovered so far, and
-y is the dense block's output less the student's own skip connection. Each consumer then takes whichever of the
-screened weights, the walked ones, gently walked ones and the dense ones has the lowest divergence on held-back images.
+Every decision is by KL(dense || candidate) on calibration images that no moment has seen; no labels are read.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-from mm_edge.evaluate import compare_logits
-from mm_edge.export import RawGraph
-from mm_edge.graph.axes import Axis, BoolArray
-from mm_edge.graph.compact import Keep, apply_mask, mask_tensors
-from mm_edge.graph.groups import Group, Structure
-from mm_edge.recover.consumers import Consumer, read_consumers
-from mm_edge.recover.moments import (
-    DenseMoments,
-    Moments,
-    collect_dense,
-)
-from mm_edge.recover.network import Frontier, Network
-from mm_edge.recover.surgeon import RIDGE, Order, Surgeon, damped, order_of
+from mm_edge.errors import UsageError
+from mm_edge.graph.axes import Axis
+from mm_edge.graph.compact import Keep, materialise
+from mm_edge.graph.groups import Group
+from mm_edge.graph.widths import Counts
+from mm_edge.recover.context import RecoveryContext, Tensors, divergence, energy_order, readers_of, surgeon_order
+from mm_edge.recover.network import Frontier, Network, narrowest
+from mm_edge.recover.sensitivity import Sensitivity, first_use
+from mm_edge.recover.solve import GENTLE, screen
+from mm_edge.recover.surgeon import RIDGE
+from mm_edge.recover.walk import walk
 
-Floats = npt.NDArray[np.float64]
-Tensors = dict[str, npt.NDArray[Any]]
 Advance = Callable[[int, int], None]
 
-GENTLE = 0.3
-HELD_BACK = 0.2
-HELD_BACK_MOST = 128
-
-
-@dataclass(frozen=True)
-class RecoveryContext:
-    """What all candidates of a run share; built once by `build_context`.
-
-    Attributes:
-        raw: the dense graph.
-        structure: its coupled groups.
-        network: the dense network, ready to run.
-        consumers: by the name of their weight.
-        images: calibration images (N, C, H, W).
-        fitted: numbers of the images that moments come from.
-        held_back: numbers of the images that decide.
-        dense: the dense network's own moments and block outputs.
-        logits: the dense network's answers on the held-back images.
-        threads: for ONNX Runtime.
-        orders: orders found so far, by group.
-    """
-
-    raw: RawGraph
-    structure: Structure
-    network: Network
-    consumers: Mapping[str, Consumer]
-    images: npt.NDArray[np.float32]
-    fitted: tuple[int, ...]
-    held_back: tuple[int, ...]
-    dense: DenseMoments
-    logits: npt.NDArray[np.float32]
-    threads: int = 1
-    orders: dict[Axis, Order] = field(default_factory=dict)
+SELECTIONS = ("signal", "obs", "auto")
 
 
 @dataclass(frozen=True)
@@ -81,8 +38,8 @@ class Recovered:
 
     Attributes:
         tensors: what changed, dense-shaped and masked, by name: weights, biases, running means.
-        keep: the indices that stay; other ones than planned where brain surgeon chose them.
-        notes: what was decided.
+        keep: the indices that stay; other ones than planned where another selection was better.
+        notes: what was decided, in words.
         kl_held_back: divergence from the dense network on the held-back calibration images, nats.
     """
 
@@ -92,190 +49,144 @@ class Recovered:
     kl_held_back: float | None
 
 
-def build_context(
-    raw: RawGraph,
-    structure: Structure,
-    images: npt.NDArray[np.float32],
-    *,
-    threads: int = 1,
-    progress: Advance | None = None,
-) -> RecoveryContext:
-    """Run the dense network once over the calibration `images` (N, C, H, W) and keep what all candidates need."""
-    network = Network(raw.model.clone())
-    consumers = {
-        item.weight: item for item in read_consumers(raw, network) if can_lose_columns(structure, item)
-    }
-    held = min(int(HELD_BACK * len(images)), HELD_BACK_MOST)
-    fitted = tuple(range(len(images) - held))
-    held_back = tuple(range(len(images) - held, len(images)))
-    everything = Frontier(network, images, range(len(images)))
-    dense = collect_dense(network, tuple(consumers.values()), everything, fitted, threads, progress)
-    logits = answers(network, everything, held_back, threads)
-    return RecoveryContext(raw, structure, network, consumers, images, fitted, held_back, dense, logits, threads)
-
-
-def can_lose_columns(structure: Structure, consumer: Consumer) -> bool:
-    """Return whether a group takes columns of the consumer's weight."""
-    axis = structure.tensor_axes[consumer.weight][consumer.in_axis]
-    table = structure.table
-    return any(table.size(leaf) > 1 and table.pin_reason(leaf) is None for leaf in table.leaves(axis))
-
-
-def answers(
-    network: Network, frontier: Frontier, images: Iterable[int], threads: int = 1
-) -> npt.NDArray[np.float32]:
-    """Return the network's first output for some images, (images, classes)."""
-    (output, *_) = network.outputs
-    rows = [values[output] for _, values in frontier.run(network, (output,), tuple(images), threads)]
-    return np.concatenate([row.reshape(-1, row.shape[-1]) for row in rows])
-
-
-def divergence(context: RecoveryContext, network: Network, frontier: Frontier) -> float:
-    """Return the mean KL(dense || network) on the held-back images, infinite where an answer is not finite."""
-    found = compare_logits(answers(network, frontier, context.held_back, context.threads), None, context.logits)
-    return float("inf") if found.kl_to_dense is None else found.kl_to_dense
-
-
-# ---- which indices stay
-
-
-def readers_of(context: RecoveryContext, group: Group) -> list[tuple[Consumer, npt.NDArray[np.int64]]]:
-    """Return the consumers that have moments and read `group`, each with the columns of every index.
-
-    Columns are (indices, columns per index). A consumer in which an index reaches nothing, or which has independent
-    blocks (a depthwise convolution carries the group through), is left out.
-    """
-    found = []
-    for item in group.slices:
-        consumer = context.consumers.get(item.tensor)
-        if consumer is None or item.axis != consumer.in_axis or consumer.groups > 1:
-            continue
-        if consumer.node not in context.dense.moments:
-            continue
-        per_position = math.prod(context.network.arrays[item.tensor].shape[2:])
-        columns = [
-            (np.flatnonzero(item.coordinates == index)[:, None] * per_position + np.arange(per_position)).reshape(-1)
-            for index in range(group.size)
-        ]
-        if len({len(part) for part in columns}) == 1 and len(columns[0]):
-            found.append((consumer, np.stack(columns)))
-    return found
-
-
-def energy_order(context: RecoveryContext, group: Group) -> Order | None:
-    """Return the order by the weights that read an index, |W_j|^2, the least first; None where nothing reads it.
-
-    Late in a network, where calibration images cover few classes, it generalises better than brain surgeon.
-    """
-    readers = readers_of(context, group)
-    if not readers:
-        return None
-    energy = np.zeros(group.size)
-    for consumer, columns in readers:
-        weight = consumer.matrix(context.network.arrays[consumer.weight])[0]
-        energy += (weight[:, columns] ** 2).sum(axis=(0, 2)) / max(float((weight**2).sum()), 1e-30)
-    removed = np.argsort(energy, kind="stable")
-    return Order(removed, np.cumsum(energy[removed]))
-
-
-def surgeon_order(context: RecoveryContext, group: Group) -> Order | None:
-    """Return the order in which brain surgeon removes the indices of `group`; None where nothing reads it."""
-    if group.leaf not in context.orders:
-        readers = readers_of(context, group)
-        if not readers:
-            return None
-        surgeons = [
-            Surgeon(
-                consumer.matrix(context.network.arrays[consumer.weight])[0],
-                context.dense.moments[consumer.node].covariance[0],
-                columns,
-            )
-            for consumer, columns in readers
-        ]
-        context.orders[group.leaf] = order_of(surgeons, group.size)
-    return context.orders[group.leaf]
-
-
-# ---- solving
-
-
 @dataclass(frozen=True)
-class KeptBlocks:
-    """What a candidate keeps of a consumer: groups, outputs within a group, columns within a group."""
+class _Start:
+    """A selection with its screened tensors; `selected` names the selection of each group."""
 
-    groups: BoolArray
-    outputs: BoolArray
-    columns: BoolArray
-
-    @property
-    def whole(self) -> bool:
-        """Whether no column is removed."""
-        return bool(self.columns.all())
+    selected: Mapping[Axis, str]
+    keep: Keep
+    tensors: Tensors
+    kl: float
 
 
-def kept_blocks(structure: Structure, consumer: Consumer, shape: tuple[int, ...], keep: Keep) -> KeptBlocks:
-    """Return what `keep` leaves of a consumer whose dense weight has `shape`."""
-    axes = structure.kept(consumer.weight, keep)
-    rows = axes[1 - consumer.in_axis].reshape(consumer.groups, -1)
-    groups = rows.any(axis=1)
-    per_position = int(np.prod(shape[2:], dtype=np.int64))
-    outputs = rows[int(np.argmax(groups))]
-    return KeptBlocks(groups, outputs, np.repeat(axes[consumer.in_axis], per_position))
+def recover_closed_form(
+    context: RecoveryContext,
+    keep: Keep,
+    counts: Counts,
+    *,
+    select: str = "auto",
+    sensitivities: Mapping[Axis, Sensitivity] | None = None,
+    walked: bool = True,
+    progress: Advance | None = None,
+) -> Recovered:
+    """Recover one candidate.
 
+    Args:
+        context: the run's, from `build_context`.
+        keep: the indices the plan's signal keeps, by group.
+        counts: how many each group keeps.
+        select: "signal" keeps the plan's indices, "obs" takes brain surgeon's, "auto" the better one per group.
+        sensitivities: where measured, they say at once which selection suits a group.
+        walked: False screens only: seconds instead of a minute, and groups are then selected all in one way.
+        progress: called with (consumers walked, of how many).
 
-def fit(weight: Floats, moments: Moments, ridge: float) -> tuple[Floats, Floats]:
-    """Return W' (G, O, K) and E[y] - W' E[h] (G, O) from moments paired with wanted outputs; `weight` is W0."""
-    assert moments.cross is not None and moments.wanted is not None
-    if np.isinf(ridge):
-        return weight, moments.wanted - (weight @ moments.mean[:, :, None])[:, :, 0]
-    missing = moments.cross - moments.covariance @ weight.transpose(0, 2, 1)
-    change = np.linalg.solve(damped(moments.covariance, ridge), missing).transpose(0, 2, 1)
-    solved = weight + change
-    return solved, moments.wanted - (solved @ moments.mean[:, :, None])[:, :, 0]
-
-
-def screened_moments(dense: Moments, weight: Floats, kept: KeptBlocks) -> Moments:
-    """Return the moments of the kept part of the dense inputs, paired with the dense outputs W t."""
-    covariance, mean = dense.covariance[kept.groups], dense.mean[kept.groups]
-    rows = weight[kept.groups][:, kept.outputs]
-    outputs = rows @ covariance[:, :, kept.columns]
-    return Moments(
-        mean[:, kept.columns],
-        covariance[:, kept.columns][:, :, kept.columns],
-        outputs.transpose(0, 2, 1),
-        (rows @ mean[:, :, None])[:, :, 0],
-    )
-
-
-def screen(context: RecoveryContext, keep: Keep, ridges: Mapping[str, float | None] | None = None) -> Tensors:
-    """Return recovered tensors (dense-shaped, masked) from the dense network's moments alone.
-
-    `ridges` holds lambda by weight; None keeps the dense weights and moves the mean only.
+    Raises:
+        UsageError: an unknown `select`.
     """
-    structure = context.structure
-    masks = mask_tensors(structure, keep)
-    tensors: Tensors = {}
-    for name in masks:
-        tensors[name] = apply_mask(context.network.arrays[name], masks[name])
-    for consumer in context.consumers.values():
-        if consumer.node not in context.dense.moments:
+    if select not in SELECTIONS:
+        raise UsageError(f"unknown selection '{select}'; allowed: {', '.join(SELECTIONS)}")
+    options = _options(context, keep, counts, select, sensitivities or {})
+    frontier = Frontier(context.network, context.images, context.held_back)
+    starts = [_start(context, options, name, frontier) for name in _names(options)]
+    best = min(starts, key=lambda item: item.kl)
+    if not walked:
+        return Recovered(best.tensors, best.keep, _notes(best), best.kl)
+    best = _swap_groups(context, options, best)
+    result = walk(context, best.keep, best.tensors, progress)
+    taken = ", ".join(f"{count} {name}" for name, count in Counter(result.taken.values()).most_common())
+    return Recovered(result.tensors, best.keep, (*_notes(best), f"layers walked: {taken}"), result.kl_held_back)
+
+
+_Options = dict[Axis, dict[str, np.ndarray]]
+
+
+def _options(
+    context: RecoveryContext,
+    keep: Keep,
+    counts: Counts,
+    select: str,
+    sensitivities: Mapping[Axis, Sensitivity],
+) -> _Options:
+    """Return, per group that loses something, the different index sets on offer, each under its selection's name."""
+    options: _Options = {}
+    for group in context.structure.groups:
+        planned = keep.get(group.leaf)
+        count = int(planned.sum()) if planned is not None else counts.get(group.leaf, group.size)
+        if count >= group.size:
             continue
-        dense = context.network.arrays[consumer.weight]
-        kept = kept_blocks(structure, consumer, dense.shape, keep)
-        if kept.whole:
-            continue
-        blocks = consumer.matrix(dense)
-        moments = screened_moments(context.dense.moments[consumer.node], blocks, kept)
-        start = blocks[kept.groups][:, kept.outputs][:, :, kept.columns]
-        ridge = (ridges or {}).get(consumer.weight, RIDGE)
-        solved, shift = fit(start, moments, np.inf if ridge is None else ridge)
-        full = np.zeros_like(blocks)
-        full[np.ix_(np.flatnonzero(kept.groups), np.flatnonzero(kept.outputs), np.flatnonzero(kept.columns))] = solved
-        tensors[consumer.weight] = consumer.weight_of(full, dense)
-        if consumer.shift is not None:
-            name = consumer.shift.tensor
-            whole = np.zeros((consumer.groups, len(kept.outputs)))
-            whole[np.ix_(np.flatnonzero(kept.groups), np.flatnonzero(kept.outputs))] = shift
-            base = tensors.get(name, context.network.arrays[name])
-            tensors[name] = (base + consumer.shift.sign * whole.reshape(-1)).astype(base.dtype)
-    return tensors
+        offered = {} if planned is None else {"signal": planned}
+        if select != "signal" or planned is None:
+            measured = sensitivities.get(group.leaf)
+            surgeon, energy = surgeon_order(context, group), energy_order(context, group)
+            if surgeon is not None and energy is not None:
+                offered["obs"] = surgeon.keep(count)
+                if select == "auto":
+                    offered["energy"] = energy.keep(count)
+            if measured is not None and select == "auto":
+                offered["measured"] = measured.keep(count)
+            if select == "obs" and "obs" in offered:
+                offered.pop("signal", None)
+        options[group.leaf] = offered
+    return options
+
+
+def _names(options: _Options) -> list[str]:
+    """Return the ways to select all groups alike; what a group does not offer falls back to what it does."""
+    found = list(dict.fromkeys(name for offered in options.values() for name in offered)) or ["signal"]
+    return [name for name in found if not (name in ("obs", "energy") and "measured" in found)]
+
+
+def _start(context: RecoveryContext, options: _Options, name: str, frontier: Frontier) -> _Start:
+    selected = {leaf: name if name in offered else next(iter(offered)) for leaf, offered in options.items() if offered}
+    keep = {leaf: options[leaf][choice] for leaf, choice in selected.items()}
+    ridges: dict[str, float] = {}
+    for group in _groups(context, selected):
+        ridges |= _ridges(context, group, selected[group.leaf])
+    tensors = screen(context, keep, ridges)
+    network = Network(materialise(context.raw, context.structure, keep, tensors))
+    return _Start(selected, keep, tensors, divergence(context, network, frontier))
+
+
+def _swap_groups(context: RecoveryContext, options: _Options, start: _Start) -> _Start:
+    """Try each group's other selections, in graph order; what diverges less stays."""
+    best = start
+    network = Network(materialise(context.raw, context.structure, best.keep, best.tensors))
+    frontier = Frontier(network, context.images, context.held_back)
+    for group in sorted(_groups(context, options), key=lambda item: first_use(network, item)):
+        tried = {best.keep[group.leaf].tobytes()}
+        frontier.advance_(network, narrowest(network, frontier.position, first_use(network, group)), context.threads)
+        for name, kept in options[group.leaf].items():
+            if kept.tobytes() in tried:
+                continue
+            tried.add(kept.tobytes())
+            keep = {**best.keep, group.leaf: kept}
+            readers = [consumer.weight for consumer, _ in readers_of(context, group)]
+            tensors = screen(context, keep, _all_ridges(context, best, group, name), best.tensors, readers)
+            trial = Network(materialise(context.raw, context.structure, keep, tensors))
+            kl = divergence(context, trial, frontier)
+            if kl < best.kl:
+                best, network = _Start({**best.selected, group.leaf: name}, keep, tensors, kl), trial
+    return best
+
+
+def _groups(context: RecoveryContext, chosen: Mapping[Axis, object]) -> list[Group]:
+    return [group for group in context.structure.groups if group.leaf in chosen]
+
+
+def _ridges(context: RecoveryContext, group: Group, selection: str) -> dict[str, float]:
+    """Return lambda for the readers of a group: |W_j|^2 is chosen where calibration images are not to be trusted."""
+    ridge = GENTLE if selection == "energy" else RIDGE
+    return {consumer.weight: ridge for consumer, _ in readers_of(context, group)}
+
+
+def _all_ridges(context: RecoveryContext, start: _Start, changed: Group, selection: str) -> dict[str, float]:
+    ridges: dict[str, float] = {}
+    for group in _groups(context, start.selected):
+        ridges |= _ridges(context, group, selection if group is changed else start.selected[group.leaf])
+    return ridges
+
+
+def _notes(start: _Start) -> tuple[str, ...]:
+    names = {"signal": "by signal", "obs": "by brain surgeon", "energy": "by |W|^2", "measured": "as measured alone"}
+    counted = Counter(names[name] for name in start.selected.values())
+    return ("groups selected: " + ", ".join(f"{count} {name}" for name, count in counted.most_common()),)

@@ -98,7 +98,7 @@ class Branch:
 def read_consumers(raw: RawGraph, network: Network) -> tuple[Consumer, ...]:
     """Return, in graph order, every convolution, Gemm and MatMul whose weight is a parameter read only there.
 
-    Weights that pass through arithmetic first (weight standardisation) are left out: their columns cannot be solved for.
+    Weights that pass through arithmetic first (weight standardisation) are left out: their columns cannot be solved.
     """
     found = []
     for node in network.nodes:
@@ -133,7 +133,7 @@ def read_branch(network: Network, consumer: Consumer) -> Branch:
 
 def input_of(network: Network, consumer: Consumer) -> str:
     """Return the name of the value that `consumer` reads in `network`."""
-    return network.node(consumer.node).input[0]
+    return str(network.node(consumer.node).input[0])
 
 
 def columns(data: Array, consumer: Consumer, positions: Indices) -> npt.NDArray[np.float32]:
@@ -178,7 +178,7 @@ def _origin(network: Network, value: str) -> tuple[str, bool]:
     node = network.nodes[network.made_at[value]]
     if node.op_type != "Transpose" or len(network.read_at[value]) != 1:
         return "", False
-    return node.input[0], True
+    return str(node.input[0]), True
 
 
 def _window(attributes: dict[str, Any], kernel: tuple[int, ...], size: tuple[int, ...]) -> Window:
@@ -294,15 +294,15 @@ def _patches(image: Array, window: Window, positions: Indices) -> Array:
     ]
     where = np.unravel_index(positions, sizes)
     rank = len(sizes)
-    grid = []
+    grid: list[Any] = [slice(None)]
     for axis in range(rank):
         offsets = np.arange(window.kernel[axis]) * window.dilations[axis]
         shape = [1] * rank
         shape[axis] = -1
         start = where[axis] * window.strides[axis]
         grid.append(start.reshape(-1, *[1] * rank) + offsets.reshape(1, *shape))
-    found = padded[(slice(None), *grid)]  # (C, positions, *kernel)
-    return np.moveaxis(found, 0, 1).reshape(len(positions), -1)
+    found = padded[tuple(grid)]  # (C, positions, *kernel)
+    return np.asarray(np.moveaxis(found, 0, 1).reshape(len(positions), -1))
 
 
 def _count(shape: tuple[int, ...]) -> int:

@@ -178,7 +178,8 @@ def is_live(branch: Branch) -> npt.NDArray[np.bool_]:
 
 def width(network: Network, consumer: Consumer) -> int:
     """Return K, the inputs of one output."""
-    return network.arrays[consumer.weight].size // network.arrays[consumer.weight].shape[1 - consumer.in_axis]
+    weight = network.arrays[consumer.weight]
+    return int(weight.size // weight.shape[1 - consumer.in_axis])
 
 
 def _at(values: Values, name: str, index: Indices) -> npt.NDArray[np.float32]:

@@ -7,6 +7,7 @@ changes one layer after the other costs about two forward passes, not one per la
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -60,6 +61,7 @@ class Network:
                 self.read_at.setdefault(name, []).append(index)
         self._positions = {node.name: index for index, node in enumerate(self.nodes)}
         self._constant = self._constant_values()
+        self._crossing = self._crossing_sizes()
 
     def position(self, node: str) -> int:
         """Return the position of the node called `node`."""
@@ -80,16 +82,11 @@ class Network:
     def live(self, position: int) -> tuple[str, ...]:
         """Return the computed values that cross `position`: made before it, read at or after it."""
         names = [*self.inputs, *(name for node in self.nodes[:position] for name in node.output)]
-        wanted = set(self.outputs)
-        return tuple(
-            name
-            for name in names
-            if name not in self._constant and (name in wanted or any(at >= position for at in self.read_at.get(name, ())))
-        )
+        return tuple(name for name in names if name not in self._constant and self._last_read(name) >= position)
 
     def live_size(self, position: int) -> int:
         """Return how many numbers an image has at `position`."""
-        return sum(int(np.prod(self.shapes[name])) for name in self.live(position))
+        return int(self._crossing[position])
 
     def open(self, given: Sequence[str], wanted: Sequence[str], threads: int = 1) -> Part:
         """Return the part of the graph that computes `wanted` from `given`, ready to run."""
@@ -99,7 +96,7 @@ class Network:
             "part",
             [onnx.helper.make_tensor_value_info(name, self._types[name], self.shapes[name]) for name in given],
             [onnx.helper.make_tensor_value_info(name, self._types[name], self.shapes[name]) for name in wanted],
-            [onnx.numpy_helper.from_array(np.ascontiguousarray(self.arrays[name]), name) for name in sorted(names)],
+            [onnx.numpy_helper.from_array(np.asarray(self.arrays[name], order="C"), name) for name in sorted(names)],
         )
         model = onnx.helper.make_model(graph, opset_imports=self._opsets, ir_version=self._ir_version)
         return Part(_open_session(model.SerializeToString(), threads), tuple(given), tuple(wanted))
@@ -110,6 +107,21 @@ class Network:
             if all(name in constant for name in node.input):
                 constant.update(node.output)
         return constant
+
+    def _last_read(self, name: str) -> int:
+        return len(self.nodes) if name in self.outputs else max(self.read_at.get(name, [-1]))
+
+    def _crossing_sizes(self) -> npt.NDArray[np.int64]:
+        """Return, per position, the size of what crosses it."""
+        change = np.zeros(len(self.nodes) + 2, dtype=np.int64)
+        for name in {*self.inputs, *self.made_at} - self._constant:
+            last = self._last_read(name)
+            first = self.made_at.get(name, -1) + 1
+            if last >= first:
+                size = math.prod(self.shapes[name])
+                change[first] += size
+                change[last + 1] -= size
+        return np.cumsum(change)
 
     def _between(self, given: set[str], wanted: Iterable[str]) -> tuple[list[onnx.NodeProto], set[str]]:
         """Return the nodes, in order, and the initialisers that `wanted` needs beyond `given`."""

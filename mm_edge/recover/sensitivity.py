@@ -24,16 +24,9 @@ from mm_edge.graph.axes import Axis
 from mm_edge.graph.compact import Keep, materialise
 from mm_edge.graph.groups import Group, Structure
 from mm_edge.graph.widths import Counts, Ladder
-from mm_edge.recover.closed_form import (
-    GENTLE,
-    RecoveryContext,
-    divergence,
-    energy_order,
-    readers_of,
-    screen,
-    surgeon_order,
-)
+from mm_edge.recover.context import RecoveryContext, divergence, energy_order, readers_of, surgeon_order
 from mm_edge.recover.network import Frontier, Network, narrowest
+from mm_edge.recover.solve import GENTLE, screen
 from mm_edge.recover.surgeon import RIDGE, Order
 
 RATIOS = (0.25, 0.5, 0.75, 0.9)
@@ -207,7 +200,8 @@ class _Macs:
 
     def _of(self, index: int, counts: Counts) -> float:
         item = self._structure.work[index]
-        return math.prod((self._structure.table.kept_size(axis, counts) for axis in item.axes), start=item.constant)
+        kept = {leaf: float(count) for leaf, count in counts.items()}
+        return item.constant * math.prod(self._structure.table.kept_size(axis, kept) for axis in item.axes)
 
 
 def _slope(left: tuple[float, float], right: tuple[float, float]) -> float:

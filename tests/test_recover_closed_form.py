@@ -1,0 +1,263 @@
+"""Closed-form recovery on small networks: exactness, masks, parity, and that it recovers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from mm_edge.errors import UsageError
+from mm_edge.export import RawGraph, export_raw
+from mm_edge.graph.compact import mask_tensors, masked_model, materialise
+from mm_edge.graph.groups import Structure, read_structure
+from mm_edge.graph.widths import ladder
+from mm_edge.parity import compare, onnx_runner, require
+from mm_edge.recover.closed_form import recover_closed_form
+from mm_edge.recover.consumers import read_branch, read_consumers
+from mm_edge.recover.context import RecoveryContext, build_context, divergence
+from mm_edge.recover.moments import Moments
+from mm_edge.recover.network import Frontier, Network
+from mm_edge.recover.sensitivity import allocate, measure_sensitivities, select_by_sensitivity
+from mm_edge.recover.solve import fit, screen
+
+
+class Plain(nn.Module):
+    """Convolutions with BatchNorm, a residual block, a pooled classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.bn = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.conv1, self.bn1 = nn.Conv2d(8, 16, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.conv2, self.bn2 = nn.Conv2d(16, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.conv3, self.bn3 = nn.Conv2d(16, 16, 1, bias=False), nn.BatchNorm2d(16)
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.bn1(self.conv1(self.bn(self.stem(x)).relu())).relu()
+        x = x + self.bn3(self.conv3(self.bn2(self.conv2(x)).relu()))
+        return self.head(x.mean((2, 3)))
+
+
+class Depthwise(nn.Module):
+    """Inverted residual blocks with a ReLU6, as in mobile networks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.bn = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.expand, self.bn1 = nn.Conv2d(8, 32, 1, bias=False), nn.BatchNorm2d(32)
+        self.dw, self.bn2 = nn.Conv2d(32, 32, 3, padding=1, groups=32, bias=False), nn.BatchNorm2d(32)
+        self.project, self.bn3 = nn.Conv2d(32, 8, 1, bias=False), nn.BatchNorm2d(8)
+        self.head = nn.Linear(8, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        act = nn.functional.relu6
+        x = self.bn(self.stem(x))
+        x = x + self.bn3(self.project(act(self.bn2(self.dw(act(self.bn1(self.expand(x))))))))
+        return self.head(x.mean((2, 3)))
+
+
+class Grouped(nn.Module):
+    """A grouped convolution between 1x1 ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 1)
+        self.conv2 = nn.Conv2d(16, 16, 3, padding=1, groups=4)
+        self.conv3 = nn.Conv2d(16, 12, 1)
+        self.head = nn.Linear(12, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.conv3(self.conv2(self.conv1(x).relu()).relu()).relu().mean((2, 3)))
+
+
+def small_vit() -> nn.Module:
+    from timm.models.vision_transformer import VisionTransformer
+
+    return VisionTransformer(img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=4, num_classes=10)
+
+
+def _scrambled(module: nn.Module) -> nn.Module:
+    """Give BatchNorm statistics and LayerNorm weights of their own, as training would."""
+    generator = torch.Generator().manual_seed(1)
+    for part in module.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            part.running_mean.copy_(0.2 * torch.randn(part.num_features, generator=generator))
+            part.running_var.copy_(0.2 + torch.rand(part.num_features, generator=generator))
+            part.weight.data.copy_(0.5 + torch.rand(part.num_features, generator=generator))
+            part.bias.data.copy_(0.3 * torch.randn(part.num_features, generator=generator))
+    return module.eval()
+
+
+BUILDERS: dict[str, Callable[[], nn.Module]] = {
+    "plain": Plain,
+    "depthwise": Depthwise,
+    "grouped": Grouped,
+    "vit": small_vit,
+}
+
+
+class Case:
+    def __init__(self, name: str) -> None:
+        torch.manual_seed(0)
+        self.module = _scrambled(BUILDERS[name]())
+        self.images = np.random.default_rng(0).standard_normal((60, 3, 16, 16), dtype=np.float32)
+        self.raw: RawGraph = export_raw(self.module, torch.zeros(1, 3, 16, 16))
+        self.structure: Structure = read_structure(self.raw)
+        self.context: RecoveryContext = build_context(self.raw, self.structure, self.images)
+        self.counts = {group.leaf: max(1, (3 * group.size) // 4) for group in self.structure.groups}
+        self.keep = {}
+        for group in self.structure.groups:
+            mask = np.ones(group.size, dtype=np.bool_)
+            mask[np.random.default_rng(group.size).permutation(group.size)[self.counts[group.leaf] :]] = False
+            self.keep[group.leaf] = mask
+
+
+@pytest.fixture(scope="module", params=list(BUILDERS))
+def case(request: pytest.FixtureRequest) -> Case:
+    return Case(request.param)
+
+
+@pytest.fixture(scope="module")
+def plain() -> Case:
+    return Case("plain")
+
+
+@pytest.mark.parametrize("select", ["signal", "obs", "auto"])
+def test_masks_hold_and_compact_equals_masked(case: Case, select: str) -> None:
+    found = recover_closed_form(case.context, case.keep, case.counts, select=select)
+    masks = mask_tensors(case.structure, found.keep)
+    assert set(masks) <= set(found.tensors)
+    for name, mask in masks.items():
+        assert not found.tensors[name][~mask.dense()].any(), name
+    for leaf, kept in found.keep.items():
+        assert kept.sum() == case.counts[leaf]
+    compact = materialise(case.raw, case.structure, found.keep, found.tensors)
+    reference = masked_model(case.raw, {}, found.tensors)
+    require(compare(onnx_runner(compact), onnx_runner(reference), case.images[:4], "noise"), "recovered")
+
+
+def test_tensors_fit_the_module(case: Case) -> None:
+    found = recover_closed_form(case.context, case.keep, case.counts)
+    state = case.module.state_dict()
+    for name, array in found.tensors.items():
+        assert tuple(state[name].shape) == array.shape
+        assert array.dtype == np.float32
+
+
+def test_recovery_beats_masking_and_the_walk_beats_screening_held_back(case: Case) -> None:
+    masks = mask_tensors(case.structure, case.keep)
+    pruned = Network(masked_model(case.raw, masks))
+    frontier = Frontier(case.context.network, case.images, case.context.held_back)
+    before = divergence(case.context, pruned, frontier)
+    screened = recover_closed_form(case.context, case.keep, case.counts, select="signal", walked=False)
+    walked = recover_closed_form(case.context, case.keep, case.counts, select="signal")
+    assert walked.kl_held_back <= screened.kl_held_back < before
+    assert {leaf: kept.tolist() for leaf, kept in walked.keep.items()} == {
+        leaf: kept.tolist() for leaf, kept in case.keep.items()
+    }
+
+
+def test_the_held_back_divergence_is_that_of_the_compact_model(case: Case) -> None:
+    found = recover_closed_form(case.context, case.keep, case.counts)
+    network = Network(materialise(case.raw, case.structure, found.keep, found.tensors))
+    frontier = Frontier(network, case.images, case.context.held_back)
+    assert divergence(case.context, network, frontier) == pytest.approx(found.kl_held_back, rel=1e-3)
+
+
+def test_nothing_pruned_nothing_changes(plain: Case) -> None:
+    found = recover_closed_form(plain.context, {}, {})
+    assert found.tensors == {}
+    assert found.kl_held_back == pytest.approx(0.0, abs=1e-9)
+
+
+def test_a_duplicated_input_channel_is_recovered_exactly() -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 5)).eval()
+    with torch.no_grad():
+        module[1].weight[7] = module[1].weight[2]
+        module[1].bias[7] = module[1].bias[2]
+    raw = export_raw(module, torch.zeros(1, 3, 2, 2))
+    structure = read_structure(raw)
+    images = np.random.default_rng(0).standard_normal((400, 3, 2, 2), dtype=np.float32)
+    context = build_context(raw, structure, images)
+    (group,) = structure.groups
+    keep = np.ones(8, dtype=np.bool_)
+    keep[7] = False
+    tensors = screen(context, {group.leaf: keep}, {"3.weight": 1e-7})
+    expected = module[3].weight.detach().numpy().copy()
+    expected[:, 2] += expected[:, 7]
+    expected[:, 7] = 0
+    np.testing.assert_allclose(tensors["3.weight"], expected, atol=1e-4)
+    np.testing.assert_allclose(tensors["3.bias"], module[3].bias.detach().numpy(), atol=1e-4)
+    found = recover_closed_form(context, {}, {group.leaf: 7}, select="obs")
+    assert not (found.keep[group.leaf][2] and found.keep[group.leaf][7])
+
+
+@pytest.mark.parametrize("ridge", [0.01, 0.3, np.inf])
+def test_the_ridge_pulls_to_the_dense_weights(ridge: float) -> None:
+    generator = np.random.default_rng(0)
+    weight = generator.standard_normal((1, 4, 6))
+    inputs = generator.standard_normal((200, 6)) + 1.0
+    outputs = inputs @ weight[0].T
+    moments = _moments(inputs, outputs)
+    solved, shift = fit(weight, moments, ridge)
+    np.testing.assert_allclose(solved, weight, atol=1e-12)
+    np.testing.assert_allclose(shift, 0, atol=1e-12)
+
+
+def test_an_infinite_ridge_moves_the_mean_only() -> None:
+    generator = np.random.default_rng(0)
+    weight, inputs = generator.standard_normal((1, 2, 3)), generator.standard_normal((50, 3))
+    outputs = inputs @ weight[0].T + np.array([1.0, -2.0])
+    solved, shift = fit(weight, _moments(inputs, outputs), np.inf)
+    np.testing.assert_array_equal(solved, weight)
+    np.testing.assert_allclose(shift[0], [1.0, -2.0])
+
+
+def _moments(inputs: np.ndarray, outputs: np.ndarray) -> Moments:
+    h, y = inputs - inputs.mean(0), outputs - outputs.mean(0)
+    return Moments(inputs.mean(0)[None], (h.T @ h / len(h))[None], (h.T @ y / len(h))[None], outputs.mean(0)[None])
+
+
+def test_branches_are_followed_to_the_residual_addition(plain: Case) -> None:
+    network = plain.context.network
+    by_weight = {item.weight: item for item in read_consumers(plain.raw, network)}
+    branch = read_branch(network, by_weight["conv3.weight"])
+    assert branch.skip is not None
+    bn = plain.module.bn3
+    scale = (bn.weight / (bn.running_var + bn.eps).sqrt()).detach().numpy()
+    np.testing.assert_allclose(branch.scale, scale, rtol=1e-5)
+    np.testing.assert_allclose(
+        branch.offset,
+        (bn.bias - bn.running_mean * bn.weight / (bn.running_var + bn.eps).sqrt()).detach(),
+        rtol=1e-5,
+        atol=1e-6,
+    )
+    assert read_branch(network, by_weight["conv2.weight"]).skip is None
+    assert by_weight["conv3.weight"].shift.tensor == "bn3.running_mean"
+    assert by_weight["head.weight"].shift.tensor == "head.bias"
+
+
+def test_an_unknown_selection_is_refused(plain: Case) -> None:
+    with pytest.raises(UsageError, match="unknown selection 'best'; allowed: signal, obs, auto"):
+        recover_closed_form(plain.context, plain.keep, plain.counts, select="best")
+
+
+def test_allocation_meets_the_budget_with_the_measured_costs(case: Case) -> None:
+    ladders = [ladder(group, 1) for group in case.structure.groups]
+    measured = measure_sensitivities(case.context, ladders)
+    assert measured
+    for item in measured.values():
+        size = len(item.surgeon.removed)
+        assert item.kl(size) == 0
+        for point in item.points:
+            assert item.kl(point.count) == pytest.approx(max(point.kl, 1e-6), rel=1e-6)
+    for fraction in (0.9, 0.7):
+        counts = allocate(case.structure, measured, fraction * case.structure.macs(), ladders)
+        macs = case.structure.macs({leaf: float(count) for leaf, count in counts.items()})
+        assert macs <= fraction * case.structure.macs()
+        for leaf, kept in select_by_sensitivity(measured, counts).items():
+            assert kept.sum() == counts[leaf]
