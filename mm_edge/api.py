@@ -24,6 +24,7 @@ from mm_edge.pipeline import prune_export as run_pipeline
 from mm_edge.precision import PRECISIONS
 from mm_edge.progress import Stages
 from mm_edge.records import Constraints, Report
+from mm_edge.recover.closed_form import SELECTIONS
 from mm_edge.scores import SIGNALS, parse_signals
 from mm_edge.store import RunStore
 from mm_edge.strategies import STRATEGIES, parse_strategies
@@ -31,11 +32,10 @@ from mm_edge.target import load_target, matches_this_machine, resolve_host
 
 RANGES = ("rules", "observed")
 KINDS = ("structured", "n:m", "unstructured")
-RECOVERIES = ("none", "bn")
+RECOVERIES = ("none", "bn", "closed-form")
 # Values of the contract whose work has not landed, refused by name.
 PENDING = {
-    "--recover": ("closed-form", "tune", "finetune"),
-    "--select": ("obs", "auto"),
+    "--recover": ("tune", "finetune"),
 }
 
 
@@ -47,6 +47,7 @@ class RequestFields(TypedDict, total=False):
     ranges: str
     kinds: Sequence[str]
     recover: str
+    select: str
     macs: Sequence[float]
     keep: Sequence[str]
     precisions: Sequence[str]
@@ -140,8 +141,12 @@ def make_request(setting: Setting, **fields: Unpack[RequestFields]) -> Request:
     """
     recover = fields.get("recover", "none" if setting.data is None else "bn")
     check_names((recover,), RECOVERIES, "--recover")
-    if recover == "bn" and setting.data is None:
-        raise UsageError("--recover bn needs calibration images; give --data PATH")
+    if recover != "none" and setting.data is None:
+        raise UsageError(f"--recover {recover} needs calibration images; give --data PATH")
+    select = fields.get("select", "auto" if recover == "closed-form" else "signal")
+    check_names((select,), SELECTIONS, "--select")
+    if select != "signal" and recover != "closed-form":
+        raise UsageError(f"--select {select} goes by the closed form's moments; give --recover closed-form with it")
     ranges = fields.get("ranges", RANGES[0])
     check_names((ranges,), RANGES, "--ranges")
     return Request(
@@ -150,6 +155,7 @@ def make_request(setting: Setting, **fields: Unpack[RequestFields]) -> Request:
         ranges=ranges,
         kinds=check_names(fields.get("kinds", KINDS[:1]), KINDS, "--kinds"),
         recover=recover,
+        select=select,
         macs=_check_macs(fields.get("macs", ())),
         keep=tuple(fields.get("keep", ())),
         precisions=check_names(fields.get("precisions", PRECISIONS[:1]), PRECISIONS, "--precision"),
@@ -195,7 +201,7 @@ def run_job(load: Callable[[], LoadedModel], setting: Setting, request: Request,
             data = open_data(setting.data, model.input, model.info.num_classes, setting.split, request.seed)
     measured = setting.bench and (setting.host is not None or matches_this_machine(target))
     check_request(request, data, target, measured)
-    transport = open_transport(target, setting.host) if measured else None
+    transport = open_transport(target, setting.host, stages.tell) if measured else None
     store = RunStore(setting.out)
     with store.lock():
         if not setting.resume:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -21,6 +21,7 @@ import safetensors.numpy
 import torch
 from torch import nn
 
+from mm_edge.device_files import add_metadata_, write_model
 from mm_edge.errors import ParityError, UsageError
 from mm_edge.evaluate import compare_logits, run_onnx
 from mm_edge.export import RawGraph, deploy
@@ -40,8 +41,11 @@ from mm_edge.graph.widths import (
 )
 from mm_edge.masks import build_masks, measure_sparsity, rank_scores
 from mm_edge.parity import Run, compare, onnx_runner, require, torch_runner
-from mm_edge.records import Assignment, Candidate, Layer, Parity, SparsityRange
+from mm_edge.records import Assignment, Candidate, InputSpec, Layer, Parity, SparsityRange
 from mm_edge.recover.batchnorm import has_batch_norm, reestimate_batch_norm_
+from mm_edge.recover.closed_form import recover_closed_form
+from mm_edge.recover.context import RecoveryContext
+from mm_edge.recover.sensitivity import Sensitivity
 from mm_edge.scores import Scores
 from mm_edge.semi_structured import parse_pattern, project, reduced_axes, require_pattern
 from mm_edge.sparse_file import store_smallest
@@ -111,7 +115,11 @@ class Images:
 
 @dataclass(frozen=True)
 class Workbench:
-    """What all candidates of a run share. `module` is the dense network, None for an .onnx."""
+    """What all candidates of a run share.
+
+    `module` is the dense network, None for an .onnx; `recovery` what the closed form works from, None without it;
+    `spec`, `labels` and `provenance` are written into every artifact.
+    """
 
     module: nn.Module | None
     raw: RawGraph
@@ -122,13 +130,19 @@ class Workbench:
     folder: Path
     dense_accuracy: float | None
     threads: int
+    spec: InputSpec
+    labels: tuple[str, ...] = ()
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    recovery: RecoveryContext | None = None
+    select: str = "signal"
+    sensitivities: Mapping[Axis, Sensitivity] = field(default_factory=dict)
 
 
-def channel_multiple(group: Group, layers: Sequence[Layer], target: Target) -> int:
-    """Return the channel multiple `target` wants for a group: the largest any of its layers wants."""
+def channel_multiple(group: Group, layers: Sequence[Layer], target: Target, precisions: Sequence[str]) -> int:
+    """Return the channel multiple `target` wants for a group: the largest any of its layers wants in any precision."""
     reached = set(group.tensors)
-    wanted = [target.multiple(operator_class(layer), "fp32") for layer in layers if layer.fqn in reached]
-    return max(wanted, default=1)
+    classes = {operator_class(layer) for layer in layers if layer.fqn in reached}
+    return max((target.multiple(kind, precision) for kind in classes for precision in precisions), default=1)
 
 
 def operator_class(layer: Layer) -> str:
@@ -140,9 +154,11 @@ def operator_class(layer: Layer) -> str:
     return "pointwise" if all(size == 1 for size in layer.shape[2:]) else "conv"
 
 
-def make_ladders(structure: Structure, layers: Sequence[Layer], target: Target) -> tuple[Ladder, ...]:
-    """Return the widths each group may have on `target`."""
-    return tuple(ladder(group, channel_multiple(group, layers, target)) for group in structure.groups)
+def make_ladders(
+    structure: Structure, layers: Sequence[Layer], target: Target, precisions: Sequence[str] = ("fp32",)
+) -> tuple[Ladder, ...]:
+    """Return the widths each group may have on `target` when its candidates run in `precisions`."""
+    return tuple(ladder(group, channel_multiple(group, layers, target, precisions)) for group in structure.groups)
 
 
 def plan_structured(
@@ -206,21 +222,28 @@ def _highest_share(ranges: Mapping[str, SparsityRange]) -> float:
     return max(((1 - r.lo) / (r.hi - r.lo) for r in ranges.values() if r.hi > r.lo), default=1.0)
 
 
-def make_candidate(bench: Workbench, plan: Plan) -> Candidate:
+def make_candidate(bench: Workbench, plan: Plan, *, walk_again: bool = False) -> Candidate:
     """Make, save, verify and evaluate one candidate.
+
+    The closed form starts from the dense network's moments; with `walk_again` it goes on through the pruned network.
 
     Raises:
         ParityError: the artifact does not agree with its masked model; nothing is kept of it.
     """
+    plan, changes, recovered = _solve(bench, plan, walk_again)
     if plan.keep is not None:
         masks: dict[str, AxisMask] = mask_tensors(bench.structure, plan.keep)
         keep = plan.keep
     else:
         masks, keep = {}, {}
-    tensors, reference, recovered = _masked_weights(bench, plan, masks)
+    tensors, reference, recovered = _masked_weights(bench, plan, masks, changes, recovered)
     model = deploy(materialise(bench.raw, bench.structure, keep, tensors))
     artifact = bench.folder / "candidates" / f"{plan.file_name}.onnx"
-    write_atomically(artifact, ir.to_proto(model).SerializeToString())
+    proto = ir.to_proto(model)
+    add_metadata_(
+        proto, bench.spec, bench.labels, {**bench.provenance, "candidate": plan.id, "recovered_by": recovered}
+    )
+    write_model(proto, artifact)
     try:
         parity = _check(bench, artifact, reference, plan.id)
     except ParityError:
@@ -277,20 +300,42 @@ def evaluate_artifact(bench: Workbench, artifact: Path) -> Judgement:
     }
 
 
-def _masked_weights(bench: Workbench, plan: Plan, masks: Mapping[str, AxisMask]) -> tuple[Tensors, Run, str | None]:
+def _solve(bench: Workbench, plan: Plan, walk_again: bool) -> tuple[Plan, Tensors, str | None]:
+    """Return the plan with the indices the closed form keeps (E9), the tensors it changes, and what to call it."""
+    if bench.recovery is None or plan.keep is None:
+        return plan, {}, None
+    counts = {leaf: int(kept.sum()) for leaf, kept in plan.keep.items()}
+    found = recover_closed_form(
+        bench.recovery,
+        plan.keep,
+        counts,
+        select=bench.select,
+        sensitivities=bench.sensitivities,
+        walked=walk_again,
+    )
+    name = "closed-form" if walk_again else "closed-form (screened)"
+    return replace(plan, keep={**plan.keep, **found.keep}), dict(found.tensors), name
+
+
+def _masked_weights(
+    bench: Workbench, plan: Plan, masks: Mapping[str, AxisMask], changes: Tensors, recovered: str | None
+) -> tuple[Tensors, Run, str | None]:
     """Return the masked (and recovered) weights by name, a way to run the masked model, and what recovered it."""
+
+    def pruned(name: str, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        return changes[name].astype(array.dtype) if name in changes else _mask(array, name, masks, plan)
+
     if bench.module is None:
         tensors: Tensors = {}
         for name, value in bench.raw.model.graph.initializers.items():
-            if name in bench.raw.parameters and value.const_value is not None:
-                tensors[name] = _mask(value.const_value.numpy(), name, masks, plan)
-        return tensors, onnx_runner(masked_model(bench.raw, {}, tensors)), None
+            if name in bench.raw.parameters | bench.raw.buffers and value.const_value is not None:
+                tensors[name] = pruned(name, value.const_value.numpy())
+        return tensors, onnx_runner(masked_model(bench.raw, {}, tensors)), recovered
     module = copy.deepcopy(bench.module)
     with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            if name in masks or (plan.masks is not None and name in plan.masks):
-                parameter.copy_(torch.from_numpy(_mask(parameter.numpy(force=True), name, masks, plan)))
-    recovered = None
+        for name, tensor in module.state_dict().items():
+            if name in changes or name in masks or (plan.masks is not None and name in plan.masks):
+                tensor.copy_(torch.from_numpy(np.ascontiguousarray(pruned(name, tensor.numpy(force=True)))))
     if bench.recover == "bn" and bench.images.recovery is not None and has_batch_norm(module):
         reestimate_batch_norm_(module, (torch.from_numpy(batch) for batch in bench.images.recovery()))
         recovered = "bn"

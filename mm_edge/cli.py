@@ -137,7 +137,10 @@ def _load(model: str, options: dict[str, Any]) -> LoadedModel:
 @click.option(
     "--kinds", default="structured", show_default=True, help="Comma-separated: structured, n:m (2:4), unstructured."
 )
-@click.option("--recover", default=None, help="none or bn.  [default: bn with data, else none]")
+@click.option("--recover", default=None, help="none, bn or closed-form.  [default: bn with data, else none]")
+@click.option(
+    "--select", default=None, help="Which channels stay: signal, obs or auto.  [default: auto with closed-form]"
+)
 @click.option("--macs", metavar="FRACTION,...", help="Add candidates at these fractions of the dense MACs.")
 @click.option(
     "--precision",
@@ -156,7 +159,6 @@ def _load(model: str, options: dict[str, Any]) -> LoadedModel:
 @click.option("--no-bench", is_flag=True, help="Make the artifacts without measuring.")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of every random choice.")
 @click.option("--resume/--fresh", default=True, show_default=True, help="Reuse finished stages, or start over.")
-@click.option("--select", default="signal", hidden=True)
 @click.option("--input-sizes", default="none", hidden=True)
 @click.option("--epochs", type=int, hidden=True)
 @click.option("--dynamic-batch", is_flag=True, hidden=True)
@@ -187,9 +189,7 @@ def _print_end(report: Report, folder: Path) -> None:
 
 def _refuse_pending(options: dict[str, Any]) -> None:
     """Refuse the options of the contract whose work has not landed, by name."""
-    from mm_edge.api import check_names
 
-    check_names(_names(options["select"]), ("signal",), "--select")
     if options["input_sizes"] != "none":
         raise UsageError(f"--input-sizes {options['input_sizes']} is not available yet; allowed: none")
     for option in ("epochs", "dynamic_batch"):
@@ -202,7 +202,7 @@ def _request(setting: Setting, options: dict[str, Any]) -> Request:
     from mm_edge.records import Constraints
 
     _refuse_pending(options)
-    recover = {} if options["recover"] is None else {"recover": options["recover"]}
+    chosen = {name: options[name] for name in ("recover", "select") if options[name] is not None}
     return make_request(
         setting,
         signals=_names(options["signals"]),
@@ -217,7 +217,7 @@ def _request(setting: Setting, options: dict[str, Any]) -> Request:
         bake_preprocess=options["bake_preprocess"],
         constraints=Constraints(options["max_drop"], options["latency"], options["speedup"], options["size"]),
         seed=options["seed"],
-        **recover,
+        **chosen,
     )
 
 

@@ -119,7 +119,7 @@ def raw_from_onnx(path: Path) -> RawGraph:
 def _raw(model: ir.Model, parameters: set[str], buffers: set[str], unused: tuple[str, ...]) -> RawGraph:
     folded = fold_weight_arithmetic_(model, parameters)
     present = frozenset(model.graph.initializers)
-    return RawGraph(model, (parameters & present) - folded, frozenset(buffers) & present, unused, folded)
+    return RawGraph(model, frozenset(parameters & present) - folded, frozenset(buffers) & present, unused, folded)
 
 
 def fold_constants(model: ir.Model, keep: Iterable[str]) -> None:

@@ -8,7 +8,7 @@ a changed flag redoes only what it touches.
 
 from __future__ import annotations
 
-import json
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -23,6 +23,7 @@ import torch
 from mm_edge.bench.session import (
     MINIMUM_PAIRS,
     Measurement,
+    compare_outputs,
     environment,
     measure_memory,
     measure_pair,
@@ -43,15 +44,16 @@ from mm_edge.candidates import (
     plan_n_m,
 )
 from mm_edge.data import DataSplits, noise_batches
+from mm_edge.device_files import add_metadata_, write_model
 from mm_edge.errors import ConstraintError, ParityError, UsageError
 from mm_edge.evaluate import compare_logits, run_onnx
 from mm_edge.export import RawGraph, deploy, export_raw, raw_from_onnx
+from mm_edge.graph.axes import Axis
 from mm_edge.graph.groups import Structure, read_structure
 from mm_edge.graph.widths import Counts, Ladder, group_scores, select_indices
 from mm_edge.layers import read_layers
 from mm_edge.layers import read_weights as read_layer_weights
 from mm_edge.models import LoadedModel
-from mm_edge.onnx_file import INPUT_METADATA_KEY
 from mm_edge.precision import (
     CALIBRATION_IMAGES,
     HELD_BACK_IMAGES,
@@ -76,17 +78,20 @@ from mm_edge.records import (
     from_json,
     to_json,
 )
+from mm_edge.recover.context import RecoveryContext, build_context
+from mm_edge.recover.sensitivity import Sensitivity, allocate, measure_sensitivities, select_by_sensitivity
 from mm_edge.report import write_report
 from mm_edge.scores import GRASP_IMAGES, Scores, gradients, hessian_gradient_products, score_weights
 from mm_edge.select import choose, mark_pareto
 from mm_edge.semi_structured import require_support
-from mm_edge.store import RunStore, hash_file, write_atomically
+from mm_edge.store import RunStore, hash_file
 from mm_edge.strategies import STRATEGIES, assign
 from mm_edge.target import Target, matches_this_machine
 
 # E2 asks for 5-10 % of the training data; beyond this many images the gradient's ranking no longer moves.
 GRADIENT_IMAGES = 1024
 RECOVERY_IMAGES = 128
+CLOSED_FORM_IMAGES = 500
 PARITY_IMAGES = 8
 BATCH = 32
 # Two images of 224 x 224: at 32 of them EfficientNet-Lite0 alone keeps 2.8 GB of activations, no faster an image.
@@ -105,6 +110,7 @@ class Request:
     ranges: str = "rules"
     kinds: tuple[str, ...] = ("structured",)
     recover: str = "bn"
+    select: str = "signal"
     macs: tuple[float, ...] = ()
     keep: tuple[str, ...] = ()
     precisions: tuple[str, ...] = ("fp32",)
@@ -160,28 +166,32 @@ def prune_export(job: Job) -> Report:
         layers = tuple(layer for layer in read_layers(raw) if layer.fqn in raw.weights)
     if not structure.groups and "structured" in job.request.kinds:
         warnings.append("no group of this network can lose channels; see 'mm-edge inspect' for the reasons")
-    plans, notes = _plan(job, raw, structure, layers)
+    recovery = _dense_moments(job, raw, structure)
+    sensitivities = _sensitivities(job, structure, layers, recovery)
+    plans, notes = _plan(job, raw, structure, layers, sensitivities)
     warnings += notes
     bench = _set_up(job, raw, structure, layers)
+    bench = replace(bench, recovery=recovery, select=job.request.select, sensitivities=sensitivities)
     candidates, failures = _make_all(job, bench, plans)
     warnings += failures
     dense = _dense_row(job, bench)
+    candidates, failures = _walk_front(job, bench, plans, candidates, dense)
+    warnings += failures
     smaller, failures = _convert_all(job, bench, dense, candidates)
     candidates += smaller
     warnings += failures
-    dense, candidates, env, notes = _measure(job, dense, candidates)
+    dense, candidates, env, notes = _measure(job, bench, dense, candidates)
     warnings += notes
     return _finish(job, bench, dense, candidates, env, warnings)
 
 
 def read_raw(model: LoadedModel) -> RawGraph:
-    """Export the model once, or read the user's own .onnx; what is made of it says how its images are prepared."""
+    """Export the model once, or read the user's own .onnx."""
     if model.module is None:
         assert model.onnx_path is not None
         raw = raw_from_onnx(model.onnx_path)
     else:
         raw = export_raw(model.module, torch.zeros(1, *model.input.shape))
-    raw.model.metadata_props[INPUT_METADATA_KEY] = json.dumps(to_json(model.input))
     return raw
 
 
@@ -276,12 +286,39 @@ def _gradient_batch(model: LoadedModel) -> int:
     return max(1, min(BATCH, GRADIENT_PIXELS // (height * width)))
 
 
-def _plan(job: Job, raw: RawGraph, structure: Structure, layers: tuple[Layer, ...]) -> tuple[list[Plan], list[str]]:
+def _dense_moments(job: Job, raw: RawGraph, structure: Structure) -> RecoveryContext | None:
+    """Run the dense network once over calibration images: what the closed form needs for every candidate."""
+    if job.request.recover != "closed-form" or job.data is None or not structure.groups:
+        return None
+    wanted = job.data.calibration.take(CLOSED_FORM_IMAGES)
+    images = np.concatenate([batch for batch, _ in wanted.batches(BATCH)])
+    with job.stages.stage("dense moments") as advance:
+        return build_context(raw, structure, images, threads=2, progress=advance)
+
+
+def _sensitivities(
+    job: Job, structure: Structure, layers: tuple[Layer, ...], recovery: RecoveryContext | None
+) -> dict[Axis, Sensitivity]:
+    """Measure each group's sensitivity where a budget asks for an allocation by it (recipe A, point 5)."""
+    if recovery is None or not job.request.macs:
+        return {}
+    ladders = make_ladders(structure, layers, job.target, job.request.precisions)
+    with job.stages.stage("sensitivities") as advance:
+        return measure_sensitivities(recovery, ladders, advance)
+
+
+def _plan(
+    job: Job,
+    raw: RawGraph,
+    structure: Structure,
+    layers: tuple[Layer, ...],
+    sensitivities: Mapping[Axis, Sensitivity],
+) -> tuple[list[Plan], list[str]]:
     """Score and plan. The scores are several times the model's size, and are let go once the plans are made."""
     scores, bounds, notes = _score(job, raw, layers)
     plans: list[Plan] = []
     with job.stages.stage("plan"):
-        ladders = make_ladders(structure, layers, job.target)
+        ladders = make_ladders(structure, layers, job.target, job.request.precisions)
         for kind in job.request.kinds:
             ranges = apply_constraints(layers, bounds, kind == "structured")
             assignments = [item for s in scores for item in assign(job.request.strategies, s, layers, ranges)]
@@ -299,7 +336,19 @@ def _plan(job: Job, raw: RawGraph, structure: Structure, layers: tuple[Layer, ..
                 name = f"macs_{fraction:.4g}"
                 keep = select_indices(counts, group_scores(structure, scores[signal]))
                 plans.append(Plan(Assignment(signal, (name,), sparsity), "structured", keep=keep))
+        if sensitivities:
+            plans += [_by_sensitivity(structure, ladders, sensitivities, fraction) for fraction in job.request.macs]
     return plans, notes
+
+
+def _by_sensitivity(
+    structure: Structure, ladders: Sequence[Ladder], sensitivities: Mapping[Axis, Sensitivity], fraction: float
+) -> Plan:
+    """Return the plan of a budget allocated by measured sensitivity."""
+    counts = allocate(structure, sensitivities, fraction * structure.macs(), ladders)
+    whole = {group.leaf: np.ones(group.size, dtype=np.bool_) for group in structure.groups}
+    keep = {**whole, **select_by_sensitivity(sensitivities, counts)}
+    return Plan(Assignment("sensitivity", (f"macs_{fraction:.4g}",), {}), "structured", keep=keep)
 
 
 def _pattern_notes(dense: Mapping[str, str]) -> list[str]:
@@ -314,12 +363,12 @@ def _pattern_notes(dense: Mapping[str, str]) -> list[str]:
 
 
 def _budget_notes(structure: Structure, ladders: Sequence[Ladder], counts: Counts, fraction: float) -> list[str]:
-    """Say so when a budget cost some groups the target's channel multiple, or was missed, and what holds the rest."""
+    """Say so when a budget cost groups the channel multiples of the target, or was missed, and what holds the rest."""
     notes = []
     finer = sum(counts[item.leaf] not in item.widths for item in ladders)
     if finer:
         notes.append(
-            f"--macs {fraction:g}: {finer} of {len(ladders)} groups have widths between the target's channel multiples, "
+            f"--macs {fraction:g}: {finer} of {len(ladders)} groups have widths between the target's multiples, "
             "which alone miss the budget by more than 3 %: expect less speed than the MACs say"
         )
     reached = structure.macs({leaf: float(count) for leaf, count in counts.items()}) / structure.macs()
@@ -337,7 +386,11 @@ def _set_up(job: Job, raw: RawGraph, structure: Structure, layers: tuple[Layer, 
     threads = 2 if job.target.threads == "auto" else int(job.target.threads)
     dense = job.folder / "dense.onnx"
     with job.stages.stage("dense model") as advance:
-        write_atomically(dense, ir.to_proto(deploy(raw.model.clone())).SerializeToString())
+        proto = ir.to_proto(deploy(raw.model.clone()))
+        labels = job.model.labels or (job.data.classes if job.data is not None else ())
+        provenance = {"model": job.model.info, "target": job.target.name, "versions": job.key()["versions"]}
+        add_metadata_(proto, job.model.input, labels, {**provenance, "candidate": "dense"})
+        write_model(proto, dense)
         images = _images(job)
         logits = accuracy = None
         if images.validation is not None and job.data is not None:
@@ -363,6 +416,9 @@ def _set_up(job: Job, raw: RawGraph, structure: Structure, layers: tuple[Layer, 
         folder=job.folder,
         dense_accuracy=accuracy,
         threads=threads,
+        spec=job.model.input,
+        labels=labels,
+        provenance=provenance,
     )
 
 
@@ -389,7 +445,13 @@ def _make_all(job: Job, bench: Workbench, plans: list[Plan]) -> tuple[list[Candi
     with job.stages.stage("candidates") as advance:
         advance(0, len(plans))
         for index, plan in enumerate(plans):
-            key = job.key(data=job.data_key, plan=plan.digest(), recover=bench.recover, images=RECOVERY_IMAGES)
+            key = job.key(
+                data=job.data_key,
+                plan=plan.digest(),
+                recover=bench.recover,
+                select=bench.select,
+                images=RECOVERY_IMAGES,
+            )
             candidate = job.store.load_record(f"candidates/{plan.file_name}", key, Candidate)
             if candidate is None:
                 try:
@@ -406,6 +468,35 @@ def _make_all(job: Job, bench: Workbench, plans: list[Plan]) -> tuple[list[Candi
     if not made:
         raise ParityError(failures[0] if failures else "no candidate was planned; give at least one strategy and kind")
     return made, failures
+
+
+def _walk_front(
+    job: Job, bench: Workbench, plans: list[Plan], candidates: list[Candidate], dense: DenseRow
+) -> tuple[list[Candidate], list[str]]:
+    """Take the closed form's second, dearer step for the rows on the front and for what the budgets asked for."""
+    if bench.recovery is None:
+        return candidates, []
+    by_id = {plan.id: plan for plan in plans}
+    marked = mark_pareto(candidates, dense)
+    front = [row.id for row in marked if row.kind == "structured" and (row.pareto or "/macs_" in row.id)]
+    rows = {row.id: row for row in candidates}
+    failures: list[str] = []
+    with job.stages.stage("walk the front") as advance:
+        for index, name in enumerate(front):
+            plan = by_id[name]
+            key = job.key(data=job.data_key, plan=plan.digest(), recover="walk", select=bench.select)
+            found = job.store.load_record(f"walked/{plan.file_name}", key, Candidate)
+            if found is None:
+                try:
+                    found = make_candidate(bench, plan, walk_again=True)
+                except ParityError as error:
+                    failures.append(str(error))
+                    continue
+                files = [job.folder / path for path in (found.artifact, found.masked_state_dict) if path]
+                job.store.save_json(f"walked/{plan.file_name}", key, found, files)
+            rows[name] = found
+            advance(index + 1, len(front))
+    return list(rows.values()), failures
 
 
 def _convert_all(
@@ -464,13 +555,40 @@ def _dense_row(job: Job, bench: Workbench) -> DenseRow:
     )
 
 
+def _emulate(
+    job: Job, bench: Workbench, transport: Transport, dense: DenseRow, candidates: list[Candidate]
+) -> tuple[DenseRow, list[Candidate], dict[str, Any], list[str]]:
+    """Compare outputs on the emulated core with this machine's; its times and memory are not the device's: null.
+
+    An emulated inference takes seconds, so only the rows on the front go through.
+    """
+    front = [row for row in mark_pareto(candidates, dense) if row.pareto or len(candidates) == 1] or candidates[:1]
+    notes = [f"{transport.name} is emulated: latency and memory are not measured"]
+    with job.stages.stage("emulate") as advance, tempfile.TemporaryDirectory() as scratch:
+        env = environment(job.target, transport)
+        images = Path(scratch) / "images.npy"
+        np.save(images, bench.images.parity)
+        for index, row in enumerate(front):
+            assert row.artifact is not None
+            artifact = job.folder / row.artifact
+            found = compare_outputs(artifact, images, job.target, transport=transport, kind=bench.images.parity_kind)
+            notes.append(
+                f"{row.id}, emulated: top-1 agrees with this machine's on {found.top1_agreement:.0%} of "
+                f"{found.inputs.count} inputs, largest difference {found.max_rel_err:.0e} of the output's scale"
+            )
+            advance(index + 1, len(front))
+    return dense, candidates, {**env, "packages": job.key()["versions"]}, notes
+
+
 def _measure(
-    job: Job, dense: DenseRow, candidates: list[Candidate]
+    job: Job, bench: Workbench, dense: DenseRow, candidates: list[Candidate]
 ) -> tuple[DenseRow, list[Candidate], dict[str, Any], list[str]]:
     """Time every candidate against the dense model, and take each one's memory in a process of its own."""
     transport = job.transport
     if transport is None:
         return dense, candidates, {"controller": job.key()["versions"]}, []
+    if transport.source == "emulated":
+        return _emulate(job, bench, transport, dense, candidates)
     timings: list[Measurement] = []
     measured: list[Candidate] = []
     dense_file = job.folder / "dense.onnx"

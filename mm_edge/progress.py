@@ -34,6 +34,11 @@ class Stages:
         self.seconds: dict[str, float] = {}
         self._console = console
 
+    def tell(self, line: str) -> None:
+        """Show one line that is no stage, such as a connection being made again."""
+        if self._console is not None:
+            self._console.print(line, highlight=False, markup=False)
+
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[Advance]:
         """Run the body as stage `name`; call what is yielded with (done, total) to move the bar."""
