@@ -14,17 +14,26 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from mm_edge.errors import UsageError
-from mm_edge.graph.axes import Axis
+from mm_edge.graph.axes import Axis, BoolArray
 from mm_edge.graph.compact import Keep, materialise
 from mm_edge.graph.groups import Group
 from mm_edge.graph.widths import Counts
-from mm_edge.recover.context import RecoveryContext, Tensors, divergence, energy_order, readers_of, surgeon_order
+from mm_edge.recover.context import (
+    RecoveryContext,
+    Tensors,
+    divergences,
+    energy_order,
+    is_better,
+    readers_of,
+    surgeon_order,
+)
 from mm_edge.recover.network import Frontier, Network, narrowest
 from mm_edge.recover.sensitivity import Sensitivity, first_use
 from mm_edge.recover.solve import GENTLE, screen
-from mm_edge.recover.surgeon import RIDGE
+from mm_edge.recover.surgeon import RIDGE, Order
 from mm_edge.recover.walk import walk
 
 Advance = Callable[[int, int], None]
@@ -56,7 +65,7 @@ class _Start:
     selected: Mapping[Axis, str]
     keep: Keep
     tensors: Tensors
-    kl: float
+    kl: npt.NDArray[np.float64]
 
 
 def recover_closed_form(
@@ -85,28 +94,25 @@ def recover_closed_form(
     """
     if select not in SELECTIONS:
         raise UsageError(f"unknown selection '{select}'; allowed: {', '.join(SELECTIONS)}")
-    options = _options(context, keep, counts, select, sensitivities or {})
+    measured = {
+        leaf: item.choice(counts[leaf]).select for leaf, item in (sensitivities or {}).items() if leaf in counts
+    }
+    options = _options(context, keep, counts, select)
     frontier = Frontier(context.network, context.images, context.held_back)
-    starts = [_start(context, options, name, frontier) for name in _names(options)]
-    best = min(starts, key=lambda item: item.kl)
+    starts = [_start(context, options, wanted, frontier) for wanted in _ways(options, measured)]
+    best = min(starts, key=lambda item: float(item.kl.mean()))
     if not walked:
-        return Recovered(best.tensors, best.keep, _notes(best), best.kl)
+        return Recovered(best.tensors, best.keep, _notes(best), max(0.0, float(best.kl.mean())))
     best = _swap_groups(context, options, best)
     result = walk(context, best.keep, best.tensors, progress)
     taken = ", ".join(f"{count} {name}" for name, count in Counter(result.taken.values()).most_common())
     return Recovered(result.tensors, best.keep, (*_notes(best), f"layers walked: {taken}"), result.kl_held_back)
 
 
-_Options = dict[Axis, dict[str, np.ndarray]]
+_Options = dict[Axis, dict[str, BoolArray]]
 
 
-def _options(
-    context: RecoveryContext,
-    keep: Keep,
-    counts: Counts,
-    select: str,
-    sensitivities: Mapping[Axis, Sensitivity],
-) -> _Options:
+def _options(context: RecoveryContext, keep: Keep, counts: Counts, select: str) -> _Options:
     """Return, per group that loses something, the different index sets on offer, each under its selection's name."""
     options: _Options = {}
     for group in context.structure.groups:
@@ -114,37 +120,48 @@ def _options(
         count = int(planned.sum()) if planned is not None else counts.get(group.leaf, group.size)
         if count >= group.size:
             continue
-        offered = {} if planned is None else {"signal": planned}
+        orders: dict[str, Order | None] = {}
         if select != "signal" or planned is None:
-            measured = sensitivities.get(group.leaf)
-            surgeon, energy = surgeon_order(context, group), energy_order(context, group)
-            if surgeon is not None and energy is not None:
-                offered["obs"] = surgeon.keep(count)
-                if select == "auto":
-                    offered["energy"] = energy.keep(count)
-            if measured is not None and select == "auto":
-                offered["measured"] = measured.keep(count)
-            if select == "obs" and "obs" in offered:
-                offered.pop("signal", None)
+            orders["obs"] = surgeon_order(context, group)
+        if select == "auto":
+            orders["energy"] = energy_order(context, group)
+        offered = {name: order.keep(count) for name, order in orders.items() if order is not None}
+        known = any(np.array_equal(planned, kept) for kept in offered.values()) if planned is not None else True
+        if planned is not None and not known and (select != "obs" or not offered):
+            offered["signal"] = planned
         options[group.leaf] = offered
     return options
 
 
-def _names(options: _Options) -> list[str]:
-    """Return the ways to select all groups alike; what a group does not offer falls back to what it does."""
-    found = list(dict.fromkeys(name for offered in options.values() for name in offered)) or ["signal"]
-    return [name for name in found if not (name in ("obs", "energy") and "measured" in found)]
+def _ways(options: _Options, measured: Mapping[Axis, str]) -> list[dict[Axis, str]]:
+    """Return the ways to start: all groups by one selection, or each by the one that measured better alone.
+
+    A group that does not offer a selection takes the first it does offer.
+    """
+    names = list(dict.fromkeys(name for offered in options.values() for name in offered))
+    if measured:
+        names = [name for name in names if name == "signal"]
+    wanted = [dict.fromkeys(options, name) for name in names]
+    if measured or not wanted:
+        wanted.insert(0, {leaf: measured.get(leaf, "signal") for leaf in options})
+    return [
+        {
+            leaf: way[leaf] if way[leaf] in offered else next(iter(offered))
+            for leaf, offered in options.items()
+            if offered
+        }
+        for way in wanted
+    ]
 
 
-def _start(context: RecoveryContext, options: _Options, name: str, frontier: Frontier) -> _Start:
-    selected = {leaf: name if name in offered else next(iter(offered)) for leaf, offered in options.items() if offered}
+def _start(context: RecoveryContext, options: _Options, selected: Mapping[Axis, str], frontier: Frontier) -> _Start:
     keep = {leaf: options[leaf][choice] for leaf, choice in selected.items()}
     ridges: dict[str, float] = {}
     for group in _groups(context, selected):
         ridges |= _ridges(context, group, selected[group.leaf])
     tensors = screen(context, keep, ridges)
     network = Network(materialise(context.raw, context.structure, keep, tensors))
-    return _Start(selected, keep, tensors, divergence(context, network, frontier))
+    return _Start(selected, keep, tensors, divergences(context, network, frontier))
 
 
 def _swap_groups(context: RecoveryContext, options: _Options, start: _Start) -> _Start:
@@ -163,8 +180,8 @@ def _swap_groups(context: RecoveryContext, options: _Options, start: _Start) -> 
             readers = [consumer.weight for consumer, _ in readers_of(context, group)]
             tensors = screen(context, keep, _all_ridges(context, best, group, name), best.tensors, readers)
             trial = Network(materialise(context.raw, context.structure, keep, tensors))
-            kl = divergence(context, trial, frontier)
-            if kl < best.kl:
+            kl = divergences(context, trial, frontier)
+            if is_better(kl, best.kl):
                 best, network = _Start({**best.selected, group.leaf: name}, keep, tensors, kl), trial
     return best
 
@@ -187,6 +204,6 @@ def _all_ridges(context: RecoveryContext, start: _Start, changed: Group, selecti
 
 
 def _notes(start: _Start) -> tuple[str, ...]:
-    names = {"signal": "by signal", "obs": "by brain surgeon", "energy": "by |W|^2", "measured": "as measured alone"}
+    names = {"signal": "by signal", "obs": "by brain surgeon", "energy": "by |W|^2"}
     counted = Counter(names[name] for name in start.selected.values())
     return ("groups selected: " + ", ".join(f"{count} {name}" for name, count in counted.most_common()),)

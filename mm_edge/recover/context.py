@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mm_edge.evaluate import compare_logits
 from mm_edge.export import RawGraph
 from mm_edge.graph.axes import Axis
 from mm_edge.graph.groups import Group, Structure
@@ -25,6 +24,7 @@ Advance = Callable[[int, int], None]
 HELD_BACK = 0.2
 HELD_BACK_MOST = 128
 IMAGES_MOST = 640
+CAUTION = 0.5
 FRONTIER_BYTES = 2 << 30
 
 
@@ -75,7 +75,7 @@ def build_context(
     fitted = tuple(range(len(images) - held))
     held_back = tuple(range(len(images) - held, len(images)))
     everything = Frontier(network, images, range(len(images)))
-    dense = collect_dense(network, tuple(consumers.values()), everything, fitted, threads, progress)
+    dense = collect_dense(network, tuple(consumers.values()), everything, fitted, held_back, threads, progress)
     logits = answers(network, everything, held_back, threads)
     return RecoveryContext(raw, structure, network, consumers, images, fitted, held_back, dense, logits, threads)
 
@@ -102,10 +102,32 @@ def answers(network: Network, frontier: Frontier, images: Iterable[int], threads
     return np.concatenate([row.reshape(-1, row.shape[-1]) for row in rows])
 
 
+def divergences(context: RecoveryContext, network: Network, frontier: Frontier) -> npt.NDArray[np.float64]:
+    """Return KL(dense || network) of each held-back image, infinite where an answer is not finite."""
+    found = answers(network, frontier, context.held_back, context.threads)
+    if not np.isfinite(found).all():
+        return np.full(len(context.held_back), np.inf)
+    log_p, log_q = _log_softmax(context.logits), _log_softmax(found)
+    per_row = (np.exp(log_p) * (log_p - log_q)).sum(axis=1)
+    return np.asarray(per_row.reshape(len(context.held_back), -1).mean(axis=1))
+
+
 def divergence(context: RecoveryContext, network: Network, frontier: Frontier) -> float:
-    """Return the mean KL(dense || network) on the held-back images, infinite where an answer is not finite."""
-    found = compare_logits(answers(network, frontier, context.held_back, context.threads), None, context.logits)
-    return float("inf") if found.kl_to_dense is None else found.kl_to_dense
+    """Return the mean of `divergences`."""
+    return max(0.0, float(divergences(context, network, frontier).mean()))
+
+
+def is_better(new: npt.NDArray[np.float64], old: npt.NDArray[np.float64]) -> bool:
+    """Return whether divergences fell by more than chance on the same images: `CAUTION` standard errors."""
+    if not np.isfinite(new).all():
+        return False
+    gain = old - new
+    return bool(gain.mean() > CAUTION * gain.std() / math.sqrt(len(gain)))
+
+
+def _log_softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)))
 
 
 # ---- which indices stay

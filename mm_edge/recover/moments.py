@@ -113,10 +113,16 @@ def collect_dense(
     consumers: Sequence[Consumer],
     frontier: Frontier,
     fitted: Sequence[int],
+    others: Sequence[int] = (),
     threads: int = 1,
     advance: Callable[[int, int], None] | None = None,
 ) -> DenseMoments:
-    """Return the dense network's own moments on the images `fitted`, in as many passes as memory allows."""
+    """Return the dense network's own moments on the images `fitted`, in as many passes as memory allows.
+
+    Branch results are kept of the `others` too: by image number, which together are 0, 1, ...
+    """
+    numbers = sorted({*fitted, *others})
+    in_moments = set(fitted)
     moments: dict[str, Moments] = {}
     results: dict[str, npt.NDArray[np.float32]] = {}
     parts = list(_affordable(network, consumers))
@@ -125,14 +131,14 @@ def collect_dense(
         sums = {item.node: Accumulator() for item in part}
         kept: dict[str, list[npt.NDArray[np.float32]]] = {item.node: [] for item in part}
         wanted = [name for item in part for name in (input_of(network, item), branches[item.node].result)]
-        for done, (image, values) in enumerate(frontier.run(network, wanted, fitted, threads)):
+        for done, (image, values) in enumerate(frontier.run(network, wanted, numbers, threads)):
             for item in part:
                 where = sample_positions(network, item, image)
-                if width(network, item) <= WIDEST:
+                if image in in_moments and width(network, item) <= WIDEST:
                     sums[item.node].add(columns(values[input_of(network, item)], item, where))
                 kept[item.node].append(_at(values, branches[item.node].result, branches[item.node].index[where]))
             if advance is not None:
-                advance(number * len(fitted) + done + 1, len(parts) * len(fitted))
+                advance(number * len(numbers) + done + 1, len(parts) * len(numbers))
         moments |= {node: sums[node].finish() for node in sums if sums[node].count or sums[node]._waiting}
         results |= {node: np.stack(rows) for node, rows in kept.items()}
     return DenseMoments(moments, results)
@@ -142,7 +148,7 @@ def collect_paired(
     network: Network,
     consumer: Consumer,
     frontier: Frontier,
-    fitted: Sequence[int],
+    numbers: Sequence[int],
     results: npt.NDArray[np.float32],
     threads: int = 1,
 ) -> Moments:
@@ -155,9 +161,9 @@ def collect_paired(
     data = input_of(network, consumer)
     sums = Accumulator()
     wanted = [data] if branch.skip is None else [data, branch.skip]
-    for number, (image, values) in enumerate(frontier.run(network, wanted, fitted, threads)):
+    for image, values in frontier.run(network, wanted, numbers, threads):
         where = sample_positions(network, consumer, image)
-        target = results[number].astype(np.float64) - branch.offset
+        target = results[image].astype(np.float64) - branch.offset
         if branch.skip is not None:
             target = target - _at(values, branch.skip, branch.index[where])
         target = target / live_scale(branch)

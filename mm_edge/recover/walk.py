@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from mm_edge.graph.compact import Keep, materialise
 from mm_edge.recover.consumers import Consumer, read_branch
-from mm_edge.recover.context import RecoveryContext, Tensors, divergence
+from mm_edge.recover.context import RecoveryContext, Tensors, divergences, is_better
 from mm_edge.recover.moments import Moments, collect_paired, is_live
 from mm_edge.recover.network import Frontier, Network, narrowest
 from mm_edge.recover.solve import KeptBlocks, fit, kept_blocks
@@ -38,37 +38,54 @@ class Walked:
 
 
 def walk(context: RecoveryContext, keep: Keep, screened: Tensors, progress: Advance | None = None) -> Walked:
-    """Walk the candidate that `screened` (dense-shaped, masked) starts from; the result is never worse held back."""
+    """Walk the candidate that `screened` (dense-shaped, masked) starts from; held back, it never becomes worse.
+
+    What the held-back images decided is then solved again with them among the images: they are a fifth of all.
+    """
     student = Network(materialise(context.raw, context.structure, keep, screened))
-    touched = [not _blocks(context, item, keep).whole for item in _in_order(context)]
-    # From the first pruned consumer on, every one reads something else than the dense network's.
-    reached = _in_order(context)[touched.index(True) :] if any(touched) else []
     fitted = Frontier(student, context.images, context.fitted)
     held = Frontier(student, context.images, context.held_back)
-    best = divergence(context, student, held)
+    best = divergences(context, student, held)
     taken: dict[str, str] = {}
-    changed: set[str] = set()
-    after = 0
-    for done, consumer in enumerate(reached):
-        position = student.position(consumer.node)
-        cut = narrowest(student, max(after, fitted.position), position)
-        for frontier in (fitted, held):
-            frontier.advance_(student, cut, context.threads)
-        proposals = _proposals(context, student, consumer, keep, fitted)
+    pruned = [item for item in _in_order(context) if not _blocks(context, item, keep).whole]
+    for done, consumer in enumerate(pruned):
+        _advance_(student, consumer, context.threads, fitted, held)
         taken[consumer.weight] = "screened"
-        for name, proposal in proposals.items():
+        for name, proposal in _proposals(context, student, consumer, keep, fitted, RIDGES).items():
             before = {tensor: student.arrays[tensor] for tensor in proposal}
             student.arrays.update(proposal)
-            kl = divergence(context, student, held)
-            if kl < best:
-                best, taken[consumer.weight] = kl, name
-                changed |= set(proposal)
+            found = divergences(context, student, held)
+            if is_better(found, best):
+                best, taken[consumer.weight] = found, name
             else:
                 student.arrays.update(before)
-        after = position + 1
         if progress is not None:
-            progress(done + 1, len(reached))
-    return Walked(_widen(context, keep, student, screened, changed), taken, best)
+            progress(done + 1, len(pruned))
+    tensors = _solve_again(context, keep, screened, taken)
+    return Walked(tensors, taken, max(0.0, float(best.mean())))
+
+
+def _solve_again(context: RecoveryContext, keep: Keep, screened: Tensors, taken: Mapping[str, str]) -> Tensors:
+    """Return the tensors of a walk over all images in which each consumer takes what was decided for it."""
+    student = Network(materialise(context.raw, context.structure, keep, screened))
+    everything = Frontier(student, context.images, (*context.fitted, *context.held_back))
+    changed: set[str] = set()
+    for consumer in _in_order(context):
+        name = taken.get(consumer.weight, "screened")
+        if name == "screened":
+            continue
+        _advance_(student, consumer, context.threads, everything)
+        (proposal,) = _proposals(context, student, consumer, keep, everything, {name: RIDGES[name]}).values()
+        student.arrays.update(proposal)
+        changed |= set(proposal)
+    return _widen(context, keep, student, screened, changed)
+
+
+def _advance_(student: Network, consumer: Consumer, threads: int, *frontiers: Frontier) -> None:
+    """Move the frontiers on to the narrowest place before `consumer`."""
+    for frontier in frontiers:
+        cut = narrowest(student, frontier.position, student.position(consumer.node))
+        frontier.advance_(student, cut, threads)
 
 
 def _in_order(context: RecoveryContext) -> list[Consumer]:
@@ -81,7 +98,12 @@ def _blocks(context: RecoveryContext, consumer: Consumer, keep: Keep) -> KeptBlo
 
 
 def _proposals(
-    context: RecoveryContext, student: Network, consumer: Consumer, keep: Keep, fitted: Frontier
+    context: RecoveryContext,
+    student: Network,
+    consumer: Consumer,
+    keep: Keep,
+    images: Frontier,
+    ridges: Mapping[str, float],
 ) -> dict[str, Proposal]:
     """Return the compact tensors that each way of solving `consumer` would put in."""
     kept = _blocks(context, consumer, keep)
@@ -91,9 +113,9 @@ def _proposals(
     start = consumer.matrix(context.network.arrays[consumer.weight])
     start = start[kept.groups][:, kept.outputs][:, :, kept.columns]
     consumer = replace(consumer, groups=len(start))
-    moments = collect_paired(student, consumer, fitted, context.fitted, results, context.threads)
+    moments = collect_paired(student, consumer, images, images.numbers, results, context.threads)
     live = is_live(read_branch(student, consumer)).reshape(start.shape[:2])
-    return {name: _solve(student, consumer, start, moments, ridge, live) for name, ridge in RIDGES.items()}
+    return {name: _solve(student, consumer, start, moments, ridge, live) for name, ridge in ridges.items()}
 
 
 def _solve(
