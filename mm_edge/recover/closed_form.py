@@ -49,7 +49,8 @@ class Recovered:
         tensors: what changed, dense-shaped and masked, by name: weights, biases, running means.
         keep: the indices that stay; other ones than planned where another selection was better.
         notes: what was decided, in words.
-        kl_held_back: divergence from the dense network on the held-back calibration images, nats.
+        kl_held_back: divergence from the dense network on calibration images no moment had seen, nats; measured
+            before those images joined the last solving.
     """
 
     tensors: Tensors
