@@ -238,7 +238,8 @@ def make_candidate(bench: Workbench, plan: Plan, *, walk_again: bool = False) ->
         masks, keep = {}, {}
     tensors, reference, recovered = _masked_weights(bench, plan, masks, changes, recovered)
     model = deploy(materialise(bench.raw, bench.structure, keep, tensors))
-    artifact = bench.folder / "candidates" / f"{plan.file_name}.onnx"
+    name = f"{plan.file_name}-walked" if walk_again else plan.file_name
+    artifact = bench.folder / "candidates" / f"{name}.onnx"
     proto = ir.to_proto(model)
     add_metadata_(
         proto, bench.spec, bench.labels, {**bench.provenance, "candidate": plan.id, "recovered_by": recovered}
@@ -254,7 +255,7 @@ def make_candidate(bench: Workbench, plan: Plan, *, walk_again: bool = False) ->
     stored = artifact
     if plan.kind == "unstructured":
         stored = store_smallest(artifact, bench.folder / "dense.onnx", artifact.parent / "stored").path
-    state = bench.folder / "candidates" / f"{plan.file_name}.safetensors"
+    state = bench.folder / "candidates" / f"{name}.safetensors"
     write_atomically(state, safetensors.numpy.save(tensors))
     return Candidate(
         id=plan.id,

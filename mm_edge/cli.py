@@ -255,7 +255,8 @@ def demo(ctx: click.Context, out: Path) -> None:
     click.echo(
         f"demo: a small network trained on Fashion-MNIST, {IMAGES.name} for data, this machine as target", err=True
     )
-    ctx.invoke(prune_export_command, model=str(MODEL), data=str(IMAGES), out=out, target="host")
+    job = {"model": str(MODEL), "data": str(IMAGES), "out": out, "target": "host", "recover": "closed-form"}
+    ctx.invoke(prune_export_command, **job)
 
 
 @main.command("inspect")

@@ -299,8 +299,8 @@ def _dense_moments(job: Job, raw: RawGraph, structure: Structure) -> RecoveryCon
 def _sensitivities(
     job: Job, structure: Structure, layers: tuple[Layer, ...], recovery: RecoveryContext | None
 ) -> dict[Axis, Sensitivity]:
-    """Measure each group's sensitivity where a budget asks for an allocation by it (recipe A, point 5)."""
-    if recovery is None or not job.request.macs:
+    """Measure each group's sensitivity (recipe A, point 5): which selection suits it, and what a budget takes first."""
+    if recovery is None:
         return {}
     ladders = make_ladders(structure, layers, job.target, job.request.precisions)
     with job.stages.stage("sensitivities") as advance:
@@ -478,25 +478,37 @@ def _walk_front(
         return candidates, []
     by_id = {plan.id: plan for plan in plans}
     marked = mark_pareto(candidates, dense)
-    front = [row.id for row in marked if row.kind == "structured" and (row.pareto or "/macs_" in row.id)]
+    front = [row for row in marked if row.kind == "structured" and (row.pareto or "/macs_" in row.id)]
     rows = {row.id: row for row in candidates}
+    # Where brain surgeon chose the channels, plans of several signals have become one network: walked once.
+    same: dict[str, Candidate] = {}
     failures: list[str] = []
     with job.stages.stage("walk the front") as advance:
-        for index, name in enumerate(front):
-            plan = by_id[name]
-            key = job.key(data=job.data_key, plan=plan.digest(), recover="walk", select=bench.select)
-            found = job.store.load_record(f"walked/{plan.file_name}", key, Candidate)
-            if found is None:
+        for index, row in enumerate(front):
+            assert row.masked_state_dict is not None
+            digest = hash_file(job.folder / row.masked_state_dict)
+            if digest not in same:
                 try:
-                    found = make_candidate(bench, plan, walk_again=True)
+                    same[digest] = _walk_one(job, bench, by_id[row.id], digest)
                 except ParityError as error:
                     failures.append(str(error))
                     continue
-                files = [job.folder / path for path in (found.artifact, found.masked_state_dict) if path]
-                job.store.save_json(f"walked/{plan.file_name}", key, found, files)
-            rows[name] = found
+            rows[row.id] = replace(
+                same[digest], id=row.id, signal=row.signal, strategy=row.strategy, also_named=row.also_named
+            )
             advance(index + 1, len(front))
     return list(rows.values()), failures
+
+
+def _walk_one(job: Job, bench: Workbench, plan: Plan, screened: str) -> Candidate:
+    """Walk the plan whose screened weights have the digest `screened`, or return what an earlier run made of it."""
+    key = job.key(data=job.data_key, plan=plan.digest(), recover="walk", select=bench.select, screened=screened)
+    found = job.store.load_record(f"walked/{plan.file_name}", key, Candidate)
+    if found is None:
+        found = make_candidate(bench, plan, walk_again=True)
+        files = [job.folder / path for path in (found.artifact, found.masked_state_dict) if path]
+        job.store.save_json(f"walked/{plan.file_name}", key, found, files)
+    return found
 
 
 def _convert_all(

@@ -436,3 +436,27 @@ def test_unstructured_rows_are_stored_small_and_say_where(files: Path, tmp_path:
     assert row.stored_file is not None and row.artifact is not None
     stored = tmp_path / "run" / row.stored_file
     assert row.file_bytes == stored.stat().st_size < (tmp_path / "run" / row.artifact).stat().st_size
+
+
+def test_the_closed_form_recovers_what_masks_lost_and_stays_exact(files: Path, tmp_path: Path) -> None:
+    """Screened for every row, walked for the front; a budget gets an allocation by sensitivity; a second run reuses."""
+    asked = {"recover": "closed-form", "strategies": ("balanced",), "macs": (0.7,)}
+    report = run(lambda: load(files), files / "images", tmp_path / "run", **asked)
+    rows = {c.id: c for c in report.candidates}
+    assert {c.recovered_by for c in rows.values()} <= {"closed-form", "closed-form (screened)"}
+    assert rows["sensitivity/macs_0.7/structured/fp32"].recovered_by == "closed-form"
+    plain = run(lambda: load(files), files / "images", tmp_path / "plain", **{**asked, "recover": "none"})
+    for before in plain.candidates:
+        after = rows[before.id]
+        assert after.macs == before.macs
+        assert after.parity is not None and after.parity.max_rel_err <= 1e-4
+        assert after.kl_to_dense is not None and before.kl_to_dense is not None
+        assert after.kl_to_dense < before.kl_to_dense
+        assert after.masked_state_dict is not None and after.artifact is not None
+        state = safetensors.torch.load_file(tmp_path / "run" / after.masked_state_dict)
+        timm.create_model("test_resnet", num_classes=CLASSES).load_state_dict(state, strict=True)
+    artifact = tmp_path / "run" / str(rows["magnitude/balanced/structured/fp32"].artifact)
+    made = artifact.stat().st_mtime_ns
+    again = run(lambda: load(files), files / "images", tmp_path / "run", **asked)
+    assert artifact.stat().st_mtime_ns == made
+    assert [c.kl_to_dense for c in again.candidates] == [c.kl_to_dense for c in report.candidates]
