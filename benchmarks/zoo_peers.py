@@ -6,7 +6,8 @@
 The same networks as benchmarks/zoo.py, one process each, resumable. Torch-Pruning is given the classifier to ignore
 and the number of heads of every attention whose queries, keys and values are one layer, which it is told to prune by
 heads; the model counts as working when it runs afterwards and its output keeps its shape. onnxsim simplifies the
-exported graph and removes channels of it. Multiply-adds of both are counted by the same reader as ours.
+exported graph and removes channels of it. Its multiply-adds are counted by our reader, Torch-Pruning's by PyTorch's
+FlopCounterMode, each against the dense network counted the same way.
 """
 
 from __future__ import annotations
