@@ -133,7 +133,7 @@ CONTRACT = {
     "candidates.0": (
         "id signal strategy kind precision sparsity params macs accuracy_top1 accuracy_drop agreement_top1 kl_to_dense "
         "latency_ms speedup speedup_ci peak_memory_bytes file_bytes parity recovered_by pareto artifact "
-        "masked_state_dict input_shape also_named"
+        "masked_state_dict stored_file input_shape also_named"
     ),
     "candidates.0.parity": "max_abs_err max_rel_err top1_agreement inputs",
     "chosen": "id reason accuracy_top1_test",
@@ -283,7 +283,9 @@ def test_the_terminal_shows_some_rows_where_none_is_marked() -> None:
 
 
 def test_kind_and_precision_are_shown_where_they_differ() -> None:
-    other = dataclasses.replace(FAST, id="product/balanced/structured/int8", precision="int8")
+    other = dataclasses.replace(
+        FAST, id="product/balanced/structured/int8", precision="int8", artifact="candidates/other.onnx"
+    )
     text = render(make_report(FAST, other), width=140)
     assert "product/balanced/structured/fp32" in text
     assert "product/balanced/structured/int8" in text
