@@ -245,7 +245,7 @@ def _never_read(module: nn.Module, example_input: torch.Tensor, names: list[str]
     parameters = dict(module.named_parameters())
     chosen = [parameters[name].requires_grad_(True) for name in names]
     with torch.enable_grad():
-        outputs = _tensors(module(example_input))
+        outputs = output_tensors(module(example_input))
         total = sum(output.float().sum() for output in outputs)
         if not isinstance(total, torch.Tensor) or not total.requires_grad:
             return set(names)
@@ -253,13 +253,14 @@ def _never_read(module: nn.Module, example_input: torch.Tensor, names: list[str]
     return {name for name, grad in zip(names, grads, strict=True) if grad is None}
 
 
-def _tensors(value: object) -> list[torch.Tensor]:
+def output_tensors(value: object) -> list[torch.Tensor]:
+    """Return the tensors in what a module returned, in the order an export lists them."""
     if isinstance(value, torch.Tensor):
         return [value]
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, (list, tuple)):
-        return [tensor for item in value for tensor in _tensors(item)]
+        return [tensor for item in value for tensor in output_tensors(item)]
     return []
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from mm_edge.errors import ParityError
+from mm_edge.export import output_tensors
 from mm_edge.records import Parity, ParityInputs
 
 TOLERANCE = 1e-4
@@ -74,19 +75,9 @@ def torch_runner(module: nn.Module) -> Run:
 
     def run(inputs: FloatArray) -> list[FloatArray]:
         with torch.inference_mode():
-            return [tensor.numpy() for tensor in _flatten(module(torch.from_numpy(inputs)))]
+            return [tensor.numpy() for tensor in output_tensors(module(torch.from_numpy(inputs)))]
 
     return run
-
-
-def _flatten(value: object) -> list[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        return [value]
-    if isinstance(value, dict):
-        return [tensor for item in value.values() for tensor in _flatten(item)]
-    if isinstance(value, (list, tuple)):
-        return [tensor for item in value for tensor in _flatten(item)]
-    return []
 
 
 def _same_answer(got: FloatArray, want: FloatArray) -> bool:
