@@ -32,6 +32,7 @@ from mm_edge.target import load_target, matches_this_machine, resolve_host
 
 RANGES = ("rules", "observed")
 KINDS = ("structured", "n:m", "unstructured")
+ACCURACY_ON = ("host", "device")
 RECOVERIES = ("none", "bn", "closed-form")
 # Values of the contract whose work has not landed, refused by name.
 PENDING = {
@@ -55,6 +56,7 @@ class RequestFields(TypedDict, total=False):
     ort: bool
     bake_preprocess: bool
     constraints: Constraints
+    accuracy_on: str
     seed: int
 
 
@@ -147,6 +149,8 @@ def make_request(setting: Setting, **fields: Unpack[RequestFields]) -> Request:
     check_names((select,), SELECTIONS, "--select")
     if select != "signal" and recover != "closed-form":
         raise UsageError(f"--select {select} goes by the closed form's moments; give --recover closed-form with it")
+    accuracy_on = fields.get("accuracy_on", ACCURACY_ON[0])
+    check_names((accuracy_on,), ACCURACY_ON, "--accuracy-on")
     ranges = fields.get("ranges", RANGES[0])
     check_names((ranges,), RANGES, "--ranges")
     return Request(
@@ -163,6 +167,7 @@ def make_request(setting: Setting, **fields: Unpack[RequestFields]) -> Request:
         ort=fields.get("ort", False),
         bake_preprocess=fields.get("bake_preprocess", False),
         constraints=_check_constraints(fields.get("constraints", Constraints())),
+        accuracy_on=accuracy_on,
         seed=fields.get("seed", 0),
     )
 

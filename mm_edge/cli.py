@@ -156,6 +156,12 @@ def _load(model: str, options: dict[str, Any]) -> LoadedModel:
 @click.option("--speedup", type=float, metavar="X", help="Smallest measured speed-up.")
 @click.option("--size", type=int, metavar="BYTES", help="Largest file.")
 @click.option("--host", metavar="USER@HOST[:PORT]", help="Measure on this device, through ssh.")
+@click.option(
+    "--accuracy-on",
+    default="host",
+    show_default=True,
+    help="Where accuracy is measured: host (this machine) or device.",
+)
 @click.option("--no-bench", is_flag=True, help="Make the artifacts without measuring.")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of every random choice.")
 @click.option("--resume/--fresh", default=True, show_default=True, help="Reuse finished stages, or start over.")
@@ -216,6 +222,7 @@ def _request(setting: Setting, options: dict[str, Any]) -> Request:
         ort=options["ort"],
         bake_preprocess=options["bake_preprocess"],
         constraints=Constraints(options["max_drop"], options["latency"], options["speedup"], options["size"]),
+        accuracy_on=options["accuracy_on"],
         seed=options["seed"],
         **chosen,
     )

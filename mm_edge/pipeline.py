@@ -25,6 +25,7 @@ from mm_edge.bench.session import (
     Measurement,
     compare_outputs,
     environment,
+    evaluate_in_pieces,
     measure_memory,
     measure_pair,
     merge_doubts,
@@ -118,6 +119,7 @@ class Request:
     ort: bool = False
     bake_preprocess: bool = False
     constraints: Constraints = field(default_factory=Constraints)
+    accuracy_on: str = "host"
     seed: int = 0
 
 
@@ -182,6 +184,10 @@ def prune_export(job: Job) -> Report:
     warnings += failures
     dense, candidates, env, notes = _measure(job, bench, dense, candidates)
     warnings += notes
+    env = {**env, "accuracy_on": job.request.accuracy_on}
+    if job.request.accuracy_on == "device":
+        dense, candidates, note = _judge_on_device(job, bench, dense, candidates)
+        warnings.append(note)
     return _finish(job, bench, dense, candidates, env, warnings)
 
 
@@ -642,6 +648,58 @@ def _measure(
     return dense, measured, env, [*(str(text) for text in env.get("doubts", [])), *merge_doubts(timings)]
 
 
+def _judge_on_device(
+    job: Job, bench: Workbench, dense: DenseRow, candidates: list[Candidate]
+) -> tuple[DenseRow, list[Candidate], str]:
+    """Take every accuracy from the device: its kernels, int8 ones above all, may answer otherwise than this machine's.
+
+    Agreement and divergence are with the dense model on the device too.
+    """
+    assert job.transport is not None and bench.images.validation is not None and bench.images.labels is not None
+    rows: list[Candidate] = []
+    moved: list[float] = []
+    with job.stages.stage("accuracy on the device") as advance, tempfile.TemporaryDirectory() as scratch:
+        pieces = []
+        for number, (images, _) in enumerate(bench.images.validation()):
+            pieces.append(Path(scratch) / f"images-{number:05d}.npy")
+            np.save(pieces[-1], images)
+        fingerprint = environment(job.target, job.transport)["fingerprint"]
+        reference = _device_logits(job, job.folder / "dense.onnx", pieces, fingerprint)
+        own = compare_logits(reference, bench.images.labels, None).accuracy_top1
+        for index, row in enumerate(candidates):
+            assert row.artifact is not None
+            logits = _device_logits(job, job.folder / row.artifact, pieces, fingerprint)
+            found = compare_logits(logits, bench.images.labels, reference)
+            drop = None if own is None or found.accuracy_top1 is None else 100 * (own - found.accuracy_top1)
+            moved.append(abs((found.accuracy_top1 or 0.0) - (row.accuracy_top1 or 0.0)))
+            rows.append(
+                replace(
+                    row,
+                    accuracy_top1=found.accuracy_top1,
+                    accuracy_drop=drop,
+                    agreement_top1=found.agreement_top1,
+                    kl_to_dense=found.kl_to_dense,
+                )
+            )
+            advance(index + 1, len(candidates))
+    note = (
+        f"accuracy was measured on {job.transport.name}, on {len(bench.images.labels)} validation images; the row that "
+        f"differs most from this machine's figure differs by {100 * max(moved, default=0.0):.2f} points"
+    )
+    return replace(dense, accuracy_top1=own), rows, note
+
+
+def _device_logits(job: Job, model: Path, pieces: Sequence[Path], fingerprint: str) -> Array:
+    """Return the device's answers for the validation images, from an earlier run where nothing has changed."""
+    assert job.transport is not None
+    key = job.key(data=job.data_key, artifact=hash_file(model), target=job.target, fingerprint=fingerprint)
+    stored = job.store.load_arrays(f"device_logits/{model.stem}", key)
+    if stored is None:
+        stored = {"logits": evaluate_in_pieces(model, pieces, job.target, transport=job.transport)}
+        job.store.save_arrays(f"device_logits/{model.stem}", key, stored)
+    return stored["logits"]
+
+
 def _memory(job: Job, model: Path, transport: Transport, fingerprint: str) -> int | None:
     key = {"model": hash_file(model), "target": job.target, "fingerprint": fingerprint}
     stored = job.store.load_json(f"memory/{model.stem}", key)
@@ -762,6 +820,10 @@ def check_request(request: Request, data: DataSplits | None, target: Target, mea
     check_precisions(request.precisions, target, data is not None and len(data.calibration) > 0)
     if "n:m" in request.kinds:
         require_support(target, PATTERN)
+    if request.accuracy_on == "device" and not measured:
+        raise UsageError("--accuracy-on device needs a device, and nothing is measured here; give --host USER@HOST")
+    if request.accuracy_on == "device" and (data is None or not len(data.validation)):
+        raise UsageError("--accuracy-on device needs validation images, and there are none; give --data PATH")
     limits = request.constraints
     if limits.max_drop is not None and (data is None or not len(data.validation)):
         raise UsageError("--max-drop needs accuracy, and there are no validation images; give --data PATH")

@@ -16,10 +16,13 @@ from bench_models import save_convs
 from click.testing import CliRunner
 from sshd import LoopbackServer, why_not
 
-from mm_edge import bench_cli
+from mm_edge import bench_cli, demo
+from mm_edge.api import Setting, make_request, run_job
 from mm_edge.bench import session, ssh, transport, worker
 from mm_edge.bench.ssh import SshTransport, parse_host
 from mm_edge.errors import BenchError, UsageError
+from mm_edge.models import LoadOptions, load_model
+from mm_edge.progress import Stages
 from mm_edge.target import load_target
 
 PI5 = dataclasses.replace(load_target("raspberry-pi-5"), threads=1, python=(sys.executable,))
@@ -241,4 +244,34 @@ def test_command_line_measures_over_ssh(server, models, tmp_path):
     assert document["environment"]["transport"] == "ssh board"
     checked = CliRunner().invoke(bench_cli.targets, ["check", str(profile), "--host", "board"])
     assert "board does not describe ssh board: the machine is x86_64" in str(checked.exception)
+    assert server.left_behind() == []
+
+
+@needs_sshd
+def test_a_whole_job_on_a_board_whose_connection_breaks_half_way(server, tmp_path):
+    """The packaged profile as it is: the board's own python3, its four threads, accuracy taken there too."""
+    out = tmp_path / "run"
+    setting = Setting(out=out, target="raspberry-pi-5", data=str(demo.IMAGES), host="board")
+    strategies = ("min_conservative", "balanced", "max_aggressive")
+    request = make_request(setting, signals=("magnitude",), strategies=strategies, accuracy_on="device")
+
+    def cut() -> None:
+        while not list(out.glob("samples/*.json")):
+            time.sleep(0.05)
+        server.kill()
+        time.sleep(1)
+        server.start()
+
+    cutter = threading.Thread(target=cut, daemon=True)
+    cutter.start()
+    report = run_job(lambda: load_model(str(demo.MODEL), LoadOptions()), setting, request, Stages())
+    cutter.join(timeout=10)
+    rows = [report.dense, *report.candidates]
+    assert {(row.latency_ms.source, row.latency_ms.threads) for row in rows} == {("device", 4)}
+    assert all(row.speedup is not None and row.peak_memory_bytes is not None for row in report.candidates)
+    assert report.environment["transport"] == "ssh board"
+    assert report.environment["accuracy_on"] == "device"
+    assert any(text.startswith("accuracy was measured on ssh board, on ") for text in report.warnings)
+    written = json.loads((out / "report.json").read_text())["candidates"][0]
+    assert written["accuracy_drop"] == pytest.approx(100 * (report.dense.accuracy_top1 - written["accuracy_top1"]))
     assert server.left_behind() == []

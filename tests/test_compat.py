@@ -25,6 +25,12 @@ def test_importing_mm_edge_alone_does_not_import_torchvision_or_timm():
     assert result.stdout == "False False\n"
 
 
+def test_pytorch_threads_sleep_while_they_wait_unless_the_user_says_otherwise():
+    code = "import os; {}import mm_edge; print(os.environ['OMP_WAIT_POLICY'])"
+    assert run(code.format("os.environ.pop('OMP_WAIT_POLICY', None); ")).stdout == "passive\n"
+    assert run(code.format("os.environ['OMP_WAIT_POLICY'] = 'active'; ")).stdout == "active\n"
+
+
 def test_a_second_call_changes_nothing():
     before = compat._declared
     compat.make_timm_importable()

@@ -190,6 +190,16 @@ def evaluate(model: Path, images: Path, target: Target, *, transport: Transport)
     return np.frombuffer(data, dtype="<f4").reshape(shape).astype(np.float32)
 
 
+def evaluate_in_pieces(
+    model: Path, pieces: Sequence[Path], target: Target, *, transport: Transport
+) -> NDArray[np.float32]:
+    """Return the first output of `model` on the device for every row of the .npy files `pieces`, in their order.
+
+    Pieces keep what a device must hold at once small, and are sent once for all models.
+    """
+    return np.concatenate([evaluate(model, piece, target, transport=transport) for piece in pieces])
+
+
 def compare_outputs(model: Path, images: Path, target: Target, *, transport: Transport, kind: str) -> Parity:
     """Compare the device's outputs with ONNX Runtime's on this machine, for every row of the .npy file `images`.
 

@@ -468,7 +468,8 @@ def evaluate(options: Dict[str, Any]) -> Dict[str, Any]:
     import numpy as np
 
     session = make_session(options["model"], options)
-    images = np.load(options["images"], allow_pickle=False)
+    # Mapped, not read: a board has little memory.
+    images = np.load(options["images"], mmap_mode="r", allow_pickle=False)
     name, output = session.get_inputs()[0].name, session.get_outputs()[0].name
     rows = [np.asarray(session.run([output], {name: images[i : i + 1]})[0]) for i in range(len(images))]
     outputs = np.ascontiguousarray(np.concatenate(rows), dtype="<f4")
