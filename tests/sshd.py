@@ -43,8 +43,8 @@ class LoopbackServer:
         self._server_config.write_text(
             f"Port {self.port}\nListenAddress 127.0.0.1\nHostKey {folder}/host_key\nPidFile none\nUsePAM no\n"
             f"AuthorizedKeysFile {folder}/authorized_keys\nStrictModes no\nPasswordAuthentication no\n"
-            f"KbdInteractiveAuthentication no\nSubsystem sftp internal-sftp\nSetEnv TMPDIR={self.remote_tmp} HOME={folder} "
-            f"PATH={Path(sys.executable).parent}:{os.environ['PATH']}\n"
+            f"KbdInteractiveAuthentication no\nSubsystem sftp internal-sftp\nSetEnv TMPDIR={self.remote_tmp} "
+            f"HOME={folder} PATH={Path(sys.executable).parent}:{os.environ['PATH']}\n"
         )
         self.config = folder / "ssh_config"
         self.config.write_text(
