@@ -18,8 +18,9 @@ from torch import nn
 from mm_edge.bench.connect import open_transport
 from mm_edge.data import open_data
 from mm_edge.errors import UsageError, unknown_name
+from mm_edge.finetuning import require_trainable
 from mm_edge.models import LoadedModel, wrap_module
-from mm_edge.pipeline import SAMPLES_FOLDER, Job, Request, check_request
+from mm_edge.pipeline import FROM_MOMENTS, SAMPLES_FOLDER, Job, Request, check_request
 from mm_edge.pipeline import prune_export as run_pipeline
 from mm_edge.precision import PRECISIONS
 from mm_edge.progress import Stages
@@ -33,10 +34,10 @@ from mm_edge.target import load_target, matches_this_machine, resolve_host
 RANGES = ("rules", "observed")
 KINDS = ("structured", "n:m", "unstructured")
 ACCURACY_ON = ("host", "device")
-RECOVERIES = ("none", "bn", "closed-form")
+RECOVERIES = ("none", "bn", "closed-form", "finetune")
 # Values of the contract whose work has not landed, refused by name.
 PENDING = {
-    "--recover": ("tune", "finetune"),
+    "--recover": ("tune",),
 }
 
 
@@ -48,6 +49,7 @@ class RequestFields(TypedDict, total=False):
     ranges: str
     kinds: Sequence[str]
     recover: str
+    epochs: int
     select: str
     macs: Sequence[float]
     keep: Sequence[str]
@@ -145,9 +147,14 @@ def make_request(setting: Setting, **fields: Unpack[RequestFields]) -> Request:
     check_names((recover,), RECOVERIES, "--recover")
     if recover != "none" and setting.data is None:
         raise UsageError(f"--recover {recover} needs calibration images; give --data PATH")
-    select = fields.get("select", "auto" if recover == "closed-form" else "signal")
+    epochs = fields.get("epochs", Request.epochs)
+    if "epochs" in fields and recover != "finetune":
+        raise UsageError(f"--epochs {epochs} is for fine-tuning; give --recover finetune with it")
+    if epochs < 1:
+        raise UsageError(f"--epochs {epochs} trains nothing; give at least 1")
+    select = fields.get("select", "auto" if recover in FROM_MOMENTS else "signal")
     check_names((select,), SELECTIONS, "--select")
-    if select != "signal" and recover != "closed-form":
+    if select != "signal" and recover not in FROM_MOMENTS:
         raise UsageError(f"--select {select} goes by the closed form's moments; give --recover closed-form with it")
     accuracy_on = fields.get("accuracy_on", ACCURACY_ON[0])
     check_names((accuracy_on,), ACCURACY_ON, "--accuracy-on")
@@ -159,6 +166,7 @@ def make_request(setting: Setting, **fields: Unpack[RequestFields]) -> Request:
         ranges=ranges,
         kinds=check_names(fields.get("kinds", KINDS[:1]), KINDS, "--kinds"),
         recover=recover,
+        epochs=epochs,
         select=select,
         macs=_check_macs(fields.get("macs", ())),
         keep=tuple(fields.get("keep", ())),
@@ -201,6 +209,8 @@ def run_job(load: Callable[[], LoadedModel], setting: Setting, request: Request,
         raise UsageError("--host names a device to measure on and --no-bench measures nothing; leave one out")
     with stages.stage("load"):
         model = load()
+        if request.recover == "finetune":
+            require_trainable(model)
         data = None
         if setting.data is not None:
             data = open_data(setting.data, model.input, model.info.num_classes, setting.split, request.seed)

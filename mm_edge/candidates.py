@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any, TypedDict
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
+import safetensors
 import safetensors.numpy
 import torch
 from torch import nn
@@ -231,16 +233,22 @@ def make_candidate(bench: Workbench, plan: Plan, *, walk_again: bool = False) ->
         ParityError: the artifact does not agree with its masked model; nothing is kept of it.
     """
     plan, changes, recovered = _solve(bench, plan, walk_again)
-    if plan.keep is not None:
-        masks: dict[str, AxisMask] = mask_tensors(bench.structure, plan.keep)
-        keep = plan.keep
-    else:
-        masks, keep = {}, {}
-    tensors, reference, recovered = _masked_weights(bench, plan, masks, changes, recovered)
-    model = deploy(materialise(bench.raw, bench.structure, keep, tensors))
+    tensors, reference, recovered = _masked_weights(bench, plan, changes, recovered)
     name = f"{plan.file_name}-walked" if walk_again else plan.file_name
+    return save_candidate(bench, plan, tensors, reference, recovered, name)
+
+
+def save_candidate(
+    bench: Workbench, plan: Plan, tensors: Tensors, reference: Run, recovered: str | None, name: str
+) -> Candidate:
+    """Save the compact model of the masked `tensors` as `name`, verify it against `reference`, and evaluate it.
+
+    Raises:
+        ParityError: the artifact does not agree with its masked model; nothing is kept of it.
+    """
+    keep = plan.keep or {}
     artifact = bench.folder / "candidates" / f"{name}.onnx"
-    proto = ir.to_proto(model)
+    proto = ir.to_proto(compact_model(bench, plan, tensors))
     add_metadata_(
         proto, bench.spec, bench.labels, {**bench.provenance, "candidate": plan.id, "recovered_by": recovered}
     )
@@ -256,7 +264,7 @@ def make_candidate(bench: Workbench, plan: Plan, *, walk_again: bool = False) ->
     if plan.kind == "unstructured":
         stored = store_smallest(artifact, bench.folder / "dense.onnx", artifact.parent / "stored").path
     state = bench.folder / "candidates" / f"{name}.safetensors"
-    write_atomically(state, safetensors.numpy.save(tensors))
+    write_atomically(state, safetensors.numpy.save(tensors, metadata=_write_kept(bench.structure, plan)))
     return Candidate(
         id=plan.id,
         signal=plan.assignment.signal,
@@ -276,6 +284,34 @@ def make_candidate(bench: Workbench, plan: Plan, *, walk_again: bool = False) ->
         also_named=plan.assignment.names[1:],
         **evaluate_artifact(bench, artifact),
     )
+
+
+def compact_model(bench: Workbench, plan: Plan, tensors: Tensors) -> ir.Model:
+    """Return the deployable model of masked, dense-shaped `tensors`."""
+    return deploy(materialise(bench.raw, bench.structure, plan.keep or {}, tensors))
+
+
+def _write_kept(structure: Structure, plan: Plan) -> dict[str, str] | None:
+    """Return what the file of a structured candidate says beside its weights: the indices each group keeps, as bits."""
+    if plan.keep is None:
+        return None
+    bits = {group.id: np.packbits(plan.keep[group.leaf]) for group in structure.groups if group.leaf in plan.keep}
+    return {"kept": json.dumps({name: packed.tobytes().hex() for name, packed in bits.items()})}
+
+
+def read_masked_state(structure: Structure, plan: Plan, path: Path) -> tuple[Plan, Tensors]:
+    """Return the masked weights `save_candidate` wrote, and the plan with the indices the recovery chose to keep."""
+    with safetensors.safe_open(path, framework="numpy") as file:
+        kept = json.loads((file.metadata() or {}).get("kept", "{}"))
+        tensors: Tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    if plan.keep is None:
+        return plan, tensors
+    keep = {
+        group.leaf: np.unpackbits(np.frombuffer(bytes.fromhex(kept[group.id]), np.uint8), count=group.size) > 0
+        for group in structure.groups
+        if group.id in kept
+    }
+    return replace(plan, keep=keep), tensors
 
 
 class Judgement(TypedDict):
@@ -319,9 +355,10 @@ def _solve(bench: Workbench, plan: Plan, walk_again: bool) -> tuple[Plan, Tensor
 
 
 def _masked_weights(
-    bench: Workbench, plan: Plan, masks: Mapping[str, AxisMask], changes: Tensors, recovered: str | None
+    bench: Workbench, plan: Plan, changes: Tensors, recovered: str | None
 ) -> tuple[Tensors, Run, str | None]:
     """Return the masked (and recovered) weights by name, a way to run the masked model, and what recovered it."""
+    masks = {} if plan.keep is None else mask_tensors(bench.structure, plan.keep)
 
     def pruned(name: str, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
         return changes[name].astype(array.dtype) if name in changes else _mask(array, name, masks, plan)

@@ -137,7 +137,8 @@ def _load(model: str, options: dict[str, Any]) -> LoadedModel:
 @click.option(
     "--kinds", default="structured", show_default=True, help="Comma-separated: structured, n:m (2:4), unstructured."
 )
-@click.option("--recover", default=None, help="none, bn or closed-form.  [default: bn with data, else none]")
+@click.option("--recover", default=None, help="none, bn, closed-form or finetune.  [default: bn with data, else none]")
+@click.option("--epochs", type=int, metavar="N", help="Longest fine-tuning, in passes over the calibration images.")
 @click.option(
     "--select", default=None, help="Which channels stay: signal, obs or auto.  [default: auto with closed-form]"
 )
@@ -166,7 +167,6 @@ def _load(model: str, options: dict[str, Any]) -> LoadedModel:
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of every random choice.")
 @click.option("--resume/--fresh", default=True, show_default=True, help="Reuse finished stages, or start over.")
 @click.option("--input-sizes", default="none", hidden=True)
-@click.option("--epochs", type=int, hidden=True)
 @click.option("--dynamic-batch", is_flag=True, hidden=True)
 @model_options
 def prune_export_command(model: str, **options: Any) -> None:
@@ -198,9 +198,8 @@ def _refuse_pending(options: dict[str, Any]) -> None:
 
     if options["input_sizes"] != "none":
         raise UsageError(f"--input-sizes {options['input_sizes']} is not available yet; allowed: none")
-    for option in ("epochs", "dynamic_batch"):
-        if options[option]:
-            raise UsageError(f"--{option.replace('_', '-')} is not available yet; leave it out")
+    if options["dynamic_batch"]:
+        raise UsageError("--dynamic-batch is not available yet; leave it out")
 
 
 def _request(setting: Setting, options: dict[str, Any]) -> Request:
@@ -208,7 +207,7 @@ def _request(setting: Setting, options: dict[str, Any]) -> Request:
     from mm_edge.records import Constraints
 
     _refuse_pending(options)
-    chosen = {name: options[name] for name in ("recover", "select") if options[name] is not None}
+    chosen = {name: options[name] for name in ("recover", "select", "epochs") if options[name] is not None}
     return make_request(
         setting,
         signals=_names(options["signals"]),

@@ -184,15 +184,21 @@ class _Pool:
         self.readable[index] = False
         self.unreadable.append(self.source.name(index))
 
+    def decode(self, index: int) -> Image.Image | None:
+        """Return image `index` with the channels the model takes; None, and left out from then on, if unreadable."""
+        try:
+            return self.source.decode(index).convert("L" if self.spec.shape[0] == 1 else "RGB")
+        except _UNREADABLE:
+            if self.readable[index]:
+                self._leave_out(index)
+            return None
+
     def pixels(self, index: int) -> Bytes | None:
         """Return image `index` resized and cropped, uint8 (C, H, W); None, and left out from then on, if unreadable."""
         if index in self._cache:
             return self._cache[index]
-        try:
-            image = self.source.decode(index).convert("L" if self.spec.shape[0] == 1 else "RGB")
-        except _UNREADABLE:
-            if self.readable[index]:
-                self._leave_out(index)
+        image = self.decode(index)
+        if image is None:
             return None
         pixels: Bytes = self._transform(image).numpy()
         if self._cached_bytes + pixels.nbytes <= CACHE_BYTES:
@@ -243,6 +249,17 @@ class ImageSet:
     def take(self, count: int) -> ImageSet:
         """Return the first `count` images; sets are shuffled when made, so these are of mixed classes."""
         return ImageSet(self._pool, self._indices[:count])
+
+    @property
+    def places(self) -> int:
+        """Number of images, the unreadable ones included: a place does not move when one is left out."""
+        return len(self._members)
+
+    def at(self, place: int) -> tuple[Image.Image, int] | None:
+        """Return the decoded image at `place` (0 to `places` - 1) and its label; None if it cannot be read."""
+        index = int(self._members[place])
+        image = self._pool.decode(index)
+        return None if image is None else (image, int(self._pool.source.labels[index]))
 
     def raw(self, index: int) -> Bytes:
         """Return image `index` decoded, before any preprocessing: uint8 (H, W, 3).

@@ -69,8 +69,22 @@ def build_masks(rankings: Mapping[str, Ranking], assignment: Assignment) -> dict
     return {fqn: build_mask(rankings[fqn], sparsity) for fqn, sparsity in assignment.sparsity.items()}
 
 
-def apply_masks_(module: nn.Module, masks: Mapping[str, Mask]) -> None:
-    """Zero the pruned weights of `module` in place.
+@dataclass(frozen=True)
+class BoundMasks:
+    """Masks on the parameters of one module, on its device: cheap to apply after every step."""
+
+    pairs: tuple[tuple[nn.Parameter, torch.Tensor], ...]
+
+    @torch.no_grad()
+    def apply_(self) -> None:
+        """Zero the pruned weights in place."""
+        for parameter, pruned in self.pairs:
+            # Not a product: a pruned weight that became infinite would leave NaN.
+            parameter.masked_fill_(pruned, 0.0)
+
+
+def bind_masks(module: nn.Module, masks: Mapping[str, Mask]) -> BoundMasks:
+    """Return `masks` bound to the parameters of `module` they name.
 
     Raises:
         JobError: the module has no parameter of a mask's name and shape.
@@ -79,10 +93,8 @@ def apply_masks_(module: nn.Module, masks: Mapping[str, Mask]) -> None:
     for fqn, mask in masks.items():
         if fqn not in parameters or tuple(parameters[fqn].shape) != mask.shape:
             raise JobError(f"mask '{fqn}' of shape {mask.shape} fits no parameter of the module")
-    with torch.no_grad():
-        for fqn, mask in masks.items():
-            # Not a product: a pruned weight that became infinite would leave NaN.
-            parameters[fqn].masked_fill_(torch.from_numpy(~mask).to(parameters[fqn].device), 0.0)
+    bound = [(parameters[fqn], torch.from_numpy(~mask).to(parameters[fqn].device)) for fqn, mask in masks.items()]
+    return BoundMasks(tuple(bound))
 
 
 def measure_sparsity(weights: Mapping[str, NDArray[np.float32]], layers: Sequence[Layer]) -> float:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ from mm_edge.device_files import add_metadata_, write_model
 from mm_edge.errors import ConstraintError, ParityError, UsageError
 from mm_edge.evaluate import compare_logits, run_onnx
 from mm_edge.export import RawGraph, deploy, export_raw, raw_from_onnx
+from mm_edge.finetuning import finetune_candidate, worth_training
 from mm_edge.graph.axes import Axis
 from mm_edge.graph.groups import Structure, read_structure
 from mm_edge.graph.widths import Counts, Ladder, group_scores, select_indices
@@ -63,7 +65,7 @@ from mm_edge.precision import (
     convert_candidate,
     dense_control,
 )
-from mm_edge.progress import Stages
+from mm_edge.progress import Advance, Stages
 from mm_edge.ranges import apply_constraints, observed_ranges, rule_ranges
 from mm_edge.records import (
     Assignment,
@@ -80,6 +82,7 @@ from mm_edge.records import (
     to_json,
 )
 from mm_edge.recover.context import RecoveryContext, build_context
+from mm_edge.recover.finetune import Checkpoints, Settings
 from mm_edge.recover.sensitivity import Sensitivity, allocate, measure_sensitivities, select_by_sensitivity
 from mm_edge.report import write_report
 from mm_edge.scores import GRASP_IMAGES, Scores, gradients, hessian_gradient_products, score_weights
@@ -91,6 +94,8 @@ from mm_edge.target import Target, matches_this_machine
 
 # E2 asks for 5-10 % of the training data; beyond this many images the gradient's ranking no longer moves.
 GRADIENT_IMAGES = 1024
+# Ways to recover that start with the closed form.
+FROM_MOMENTS = ("closed-form", "finetune")
 RECOVERY_IMAGES = 128
 CLOSED_FORM_IMAGES = 500
 PARITY_IMAGES = 8
@@ -111,6 +116,7 @@ class Request:
     ranges: str = "rules"
     kinds: tuple[str, ...] = ("structured",)
     recover: str = "bn"
+    epochs: int = 10
     select: str = "signal"
     macs: tuple[float, ...] = ()
     keep: tuple[str, ...] = ()
@@ -178,6 +184,8 @@ def prune_export(job: Job) -> Report:
     warnings += failures
     dense = _dense_row(job, bench)
     candidates, failures = _walk_front(job, bench, plans, candidates, dense)
+    warnings += failures
+    candidates, failures = _finetune_front(job, bench, plans, candidates, dense)
     warnings += failures
     smaller, failures = _convert_all(job, bench, dense, candidates)
     candidates += smaller
@@ -294,7 +302,9 @@ def _gradient_batch(model: LoadedModel) -> int:
 
 def _dense_moments(job: Job, raw: RawGraph, structure: Structure) -> RecoveryContext | None:
     """Run the dense network once over calibration images: what the closed form needs for every candidate."""
-    if job.request.recover != "closed-form" or job.data is None or not structure.groups:
+    if job.request.recover not in FROM_MOMENTS or job.data is None or not structure.groups:
+        return None
+    if "structured" not in job.request.kinds:
         return None
     wanted = job.data.calibration.take(CLOSED_FORM_IMAGES)
     images = np.concatenate([batch for batch, _ in wanted.batches(BATCH)])
@@ -418,7 +428,8 @@ def _set_up(job: Job, raw: RawGraph, structure: Structure, layers: tuple[Layer, 
         structure=structure,
         layers=layers,
         images=images,
-        recover=job.request.recover,
+        # What comes before fine-tuning is the closed form, and is kept as such for the next run.
+        recover="closed-form" if job.request.recover in FROM_MOMENTS else job.request.recover,
         folder=job.folder,
         dense_accuracy=accuracy,
         threads=threads,
@@ -514,6 +525,70 @@ def _walk_one(job: Job, bench: Workbench, plan: Plan, screened: str) -> Candidat
         found = make_candidate(bench, plan, walk_again=True)
         files = [job.folder / path for path in (found.artifact, found.masked_state_dict) if path]
         job.store.save_json(f"walked/{plan.file_name}", key, found, files)
+    return found
+
+
+def _finetune_front(
+    job: Job, bench: Workbench, plans: list[Plan], candidates: list[Candidate], dense: DenseRow
+) -> tuple[list[Candidate], list[str]]:
+    """Fine-tune the rows that are worth it, each from what the recovery before made of it."""
+    if job.request.recover != "finetune":
+        return candidates, []
+    assert job.data is not None
+    by_id = {plan.id: plan for plan in plans}
+    chosen = worth_training(candidates, dense)
+    settings = Settings(epochs=job.request.epochs, seed=job.request.seed)
+    rows = {row.id: row for row in candidates}
+    same: dict[str, Candidate] = {}
+    failures: list[str] = []
+    with job.stages.stage("fine-tune") as advance:
+        for index, row in enumerate(chosen):
+            assert row.masked_state_dict is not None
+            digest = hash_file(job.folder / row.masked_state_dict)
+            if digest not in same:
+                move = partial(_share, advance, index, len(chosen))
+                try:
+                    same[digest] = _finetune_one(job, bench, by_id[row.id], row, settings, digest, move)
+                except ParityError as error:
+                    failures.append(str(error))
+                    continue
+            rows[row.id] = replace(
+                same[digest], id=row.id, signal=row.signal, strategy=row.strategy, also_named=row.also_named
+            )
+    return list(rows.values()), failures
+
+
+def _share(advance: Advance, index: int, count: int, done: int, total: int) -> None:
+    """Report the steps of one row among `count` rows that take as many each."""
+    advance(index * total + done, count * total)
+
+
+def _finetune_one(
+    job: Job, bench: Workbench, plan: Plan, row: Candidate, settings: Settings, start: str, advance: Advance
+) -> Candidate:
+    """Fine-tune the row whose weights have the digest `start`, or return or go on with what an earlier run made."""
+    assert job.data is not None
+    name = f"finetuned/{plan.file_name}"
+    key = job.key(data=job.data_key, plan=plan.digest(), settings=settings, start=start)
+    found = job.store.load_record(name, key, Candidate)
+    if found is None:
+        unfinished = f"{name}-unfinished"
+        found = finetune_candidate(
+            bench,
+            plan,
+            row,
+            job.data.calibration,
+            settings,
+            Checkpoints(
+                load=lambda: job.store.load_arrays(unfinished, key),
+                save=lambda arrays: job.store.save_arrays(unfinished, key, arrays),
+            ),
+            advance,
+            lambda line: job.stages.tell(f"{plan.id}: {line}"),
+        )
+        files = [job.folder / path for path in (found.artifact, found.masked_state_dict) if path]
+        job.store.save_json(name, key, found, files)
+        job.store.remove_arrays(unfinished)
     return found
 
 
@@ -824,6 +899,10 @@ def check_request(request: Request, data: DataSplits | None, target: Target, mea
         raise UsageError("--accuracy-on device needs a device, and nothing is measured here; give --host USER@HOST")
     if request.accuracy_on == "device" and (data is None or not len(data.validation)):
         raise UsageError("--accuracy-on device needs validation images, and there are none; give --data PATH")
+    if request.recover == "finetune" and (data is None or data.calibration.places < 2):
+        raise UsageError(
+            "--recover finetune trains on calibration images, and there are none; give --split a first part"
+        )
     limits = request.constraints
     if limits.max_drop is not None and (data is None or not len(data.validation)):
         raise UsageError("--max-drop needs accuracy, and there are no validation images; give --data PATH")

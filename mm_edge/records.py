@@ -7,6 +7,7 @@ qualified PyTorch name (`fqn`), never by position.
 
 SCHEMA_VERSION history (fields are added under a raised version, never renamed):
     1  first version.
+    2  Candidate: epochs, stopped.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 T = TypeVar("T")
 
@@ -153,7 +154,8 @@ class Candidate:
     """One row of the report: what was made, what it costs and what it buys.
 
     `file_bytes` is of the `artifact`, or of the `stored_file` where zeros were squeezed out. `accuracy_top1` is on
-    validation images; `accuracy_drop` in points of dense minus this.
+    validation images; `accuracy_drop` in points of dense minus this. `epochs` is how many a fine-tuned row was trained,
+    `stopped` why it ended.
     """
 
     id: str
@@ -176,6 +178,8 @@ class Candidate:
     file_bytes: int | None = None
     parity: Parity | None = None
     recovered_by: str | None = None
+    epochs: int | None = None
+    stopped: str | None = None
     pareto: bool = False
     artifact: str | None = None
     stored_file: str | None = None

@@ -134,7 +134,13 @@ class RunStore:
             file.truncate(0)
             file.write(str(os.getpid()))
             file.flush()
+            self._clean()
             yield
+
+    def _clean(self) -> None:
+        """Remove what a killed run was writing: never read, it would only take room."""
+        for path in self.folder.rglob(".*.tmp"):
+            path.unlink(missing_ok=True)
 
     def clear(self) -> None:
         """Forget every stage; the artifacts in the directory stay."""
@@ -187,7 +193,8 @@ class RunStore:
         Raises:
             JobError: the disk is full, or the place cannot be written.
         """
-        tidy = {array_name: np.ascontiguousarray(array) for array_name, array in arrays.items()}
+        # Not ascontiguousarray, which makes one axis out of none.
+        tidy = {array_name: np.asarray(array, order="C") for array_name, array in arrays.items()}
         metadata = {"key": hash_key(key), "digest": _hash_arrays(tidy)}
         write_atomically(self._path(name, ".safetensors"), safetensors.numpy.save(tidy, metadata=metadata))
 
@@ -203,6 +210,10 @@ class RunStore:
         except (OSError, ValueError, safetensors.SafetensorError):
             return None
         return arrays if metadata.get("digest") == _hash_arrays(arrays) else None
+
+    def remove_arrays(self, name: str) -> None:
+        """Forget the arrays kept under `name`, where there are any."""
+        self._path(name, ".safetensors").unlink(missing_ok=True)
 
     def _path(self, name: str, suffix: str) -> Path:
         if not _NAME.fullmatch(name):

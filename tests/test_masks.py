@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from mm_edge.errors import JobError
-from mm_edge.masks import apply_masks_, build_mask, build_masks, measure_sparsity, rank, rank_scores
+from mm_edge.masks import bind_masks, build_mask, build_masks, measure_sparsity, rank, rank_scores
 from mm_edge.records import Assignment, Layer
 
 scores = st.lists(st.sampled_from([0.0, 0.5, 1.0, 2.0]) | st.floats(0, 10, width=32), min_size=1, max_size=60)
@@ -66,7 +66,7 @@ def test_from_scores_to_a_masked_module() -> None:
     bias = module[0].bias.detach().clone()
     rankings = rank_scores(layers, {fqn: np.abs(w) for fqn, w in weights.items()})
     masks = build_masks(rankings, Assignment("magnitude", ("balanced",), {"0.weight": 0.5, "2.weight": 0.25}))
-    apply_masks_(module, masks)
+    bind_masks(module, masks).apply_()
     assert [int((~masks[layer.fqn]).sum()) for layer in layers] == [108, 20]
     assert measure_sparsity(weights, layers) == pytest.approx(128 / 296)
     assert measure_sparsity(weights, layers[1:]) == 0.25 and measure_sparsity(weights, []) == 0.0
@@ -79,7 +79,7 @@ def test_pruned_weights_become_zero_whatever_they_were() -> None:
         module[2].weight[0, 0] = float("inf")
     mask = np.ones((10, 8), dtype=bool)
     mask[0, 0] = False
-    apply_masks_(module, {"2.weight": mask})
+    bind_masks(module, {"2.weight": mask}).apply_()
     assert module[2].weight[0, 0].item() == 0.0
 
 
@@ -89,5 +89,5 @@ def test_errors() -> None:
         rank_scores(layers, {})
     assert str(missing.value) == "layer '0.weight' has no score, so no mask can be made for it"
     with pytest.raises(JobError) as misfit:
-        apply_masks_(module, {"2.weight": np.ones((2, 2), dtype=bool)})
+        bind_masks(module, {"2.weight": np.ones((2, 2), dtype=bool)})
     assert str(misfit.value) == "mask '2.weight' of shape (2, 2) fits no parameter of the module"

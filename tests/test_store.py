@@ -193,3 +193,24 @@ def test_what_is_kept_is_plain_json(store: RunStore) -> None:
     store.save_json("stage", KEY, CANDIDATE)
     entry = json.loads(stage_file(store, "stage.json").read_text())
     assert entry["value"]["latency_ms"]["p50"] == 0.1
+
+
+def test_what_a_killed_run_was_writing_is_removed_by_the_next(tmp_path: Path) -> None:
+    store = RunStore(tmp_path / "run")
+    left = [tmp_path / "run" / name for name in (".net.onnx.17.tmp", ".mm-edge/finetuned/.a.safetensors.17.tmp")]
+    kept = tmp_path / "run" / "candidates" / "notes.tmp"
+    for path in (*left, kept):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"half")
+    with store.lock():
+        assert [path.exists() for path in (*left, kept)] == [False, False, True]
+
+
+def test_arrays_without_axes_come_back_without_axes(tmp_path: Path) -> None:
+    store = RunStore(tmp_path / "run")
+    store.save_arrays("a", {"k": 1}, {"count": np.array(3), "row": np.zeros((1, 2))})
+    found = store.load_arrays("a", {"k": 1})
+    assert found is not None and found["count"].shape == () and found["row"].shape == (1, 2)
+    store.remove_arrays("a")
+    store.remove_arrays("a")
+    assert store.load_arrays("a", {"k": 1}) is None

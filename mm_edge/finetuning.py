@@ -1,0 +1,141 @@
+"""The dearest stage on one candidate: its masked weights, fine-tuned in PyTorch, back through the graph by name.
+
+    saved masked state -> fine-tuned state (masks hold) -> compact graph -> file -> parity -> accuracy
+
+Which rows are worth it: what is on the front, and the best row of every budget.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from mm_edge.candidates import (
+    Plan,
+    Tensors,
+    Workbench,
+    compact_model,
+    read_masked_state,
+    save_candidate,
+)
+from mm_edge.data import ImageSet
+from mm_edge.errors import UsageError
+from mm_edge.evaluate import compare_logits, run_onnx
+from mm_edge.graph.compact import AxisMask, mask_tensors
+from mm_edge.models import LoadedModel
+from mm_edge.parity import torch_runner
+from mm_edge.records import Candidate, DenseRow
+from mm_edge.recover.finetune import Advance, Checkpoints, Score, Settings, Student, finetune
+from mm_edge.select import mark_pareto
+
+
+def require_trainable(model: LoadedModel) -> None:
+    """Refuse a network that only runs.
+
+    Raises:
+        UsageError: it exists only as .onnx, or as a traced program.
+    """
+    if model.module is None or isinstance(model.module, torch.fx.GraphModule):
+        what = "an .onnx file" if model.module is None else "an exported program"
+        raise UsageError(
+            f"--recover finetune trains a PyTorch module, and {what} holds none; "
+            "give the checkpoint with --arch, or use --recover closed-form"
+        )
+
+
+def worth_training(candidates: Sequence[Candidate], dense: DenseRow) -> list[Candidate]:
+    """Return the rows to fine-tune: per kind those that nothing beats, and of every budget the most accurate.
+
+    Structured rows are compared by accuracy against MACs; masks change no MACs and are compared by sparsity. Without
+    accuracy nothing can be compared, and all are returned.
+    """
+    if any(row.accuracy_top1 is None for row in candidates):
+        return list(candidates)
+    found: dict[str, Candidate] = {}
+    for kind in dict.fromkeys(row.kind for row in candidates):
+        rows = [row for row in candidates if row.kind == kind]
+        if kind == "structured":
+            front = [row for row in mark_pareto(rows, dense) if row.pareto]
+        else:
+            front = [row for row in rows if not any(_denser_and_worse(row, other) for other in rows)]
+        found |= {row.id: row for row in front}
+    for name in dict.fromkeys(row.strategy for row in candidates if row.strategy.startswith("macs_")):
+        best = max((row for row in candidates if row.strategy == name), key=_quality)
+        found[best.id] = best
+    return [row for row in candidates if row.id in found]
+
+
+def _quality(row: Candidate) -> tuple[float, float]:
+    return (row.accuracy_top1 or 0.0, -(row.kl_to_dense if row.kl_to_dense is not None else np.inf))
+
+
+def _denser_and_worse(row: Candidate, other: Candidate) -> bool:
+    """Return whether `other` beats `row`: no less sparse, no less good, and better in one."""
+    mine, theirs = (row.sparsity, *_quality(row)), (other.sparsity, *_quality(other))
+    no_worse = theirs[0] >= mine[0] and theirs[1:] >= mine[1:]
+    return no_worse and mine != theirs
+
+
+def finetune_candidate(
+    bench: Workbench,
+    plan: Plan,
+    row: Candidate,
+    images: ImageSet,
+    settings: Settings,
+    checkpoints: Checkpoints,
+    advance: Advance,
+    tell: Callable[[str], None],
+) -> Candidate:
+    """Fine-tune the network of `row` and return its new record; the old one, with why, where nothing was better.
+
+    Raises:
+        ParityError: the artifact does not agree with its masked model; nothing is kept of it.
+    """
+    assert bench.module is not None and row.masked_state_dict is not None
+    plan, start = read_masked_state(bench.structure, plan, bench.folder / row.masked_state_dict)
+    found = finetune(
+        _student(bench, plan, start),
+        images,
+        bench.spec,
+        lambda state: _score(bench, plan, state),
+        settings,
+        checkpoints,
+        advance,
+        tell,
+    )
+    if found.tensors is None:
+        return replace(row, epochs=found.epochs, stopped=found.reason)
+    module = copy.deepcopy(bench.module)
+    module.load_state_dict({name: torch.from_numpy(array) for name, array in found.tensors.items()})
+    made = save_candidate(bench, plan, found.tensors, torch_runner(module), "finetune", f"{plan.file_name}-finetuned")
+    return replace(made, epochs=found.epochs, stopped=found.reason)
+
+
+def _student(bench: Workbench, plan: Plan, start: Tensors) -> Student:
+    assert bench.module is not None
+    structure = bench.structure
+    if plan.keep is None:
+        masks, idle = dict(plan.masks or {}), {}
+    else:
+        masks = {name: mask.dense() for name, mask in mask_tensors(structure, plan.keep).items()}
+        idle = {
+            name: AxisMask(structure.kept(name, plan.keep)).dense()
+            for name in bench.raw.buffers
+            if name in structure.tensor_axes
+        }
+    return Student(bench.module, start, masks, idle, bench.raw.parameters)
+
+
+def _score(bench: Workbench, plan: Plan, state: Tensors) -> Score | None:
+    """Return what the validation images say of a state, by the graph that would be exported."""
+    if bench.images.validation is None:
+        return None
+    model = ir.to_proto(compact_model(bench, plan, state)).SerializeToString()
+    logits = run_onnx(model, bench.images.validation(), bench.threads)
+    found = compare_logits(logits, bench.images.labels, bench.images.dense_logits)
+    return Score(found.accuracy_top1, found.kl_to_dense)
