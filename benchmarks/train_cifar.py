@@ -2,7 +2,8 @@
 
     cnn  timm's resnet18 at half its width (2.8 M parameters); the stem is a 3x3 convolution of stride 2 without
          max-pool, so stage 1 works on 16x16. SGD with momentum.
-    vit  timm's vit_tiny_patch16_224 at 32 px: patches of 4, 5 blocks of width 96, 3 heads (0.6 M parameters). AdamW.
+    vit  timm's vit_tiny_patch16_224 at 32 px: 8x8 tokens, 4 blocks of width 64 with 2 heads, and two convolutions
+         instead of the one that embeds patches (0.2 M parameters). AdamW.
 
 5,000 of the 50,000 training images, 500 a class drawn by the seed, are held out for choosing (never trained on); the
 test images are read once, at the end. Trained from scratch in bfloat16 autocast on one CPU core with the one-cycle
@@ -53,9 +54,16 @@ def make_cnn() -> nn.Module:
 
 
 def make_vit() -> nn.Module:
-    """Return timm's vit_tiny at 32 px: 65 tokens of width 96, 5 blocks."""
-    arguments = {"img_size": 32, "patch_size": 4, "embed_dim": 96, "depth": 5, "num_heads": 3}
-    return timm.create_model("vit_tiny_patch16_224", num_classes=10, **arguments)
+    """Return timm's vit_tiny at 32 px: 65 tokens of width 64, 4 blocks; two convolutions make the 8x8 tokens.
+
+    Early convolutions let a transformer learn from few epochs (Xiao et al. 2021).
+    """
+    arguments = {"img_size": 32, "patch_size": 4, "embed_dim": 64, "depth": 4, "num_heads": 2}
+    network = timm.create_model("vit_tiny_patch16_224", num_classes=10, **arguments)
+    first = nn.Conv2d(3, 32, 3, stride=2, padding=1, bias=False)
+    second = nn.Conv2d(32, 64, 3, stride=2, padding=1)
+    network.patch_embed.proj = nn.Sequential(first, nn.BatchNorm2d(32), nn.ReLU(), second)
+    return network
 
 
 def sgd(network: nn.Module) -> tuple[torch.optim.Optimizer, float]:
@@ -70,7 +78,7 @@ def adamw(network: nn.Module) -> tuple[torch.optim.Optimizer, float]:
 Recipe = tuple[Callable[[], nn.Module], Callable[[nn.Module], tuple[torch.optim.Optimizer, float]], int, str]
 NETWORKS: dict[str, Recipe] = {
     "cnn": (make_cnn, sgd, 8, "resnet18"),
-    "vit": (make_vit, adamw, 10, "vit_tiny_patch16_224"),
+    "vit": (make_vit, adamw, 6, "vit_tiny_patch16_224"),
 }
 
 

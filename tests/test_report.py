@@ -132,7 +132,7 @@ CONTRACT = {
     "dense.latency_ms": "p50 p90 p99 samples threads source",
     "candidates.0": (
         "id signal strategy kind precision sparsity params macs accuracy_top1 accuracy_drop agreement_top1 kl_to_dense "
-        "latency_ms speedup speedup_ci peak_memory_bytes file_bytes parity recovered_by pareto artifact "
+        "latency_ms speedup speedup_ci peak_memory_bytes file_bytes parity recovered_by epochs stopped pareto artifact "
         "masked_state_dict stored_file input_shape also_named"
     ),
     "candidates.0.parity": "max_abs_err max_rel_err top1_agreement inputs",
