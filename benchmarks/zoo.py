@@ -54,7 +54,9 @@ from mm_edge.target import load_target
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "zoo.json"
+PEERS = ROOT / "benchmarks" / "results" / "zoo_peers.json"
 PAGE = ROOT / "docs" / "zoo.md"
+PEER_NAMES = ("torch-pruning", "onnxsim")
 TARGET = "x86_64-avx512"
 BUDGET = 0.50
 BUDGET_SLACK = 0.03
@@ -288,37 +290,67 @@ def gather(families: dict[str, dict[str, Any]], work: Path) -> None:
 
 INTRODUCTION = """# Every architecture timm has
 
-Made by `python benchmarks/zoo.py --page` from `benchmarks/results/zoo.json`; do not edit.
+Made by `python benchmarks/zoo.py --page` from `benchmarks/results/zoo.json` and `zoo_peers.json`; do not edit.
 
 The smallest network of at least a million parameters of every timm module, norms, layer scales and BatchNorm
 statistics randomised. `balanced` is the multiply-adds left by that strategy under the rule ranges for the target
 {target}; `--macs 0.50` what the budget leaves. Error is the compact ONNX model against the masked PyTorch module,
 relative to the largest output, on two random inputs; at most 1e-4 is exact. Weights are random: this says nothing of
-accuracy.
+accuracy. Torch-Pruning and onnxsim were asked for a channel ratio of 0.5 on the same networks
+(`benchmarks/zoo_peers.py`); where their model does not run or its output changes shape, the column says so.
 
 - {pruned} of {families} families lose at least a quarter of their multiply-adds at `balanced`, exactly.
 - {on_budget} of {families} reach `--macs 0.50` (at most 3 % below it), exactly.
 - Median of the multiply-adds left at `balanced`: {median:.1%}.
+{peers}
 - {versions}.
 """
 
 
-def page(result: dict[str, Any]) -> str:
+def peer_line(name: str, peers: dict[str, Any]) -> str:
+    found = peers[name]
+    return (
+        f"- {name} {peers['versions'][name]} at ratio 0.5: a working model of {found['works']} of {peers['families']} "
+        f"families, median {found['median_macs_ratio']:.1%} of the multiply-adds left; {found['at_most_0.75']} "
+        f"families come under 75 %, {found['at_most_0.50']} under 50 %, {found['not_pruned']} are not pruned at all."
+    )
+
+
+def peer_cell(row: dict[str, Any]) -> str:
+    """What a peer left of one network, or why there is nothing to compare."""
+    if not row["runs"]:
+        return "too slow" if row.get("error", "").startswith("not done after") else "fails"
+    return f"{row['macs_ratio']:.1%}" if row["same_shape"] else "wrong shape"
+
+
+def page(result: dict[str, Any], peers: dict[str, Any]) -> str:
     """Return the page as Markdown."""
+    by_peer = {row["family"]: row for row in peers["rows"]}
     versions = ", ".join(f"{package} {version}" for package, version in result["versions"].items())
     median = result["median_macs_ratio_balanced"]
-    lines = [INTRODUCTION.format(**{**result, "versions": versions}, median=median)]
-    lines += ["| family | network | balanced | error | `--macs 0.50` | error | groups | export s | 30 plans s |"]
-    lines += ["|---|---|---|---|---|---|---|---|---|"]
+    lines = [
+        INTRODUCTION.format(
+            **{**result, "versions": versions},
+            peers="\n".join(peer_line(name, peers) for name in PEER_NAMES),
+            median=median,
+        )
+    ]
+    lines += [
+        "| family | network | balanced | error | `--macs 0.50` | error | Torch-Pruning | onnxsim | groups | export s "
+        "| 30 plans s |"
+    ]
+    lines += ["|---|---|---|---|---|---|---|---|---|---|---|"]
     failed = [row for row in result["rows"] if "error" in row]
     for row in result["rows"]:
         if "error" in row:
             continue
         balanced, budget, seconds = row["balanced"], row["budget"], row["seconds"]
+        others = " | ".join(peer_cell(by_peer[row["family"]][name]) for name in PEER_NAMES)
         lines.append(
             f"| {row['family']} | {row['name']} | {balanced['macs_ratio']:.1%}{'' if pruned(row) else ' (!)'} "
             f"| {balanced['max_rel_err']:.0e} | {budget['macs_ratio']:.1%}{'' if on_budget(row) else ' (!)'} "
-            f"| {budget['max_rel_err']:.0e} | {row['groups']} | {seconds['export']:.1f} | {seconds['plan_30']:.1f} |"
+            f"| {budget['max_rel_err']:.0e} | {others} | {row['groups']} "
+            f"| {seconds['export']:.1f} | {seconds['plan_30']:.1f} |"
         )
     lines += ["", "## What holds the five families pruned least", ""]
     by_family = {row["family"]: row for row in result["rows"]}
@@ -345,7 +377,7 @@ def main() -> None:
         run_child(arguments.one[0], [int(size) for size in arguments.one[1:]])
     elif arguments.page:
         PAGE.parent.mkdir(exist_ok=True)
-        PAGE.write_text(page(json.loads(RESULT.read_text())))
+        PAGE.write_text(page(json.loads(RESULT.read_text()), json.loads(PEERS.read_text())))
         print(f"wrote {PAGE}")
     elif arguments.work is None:
         parser.error("--work DIR is needed (or --page)")
