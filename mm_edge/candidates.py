@@ -47,6 +47,7 @@ from mm_edge.records import Assignment, Candidate, InputSpec, Layer, Parity, Spa
 from mm_edge.recover.batchnorm import has_batch_norm, reestimate_batch_norm_
 from mm_edge.recover.closed_form import recover_closed_form
 from mm_edge.recover.context import RecoveryContext
+from mm_edge.recover.pattern import recover_pattern
 from mm_edge.recover.sensitivity import Sensitivity
 from mm_edge.scores import Scores
 from mm_edge.semi_structured import parse_pattern, project, reduced_axes, require_pattern
@@ -339,8 +340,11 @@ def evaluate_artifact(bench: Workbench, artifact: Path) -> Judgement:
 
 def _solve(bench: Workbench, plan: Plan, walk_again: bool) -> tuple[Plan, Tensors, str | None]:
     """Return the plan with the indices the closed form keeps (E9), the tensors it changes, and what to call it."""
-    if bench.recovery is None or plan.keep is None:
+    if bench.recovery is None:
         return plan, {}, None
+    if plan.keep is None:
+        repaired = recover_pattern(bench.recovery, plan.masks or {}) if plan.kind == "n:m" else None
+        return plan, dict(repaired.tensors) if repaired else {}, "closed-form" if repaired and repaired.layers else None
     counts = {leaf: int(kept.sum()) for leaf, kept in plan.keep.items()}
     found = recover_closed_form(
         bench.recovery,
@@ -374,7 +378,9 @@ def _masked_weights(
         for name, tensor in module.state_dict().items():
             if name in changes or name in masks or (plan.masks is not None and name in plan.masks):
                 tensor.copy_(torch.from_numpy(np.ascontiguousarray(pruned(name, tensor.numpy(force=True)))))
-    if bench.recover == "bn" and bench.images.recovery is not None and has_batch_norm(module):
+    # The closed form has nothing to say of single weights without a pattern.
+    reestimate = bench.recover == "bn" or (bench.recover != "none" and plan.kind == "unstructured")
+    if reestimate and bench.images.recovery is not None and has_batch_norm(module):
         reestimate_batch_norm_(module, (torch.from_numpy(batch) for batch in bench.images.recovery()))
         recovered = "bn"
     # Views of the copy made above, which nothing changes from here on.

@@ -87,7 +87,7 @@ from mm_edge.recover.sensitivity import Sensitivity, allocate, measure_sensitivi
 from mm_edge.report import write_report
 from mm_edge.scores import GRASP_IMAGES, Scores, gradients, hessian_gradient_products, score_weights
 from mm_edge.select import choose, mark_pareto
-from mm_edge.semi_structured import require_support
+from mm_edge.semi_structured import reduced_axes, require_support
 from mm_edge.store import RunStore, hash_file
 from mm_edge.strategies import STRATEGIES, assign
 from mm_edge.target import Target, matches_this_machine
@@ -302,21 +302,22 @@ def _gradient_batch(model: LoadedModel) -> int:
 
 def _dense_moments(job: Job, raw: RawGraph, structure: Structure) -> RecoveryContext | None:
     """Run the dense network once over calibration images: what the closed form needs for every candidate."""
-    if job.request.recover not in FROM_MOMENTS or job.data is None or not structure.groups:
+    pattern = "n:m" in job.request.kinds
+    wanted_by = pattern or ("structured" in job.request.kinds and structure.groups)
+    if job.request.recover not in FROM_MOMENTS or job.data is None or not wanted_by:
         return None
-    if "structured" not in job.request.kinds:
-        return None
+    also = tuple(reduced_axes(raw.model)) if pattern else ()
     wanted = job.data.calibration.take(CLOSED_FORM_IMAGES)
     images = np.concatenate([batch for batch, _ in wanted.batches(BATCH)])
     with job.stages.stage("dense moments") as advance:
-        return build_context(raw, structure, images, threads=2, progress=advance)
+        return build_context(raw, structure, images, also=also, threads=2, progress=advance)
 
 
 def _sensitivities(
     job: Job, structure: Structure, layers: tuple[Layer, ...], recovery: RecoveryContext | None
 ) -> dict[Axis, Sensitivity]:
     """Measure each group's sensitivity (recipe A, point 5): which selection suits it, and what a budget takes first."""
-    if recovery is None:
+    if recovery is None or "structured" not in job.request.kinds:
         return {}
     ladders = make_ladders(structure, layers, job.target, job.request.precisions)
     with job.stages.stage("sensitivities") as advance:

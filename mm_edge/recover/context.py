@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,12 +64,20 @@ def build_context(
     structure: Structure,
     images: npt.NDArray[np.float32],
     *,
+    also: Collection[str] = (),
     threads: int = 1,
     progress: Advance | None = None,
 ) -> RecoveryContext:
-    """Run the dense network once over the calibration `images` (N, C, H, W) and keep what all candidates need."""
+    """Run the dense network once over the calibration `images` (N, C, H, W) and keep what all candidates need.
+
+    Moments are kept of every weight that can lose columns, and of the weights named in `also`.
+    """
     network = Network(raw.model.clone())
-    consumers = {item.weight: item for item in read_consumers(raw, network) if can_lose_columns(structure, item)}
+    consumers = {
+        item.weight: item
+        for item in read_consumers(raw, network)
+        if item.weight in also or can_lose_columns(structure, item)
+    }
     images = images[: min(IMAGES_MOST, _affordable_images(network, tuple(consumers.values())))]
     held = min(max(int(HELD_BACK * len(images)), 1), HELD_BACK_MOST)
     fitted = tuple(range(len(images) - held))
