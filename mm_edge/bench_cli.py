@@ -20,6 +20,7 @@ from mm_edge.bench import qemu, worker
 from mm_edge.bench.audit import Audit, audit_model
 from mm_edge.bench.connect import missing, open_transport
 from mm_edge.bench.host import describe
+from mm_edge.bench.pattern import PatternTime, time_pattern_layers
 from mm_edge.bench.session import (
     EMULATED,
     MINIMUM_PAIRS,
@@ -35,6 +36,7 @@ from mm_edge.bench.session import (
 from mm_edge.bench.transport import LocalTransport, Transport
 from mm_edge.errors import BenchError, TargetError, UsageError
 from mm_edge.records import Parity, to_json
+from mm_edge.semi_structured import pattern_options
 from mm_edge.target import (
     OP_CLASSES,
     Target,
@@ -116,6 +118,8 @@ def _measure_all(job: _Job) -> dict[str, Any]:
         rows = [_row(job, model) for model in job.models]
         status.update("kernels")
         audits = {model.name: _audit(job, model, machine) for model in job.models if job.audit}
+        status.update("2:4 layer by layer")
+        layers, why = _time_patterns(job)
     rows[0] |= {"latency_ms": pairs[0].dense_latency}
     for row, pair in zip(rows[1:], pairs if len(job.models) > 1 else (), strict=True):
         row |= {
@@ -133,7 +137,8 @@ def _measure_all(job: _Job) -> dict[str, Any]:
         "pairs": job.pairs,
         "models": rows,
         "audit": audits if job.audit else None,
-        "warnings": [*machine["doubts"], *merge_doubts(pairs)],
+        "n_m_layers": layers,
+        "warnings": [*machine["doubts"], *merge_doubts(pairs), *why],
     }
 
 
@@ -148,6 +153,20 @@ def _measure_one(job: _Job, model: Path, index: int, fingerprint: str) -> Measur
         raw_samples=raw,
         fingerprint=fingerprint,
     )
+
+
+def _time_patterns(job: _Job) -> tuple[dict[str, list[PatternTime]], list[str]]:
+    """Return, by model, its 2:4 layers against dense ones where the target runs the pattern, and what to warn of."""
+    found: dict[str, list[PatternTime]] = {}
+    notes: list[str] = []
+    for model in job.models if job.target.n_m else ():
+        rows, why = time_pattern_layers(model, job.target, job.transport)
+        if rows:
+            found[model.name] = rows
+        notes += [why] if why else []
+    if pattern_options(job.target):
+        notes.append("TensorRT may use fp16 for every model here, the dense one too: ratios show 2:4, not fp16")
+    return found, list(dict.fromkeys(notes))
 
 
 def _audit(job: _Job, model: Path, machine: dict[str, Any]) -> Audit:
@@ -222,6 +241,8 @@ def _print_bench(document: dict[str, Any]) -> None:
         console.print(f"the harness itself costs {document['harness_ms'] * 1000:.1f} microseconds a run")
     for name, audit in (document["audit"] or {}).items():
         _print_audit(name, audit)
+    for name, layers in document["n_m_layers"].items():
+        _print_pattern(name, layers)
     for warning in document["warnings"]:
         Console(stderr=True).print(f"warning: {escape(warning)}")
 
@@ -234,6 +255,19 @@ def _print_audit(name: str, audit: Audit) -> None:
     table.add_row("all other operators", "", f"{audit.other_share:.1%}", "", "")
     Console().print(table)
     click.echo(f"optimised graph: {audit.graph_file}")
+
+
+def _print_pattern(name: str, layers: list[PatternTime]) -> None:
+    table = _table(f"2:4 layers of {name}, fp16", ("node", "size", "dense us", "2:4 us", "speed-up", "why"))
+    for row in layers:
+        size = " x ".join("?" if part is None else str(part) for part in _layer_size(row))
+        times = (_number(row.dense_us, 1), _number(row.sparse_us, 1), _number(row.speedup, 2, "x"))
+        table.add_row(escape(row.layer.name), size, *times, row.reason or "")
+    Console().print(table)
+
+
+def _layer_size(row: PatternTime) -> tuple[int | None, int, int]:
+    return row.layer.rows, row.layer.inputs, row.layer.outputs
 
 
 def _table(title: str, headings: tuple[str, ...]) -> Table:

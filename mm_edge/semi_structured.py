@@ -12,6 +12,7 @@ minimises E[((w - w') x)^2] + r |w'_S - w_S|^2 and leaves w'_R = 0.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from mm_edge.errors import ParityError, UsageError
-from mm_edge.export import constant_array
+from mm_edge.export import constant_array, raw_from_onnx
 from mm_edge.masks import Mask
 from mm_edge.records import Layer
 from mm_edge.target import Target
@@ -48,6 +49,20 @@ class Pattern:
     def __str__(self) -> str:
         """Return "n:m"."""
         return f"{self.n}:{self.m}"
+
+
+@dataclass(frozen=True)
+class PatternLayer:
+    """One product of a deployed model with its size: `rows` positions by `inputs` to `outputs`.
+
+    `rows` is None for a convolution over a window, which is no single matrix product.
+    """
+
+    name: str
+    op_type: str
+    rows: int | None
+    inputs: int
+    outputs: int
 
 
 @dataclass(frozen=True)
@@ -222,6 +237,42 @@ def compensate(weight: Floats, moment: npt.NDArray[np.float64], mask: Mask, ridg
     return result
 
 
+def pattern_options(target: Target) -> dict[str, str]:
+    """Return ONNX Runtime's provider options with which `target` uses 2:4 kernels; empty where it has none.
+
+    TensorRT's sparse kernels are fp16 and int8 ones, so fp16 is allowed, for the dense model beside it too.
+    """
+    if not target.n_m or target.provider != "TensorrtExecutionProvider":
+        return {}
+    return {"trt_fp16_enable": "1", "trt_sparsity_enable": "1"}
+
+
+def pattern_layers(path: Path, pattern: Pattern) -> list[PatternLayer]:
+    """Return the products of a deployed model whose weights keep `pattern` and are not dense.
+
+    Raises:
+        ModelError: the file is not an ONNX model.
+    """
+    model = raw_from_onnx(path).model
+    found = []
+    for node, operand, axis in _products(model):
+        value, result = node.inputs[operand], node.outputs[0]
+        array = constant_array(value)
+        if value is None or array is None or array.ndim < 2 or result.shape is None or not np.any(array == 0):
+            continue
+        weight = np.moveaxis(array, axis, -1)
+        if weight.shape[-1] % pattern.m or _count_broken(weight, pattern):
+            continue
+        sizes = [int(size) for size in result.shape if isinstance(size, int)]
+        spatial = array.shape[2:] if node.op_type.startswith("Conv") else ()
+        outputs = int(weight.size // weight.shape[-1] // math.prod(spatial))
+        groups = node.attributes.get("group")
+        plain = all(size == 1 for size in spatial) and (groups is None or groups.as_int() == 1)
+        rows = math.prod(sizes) // outputs if plain else None
+        found.append(PatternLayer(str(value.name), node.op_type, rows, int(weight.shape[-1]), outputs))
+    return found
+
+
 def runtime_instructions(target: Target, pattern: Pattern, artifact: str) -> RuntimeInstructions:
     """Return what the target's runtimes need to use `pattern` in the file `artifact`.
 
@@ -232,7 +283,7 @@ def runtime_instructions(target: Target, pattern: Pattern, artifact: str) -> Run
     engine = str(Path(artifact).with_suffix(".engine"))
     return RuntimeInstructions(
         trtexec=("trtexec", f"--onnx={artifact}", f"--saveEngine={engine}", "--fp16", "--sparsity=enable"),
-        provider_options={"trt_fp16_enable": "1", "trt_sparsity_enable": "1"},
+        provider_options=pattern_options(target),
         pytorch=(
             "module = module.half()",
             "for layer in module.modules():",

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
+import torch
 from bench_models import save_convs
 
 from mm_edge.bench import worker
@@ -36,7 +37,8 @@ def test_it_is_python_3_8_and_needs_only_numpy_and_onnxruntime():
             names.update(alias.name.split(".")[0] for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             names.add((node.module or "").split(".")[0])
-    assert names - set(sys.stdlib_module_names) == {"numpy", "onnxruntime"}
+    # PyTorch is for the products of GPUs alone, and its absence is an answer, not a crash
+    assert names - set(sys.stdlib_module_names) == {"numpy", "onnxruntime", "torch"}
 
 
 def test_measure_gives_paired_samples(tmp_path):
@@ -125,3 +127,15 @@ def test_cpuinfo_of_an_arm_board(monkeypatch):
     cpu = worker.read_cpu()
     assert cpu["flags"] == ["asimd", "asimddp", "fp"]
     assert cpu["parts"] == ["0x41/0xd05", "0x41/0xd0b"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA GPU here: the products are measured on it")
+def test_products_without_a_gpu_are_refused_in_a_sentence(tmp_path):
+    error = ask("products", tmp_path, products=[[8, 64, 32]], runs=20)["error"]
+    assert error == {"kind": "gpu", "message": "layer times need a CUDA GPU that PyTorch can use, and there is none"}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here: 2:4 kernels cannot be timed")
+def test_products_on_a_gpu(tmp_path):
+    result = ask("products", tmp_path, products=[[512, 1024, 1024], [8, 64, 32]], runs=20)["result"]
+    assert [len(samples) for key in ("dense_ns", "sparse_ns") for samples in result[key]] == [20] * 4

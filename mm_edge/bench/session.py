@@ -26,6 +26,7 @@ from mm_edge.bench.connect import require_ready
 from mm_edge.bench.transport import DEFAULT_TIMEOUT_S, Transport, file_sha256
 from mm_edge.errors import BenchError
 from mm_edge.records import Latency, Parity
+from mm_edge.semi_structured import pattern_options
 from mm_edge.target import Target
 
 SAMPLES_VERSION = 1
@@ -164,6 +165,27 @@ def measure_null(target: Target, *, transport: Transport, runs: int = 1000) -> f
     return stats.percentile_ms(_samples(result, "null_ns", runs, transport.name), 50)
 
 
+def measure_products(
+    products: Sequence[tuple[int, int, int]], target: Target, *, transport: Transport, runs: int = MINIMUM_PAIRS
+) -> list[tuple[list[int], list[int]]]:
+    """Time matrix products (rows, inputs, outputs) dense and 2:4 on the device's GPU; nanoseconds, `runs` samples each.
+
+    Raises:
+        BenchError: the device has no PyTorch or no GPU that runs 2:4, or its answer is not one.
+    """
+    options = {**run_options(target), "products": [list(item) for item in products], "runs": runs}
+    result = transport.ask("products", {}, options)
+    lists = [result.get(key) for key in ("dense_ns", "sparse_ns")]
+    if not all(isinstance(item, list) and len(item) == len(products) for item in lists):
+        raise BenchError(f"{transport.name} sent no samples for the {len(products)} products; the answer was refused")
+    kinds = [
+        [_samples({"product_ns": samples}, "product_ns", runs, transport.name) for samples in item]
+        for item in lists
+        if isinstance(item, list)
+    ]
+    return list(zip(*kinds, strict=True))
+
+
 def evaluate(model: Path, images: Path, target: Target, *, transport: Transport) -> NDArray[np.float32]:
     """Return the first output of `model` on the device for every row of the .npy file `images`.
 
@@ -218,6 +240,7 @@ def run_options(target: Target) -> dict[str, Any]:
         "threads": 0 if target.threads == "auto" else target.threads,
         "affinity": list(target.affinity),
         "provider": target.provider,
+        "provider_options": pattern_options(target),
         "session_options": target.session_options,
     }
 

@@ -47,6 +47,8 @@ BLOCK = 4  # timed runs of one model before the other has its turn
 SITTINGS = 3  # how often a measurement loads both models anew
 WARM_UP_WINDOW = 5  # warm-up is stable when the medians of two successive windows agree ...
 WARM_UP_TOLERANCE = 0.05  # ... to this fraction
+PRODUCT_WARM_UP = 20  # samples of a GPU product that do not count
+PRODUCT_REPEATS = 10  # launches between two events: one alone is shorter than an event's resolution
 WARM_UP_SECONDS = 3.0  # and ends here in any case
 
 # An ONNX model of one Identity on one float: what is left when it runs is the harness.
@@ -255,8 +257,9 @@ def _import_onnxruntime() -> Any:
 def make_session(model: Any, options: Dict[str, Any]) -> Any:
     """Return an onnxruntime session for `model` (path or bytes) as `options` ask.
 
-    `options`: threads (0 is auto), provider, session_options {key: value}, arena (default on); profile_prefix and
-    save_to ask for the profiler and for the optimised graph, its weights in a file beside it.
+    `options`: threads (0 is auto), provider, provider_options {key: value}, session_options {key: value}, arena
+    (default on); profile_prefix and save_to ask for the profiler and for the optimised graph, its weights in a file
+    beside it.
     """
     ort = _import_onnxruntime()
     provider = options.get("provider", "CPUExecutionProvider")
@@ -278,7 +281,8 @@ def make_session(model: Any, options: Dict[str, Any]) -> Any:
     for key, value in entries.items():
         settings.add_session_config_entry(key, str(value))
     try:
-        return ort.InferenceSession(model, settings, providers=[provider])
+        providers = [(provider, options.get("provider_options") or {})]
+        return ort.InferenceSession(model, settings, providers=providers)
     except Exception as error:
         raise WorkerError("model", "onnxruntime cannot load the model: %s" % _one_line(error)) from error
 
@@ -514,6 +518,55 @@ def _sum_events(events: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
     return list(nodes.values())
 
 
+def products(options: Dict[str, Any]) -> Dict[str, Any]:
+    """Time matrix products dense and 2:4 on this machine's GPU, fp16, through PyTorch.
+
+    Options: products, a list of [rows, inputs, outputs]; runs, samples of each. Values are random, since time does not
+    depend on them; a sample is the mean of PRODUCT_REPEATS launches between two events, dense and sparse in turn. The
+    result has `gpu` and, in the order of the products, `dense_ns` and `sparse_ns`, lists of samples.
+    """
+    torch = _import_torch()
+    dense: List[List[int]] = []
+    sparse: List[List[int]] = []
+    for rows, inputs, outputs in options["products"]:
+        data = torch.randn(rows, inputs, device="cuda", dtype=torch.float16)
+        weight = torch.randn(outputs, inputs, device="cuda", dtype=torch.float16)
+        weight = weight * torch.tensor([1, 1, 0, 0], device="cuda", dtype=torch.float16).repeat(inputs // 4)
+        kinds = (weight, torch.sparse.to_sparse_semi_structured(weight))
+        samples: Tuple[List[int], List[int]] = ([], [])
+        for number in range(PRODUCT_WARM_UP + int(options["runs"])):
+            for kind, taken in zip(kinds, samples):
+                spent = _time_product(torch, data, kind)
+                if number >= PRODUCT_WARM_UP:
+                    taken.append(spent)
+        dense.append(samples[0])
+        sparse.append(samples[1])
+    return {"gpu": torch.cuda.get_device_name(), "dense_ns": dense, "sparse_ns": sparse}
+
+
+def _import_torch() -> Any:
+    try:
+        import torch
+    except ImportError as error:
+        raise WorkerError("torch", "layer times need PyTorch there, and it does not import (%s)" % error) from error
+    if not torch.cuda.is_available():
+        raise WorkerError("gpu", "layer times need a CUDA GPU that PyTorch can use, and there is none")
+    if torch.cuda.get_device_capability() < (8, 0):
+        raise WorkerError("gpu", "%s has no 2:4 kernels: Ampere or later is needed" % torch.cuda.get_device_name())
+    return torch
+
+
+def _time_product(torch: Any, data: Any, weight: Any) -> int:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(PRODUCT_REPEATS):
+        torch.nn.functional.linear(data, weight)
+    end.record()
+    torch.cuda.synchronize()
+    microseconds: float = start.elapsed_time(end) * 1e3 / PRODUCT_REPEATS
+    return max(1, round(microseconds * 1e3))
+
+
 COMMANDS: Dict[str, Callable[[Dict[str, Any]], Dict[str, Any]]] = {
     "info": lambda options: describe_machine(),
     "measure": measure,
@@ -521,6 +574,7 @@ COMMANDS: Dict[str, Callable[[Dict[str, Any]], Dict[str, Any]]] = {
     "null": null,
     "evaluate": evaluate,
     "profile": profile,
+    "products": products,
 }
 
 
