@@ -87,13 +87,8 @@ class Plan:
 
     def digest(self) -> str:
         """Return a hash of what is pruned."""
-        state = hashlib.sha256(self.id.encode())
-        for name, mask in sorted(
-            [*(self.keep or {}).items(), *(self.masks or {}).items()], key=lambda item: str(item[0])
-        ):
-            state.update(f"{name}".encode())
-            state.update(np.packbits(mask).tobytes())
-        return state.hexdigest()
+        names = ",".join(self.assignment.names)
+        return hashlib.sha256(f"{self.id} {names} {_hash_masks(self.keep or self.masks or {})}".encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -449,20 +444,34 @@ def plan_all(
 def plan_n_m(
     raw: RawGraph, layers: Sequence[Layer], scores: Scores, assignments: Sequence[Assignment]
 ) -> tuple[list[Plan], dict[str, str]]:
-    """Return one n:m plan per assignment, and why the layers that none of them touches stay dense.
+    """Return one n:m plan per different set of masks, and why the layers that none of them touches stay dense.
+
+    The pattern takes the same share whatever the strategy's rho, so most strategies of a signal come to the same masks:
+    one plan carries all their names.
 
     Raises:
         UsageError: no layer is large enough to gain from the pattern.
     """
     axes = reduced_axes(raw.model)
-    plans: list[Plan] = []
+    plans: dict[tuple[str, str], Plan] = {}
     dense: dict[str, str] = {}
     for assignment in assignments:
         found = project(layers, scores[assignment.signal], assignment.sparsity, axes, PATTERN)
         dense = {fqn: reason for fqn, reason in found.dense.items() if fqn in dense or not plans}
         if found.masks:
-            plans.append(Plan(assignment, "n:m", masks=found.masks))
+            key = (assignment.signal, _hash_masks(found.masks))
+            first = plans.get(key, Plan(replace(assignment, names=()), "n:m", masks=found.masks))
+            names = (*first.assignment.names, *assignment.names)
+            plans[key] = replace(first, assignment=replace(first.assignment, names=names))
     if not plans:
         reason = next(iter(dense.values()), "it has no layer of that kind")
         raise UsageError(f"--kinds n:m: no layer of this network takes {PATTERN}: {reason}; use --kinds structured")
-    return plans, dense
+    return list(plans.values()), dense
+
+
+def _hash_masks(masks: Mapping[Any, npt.NDArray[np.bool_]]) -> str:
+    state = hashlib.sha256()
+    for name, mask in sorted(masks.items(), key=lambda item: str(item[0])):
+        state.update(f"{name}".encode())
+        state.update(np.packbits(mask).tobytes())
+    return state.hexdigest()

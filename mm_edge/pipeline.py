@@ -797,7 +797,7 @@ def _finish(
     """Mark the front, choose, read the test images once, write the report."""
     rows = mark_pareto(_with_twins(candidates), dense)
     if any(row.also_named for row in rows):
-        warnings.append("balanced and middle_50th coincide by formula: made and measured once, listed under both names")
+        warnings += _twin_notes(candidates)
     missed: ConstraintError | None = None
     chosen: Chosen | None = None
     try:
@@ -848,6 +848,16 @@ def _bundle(job: Job, bench: Workbench, row: Candidate) -> None:
             ort=request.ort,
             baked=request.bake_preprocess,
         )
+
+
+def _twin_notes(candidates: list[Candidate]) -> list[str]:
+    """Say which strategies came to the same: by formula, or because a pattern takes the same from them all."""
+    sets = dict.fromkeys((row.kind, (row.strategy, *row.also_named)) for row in candidates if row.also_named)
+    return [
+        f"{', '.join(names[:-1])} and {names[-1]} coincide{' under the pattern' if kind == 'n:m' else ' by formula'}: "
+        f"made and measured once, listed under {'both' if len(names) == 2 else 'all their'} names"
+        for kind, names in sets
+    ]
 
 
 def _with_twins(candidates: list[Candidate]) -> list[Candidate]:

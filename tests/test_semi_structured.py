@@ -13,10 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from mm_edge.candidates import Plan, plan_n_m
 from mm_edge.errors import ParityError, UsageError
 from mm_edge.export import RawGraph, deploy, export_raw
 from mm_edge.layers import read_layers
-from mm_edge.records import Layer
+from mm_edge.pipeline import _twin_notes
+from mm_edge.records import Assignment, Candidate, Layer
 from mm_edge.semi_structured import (
     Pattern,
     Projection,
@@ -236,3 +238,32 @@ def test_what_is_no_pattern(text: str) -> None:
     with pytest.raises(UsageError, match="is not a pattern n:m with n below m, such as 2:4"):
         parse_pattern(text)
     assert parse_pattern("2:4") == TWO_FOUR
+
+
+def test_strategies_that_come_to_the_same_masks_are_one_plan() -> None:
+    torch.manual_seed(0)
+    raw = export_raw(nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 256)).eval(), torch.zeros(1, 256))
+    layers = read_layers(raw)
+    scores = {"magnitude": {layer.fqn: np.abs(raw_array(raw, layer.fqn)) for layer in layers}}
+    rho = {"low": (0.1, 0.1), "one": (0.3, 0.1), "both": (0.4, 0.6), "more": (0.9, 0.3)}
+    assignments = [
+        Assignment("magnitude", (name,), dict(zip([layer.fqn for layer in layers], values, strict=True)))
+        for name, values in rho.items()
+    ]
+    plans, _ = plan_n_m(raw, layers, scores, assignments)
+    assert [plan.assignment.names for plan in plans] == [("one",), ("both", "more")]
+    assert [plan.id for plan in plans] == ["magnitude/one/n:m/fp32", "magnitude/both/n:m/fp32"]
+    assert _twin_notes([candidate(plan) for plan in plans]) == [
+        "both and more coincide under the pattern: made and measured once, listed under both names"
+    ]
+
+
+def raw_array(raw: RawGraph, name: str) -> np.ndarray:
+    value = raw.model.graph.initializers[name].const_value
+    assert value is not None
+    return value.numpy()
+
+
+def candidate(plan: Plan) -> Candidate:
+    names = plan.assignment.names
+    return Candidate(plan.id, "magnitude", names[0], "n:m", "fp32", 0.5, 0, 0, (256,), also_named=names[1:])
