@@ -160,6 +160,16 @@ def test_recovery_beats_masking_and_the_walk_beats_screening_held_back(case: Cas
     }
 
 
+def test_screening_one_selection_after_another_leaves_no_trace(case: Case) -> None:
+    other = {leaf: kept[::-1].copy() for leaf, kept in case.keep.items()}
+    expected = screen(build_context(case.raw, case.structure, case.images), other)
+    screen(case.context, case.keep)
+    found = screen(case.context, other)
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        np.testing.assert_allclose(found[name], array, atol=1e-6)
+
+
 def test_the_held_back_divergence_is_that_of_the_compact_model(case: Case) -> None:
     found = recover_closed_form(case.context, case.keep, case.counts, walked=False)
     network = Network(materialise(case.raw, case.structure, found.keep, found.tensors))

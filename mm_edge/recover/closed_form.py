@@ -178,8 +178,7 @@ def _swap_groups(context: RecoveryContext, options: _Options, start: _Start) -> 
                 continue
             tried.add(kept.tobytes())
             keep = {**best.keep, group.leaf: kept}
-            readers = [consumer.weight for consumer, _ in readers_of(context, group)]
-            tensors = screen(context, keep, _all_ridges(context, best, group, name), best.tensors, readers)
+            tensors = screen(context, keep, _all_ridges(context, best, group, name))
             trial = Network(materialise(context.raw, context.structure, keep, tensors))
             kl = divergences(context, trial, frontier)
             if is_better(kl, best.kl):

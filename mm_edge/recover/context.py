@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +26,7 @@ HELD_BACK_MOST = 128
 IMAGES_MOST = 640
 CAUTION = 0.5
 FRONTIER_BYTES = 2 << 30
+SOLUTION_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class RecoveryContext:
         logits: the dense network's answers on the held-back images.
         threads: for ONNX Runtime.
         orders: orders found so far, by group.
+        solutions: weights and shifts solved from the dense moments, by consumer, kept columns and lambda.
     """
 
     raw: RawGraph
@@ -57,6 +59,17 @@ class RecoveryContext:
     logits: npt.NDArray[np.float32]
     threads: int = 1
     orders: dict[Axis, Order] = field(default_factory=dict)
+    solutions: dict[tuple[Hashable, ...], tuple[npt.NDArray[Any], npt.NDArray[np.float64]]] = field(
+        default_factory=dict
+    )
+
+    def remember_(self, key: tuple[Hashable, ...], solution: tuple[npt.NDArray[Any], npt.NDArray[np.float64]]) -> None:
+        """Keep a solution; the oldest go when all together pass SOLUTION_BYTES."""
+        self.solutions[key] = solution
+        size = sum(weight.nbytes for weight, _ in self.solutions.values())
+        while size > SOLUTION_BYTES and len(self.solutions) > 1:
+            oldest = next(iter(self.solutions))
+            size -= self.solutions.pop(oldest)[0].nbytes
 
 
 def build_context(

@@ -10,8 +10,9 @@ network's own inputs t, and y - W0 h = W_removed t_removed: one pass over the de
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,7 @@ from mm_edge.recover.context import RecoveryContext, Tensors
 from mm_edge.recover.moments import Moments
 from mm_edge.recover.surgeon import RIDGE, damped
 
+Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float64]
 
 GENTLE = 0.3
@@ -41,6 +43,11 @@ class KeptBlocks:
     def whole(self) -> bool:
         """Whether no column is removed."""
         return bool(self.columns.all())
+
+    @property
+    def rows(self) -> BoolArray:
+        """Which outputs stay, (groups, outputs per group)."""
+        return np.asarray(np.logical_and.outer(self.groups, self.outputs))
 
 
 def kept_blocks(structure: Structure, consumer: Consumer, shape: tuple[int, ...], keep: Keep) -> KeptBlocks:
@@ -65,9 +72,9 @@ def fit(weight: Floats, moments: Moments, ridge: float) -> tuple[Floats, Floats]
 
 
 def screened_moments(dense: Moments, weight: Floats, kept: KeptBlocks) -> Moments:
-    """Return the moments of the kept part of the dense inputs, paired with the dense outputs W t."""
+    """Return the moments of the kept part of the dense inputs, paired with all the dense outputs W t."""
     covariance, mean = dense.covariance[kept.groups], dense.mean[kept.groups]
-    rows = weight[kept.groups][:, kept.outputs]
+    rows = weight[kept.groups]
     outputs = rows @ covariance[:, :, kept.columns]
     return Moments(
         mean[:, kept.columns],
@@ -77,58 +84,42 @@ def screened_moments(dense: Moments, weight: Floats, kept: KeptBlocks) -> Moment
     )
 
 
-def screen(
-    context: RecoveryContext,
-    keep: Keep,
-    ridges: Mapping[str, float] | None = None,
-    base: Tensors | None = None,
-    only: Iterable[str] | None = None,
-) -> Tensors:
+def screen(context: RecoveryContext, keep: Keep, ridges: Mapping[str, float] | None = None) -> Tensors:
     """Return recovered tensors (dense-shaped, masked) from the dense network's moments alone.
 
     Args:
-        context: the run's.
+        context: the run's; remembers what was solved, so that candidates which differ in one group cost one solving.
         keep: the indices that stay, by group.
         ridges: lambda by weight, infinite to move the mean only; RIDGE where none is given.
-        base: an earlier result to change, when only the weights in `only` read something else than then.
-        only: the weights to solve for; all without.
     """
-    structure = context.structure
+    structure, arrays = context.structure, context.network.arrays
     masks = mask_tensors(structure, keep)
-    wanted = set(context.consumers if only is None else only)
-    shifted = {item.shift.tensor for name, item in context.consumers.items() if name in wanted and item.shift}
-    tensors: Tensors = {}
-    for name, mask in masks.items():
-        before = (base or {}).get(name)
-        fresh = before is None or name in wanted or name in shifted
-        tensors[name] = apply_mask(context.network.arrays[name] if fresh else before, mask)  # type: ignore[arg-type]
-    for name, array in (base or {}).items():
-        if name not in wanted and name not in shifted:
-            tensors.setdefault(name, array)
-    for name in sorted(wanted):
+    tensors: Tensors = {name: apply_mask(arrays[name], mask) for name, mask in masks.items()}
+    for name in sorted(context.consumers):
         consumer = context.consumers[name]
-        if consumer.node in context.dense.moments:
-            _screen_consumer(context, consumer, keep, (ridges or {}).get(name, RIDGE), tensors)
+        kept = kept_blocks(structure, consumer, arrays[name].shape, keep)
+        if kept.whole or consumer.node not in context.dense.moments:
+            continue
+        solved, shift = _solution(context, consumer, kept, (ridges or {}).get(name, RIDGE))
+        tensors[name] = apply_mask(solved, masks[name])
+        if consumer.shift is not None:
+            target = consumer.shift.tensor
+            current = tensors.get(target, arrays[target])
+            change = np.where(kept.rows, shift, 0.0).reshape(-1)
+            tensors[target] = (current + consumer.shift.sign * change).astype(current.dtype)
     return tensors
 
 
-def _screen_consumer(context: RecoveryContext, consumer: Consumer, keep: Keep, ridge: float, tensors: Tensors) -> None:
-    """Solve one consumer from the dense moments and put what changes into `tensors`."""
-    dense = context.network.arrays[consumer.weight]
-    kept = kept_blocks(context.structure, consumer, dense.shape, keep)
-    if kept.whole:
-        return
-    blocks = consumer.matrix(dense)
-    moments = screened_moments(context.dense.moments[consumer.node], blocks, kept)
-    start = blocks[kept.groups][:, kept.outputs][:, :, kept.columns]
-    solved, shift = fit(start, moments, ridge)
-    groups, outputs, columns = (np.flatnonzero(part) for part in (kept.groups, kept.outputs, kept.columns))
-    full = np.zeros_like(blocks)
-    full[np.ix_(groups, outputs, columns)] = solved
-    tensors[consumer.weight] = consumer.weight_of(full, dense)
-    if consumer.shift is not None:
-        name = consumer.shift.tensor
-        whole = np.zeros((consumer.groups, len(kept.outputs)))
-        whole[np.ix_(groups, outputs)] = shift
-        current = tensors.get(name, context.network.arrays[name])
-        tensors[name] = (current + consumer.shift.sign * whole.reshape(-1)).astype(current.dtype)
+def _solution(context: RecoveryContext, consumer: Consumer, kept: KeptBlocks, ridge: float) -> tuple[Array, Floats]:
+    """Return the weight, dense-shaped, that `consumer` gets for the kept columns, and the shift of every output."""
+    key = (consumer.weight, kept.groups.tobytes(), kept.columns.tobytes(), ridge)
+    if key not in context.solutions:
+        dense = context.network.arrays[consumer.weight]
+        blocks = consumer.matrix(dense)
+        moments = screened_moments(context.dense.moments[consumer.node], blocks, kept)
+        solved, shift = fit(blocks[kept.groups][:, :, kept.columns], moments, ridge)
+        full, shifts = np.zeros_like(blocks), np.zeros(blocks.shape[:2])
+        full[np.ix_(np.flatnonzero(kept.groups), np.arange(blocks.shape[1]), np.flatnonzero(kept.columns))] = solved
+        shifts[kept.groups] = shift
+        context.remember_(key, (consumer.weight_of(full, dense), shifts))
+    return context.solutions[key]
