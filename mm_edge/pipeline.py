@@ -83,7 +83,14 @@ from mm_edge.records import (
 )
 from mm_edge.recover.context import RecoveryContext, build_context
 from mm_edge.recover.finetune import Checkpoints, Settings
-from mm_edge.recover.sensitivity import Sensitivity, allocate, measure_sensitivities, select_by_sensitivity
+from mm_edge.recover.sensitivity import (
+    Sensitivity,
+    allocate,
+    from_arrays,
+    measure_sensitivities,
+    select_by_sensitivity,
+    to_arrays,
+)
 from mm_edge.report import write_report
 from mm_edge.scores import GRASP_IMAGES, Scores, gradients, hessian_gradient_products, score_weights
 from mm_edge.select import choose, mark_pareto
@@ -320,8 +327,23 @@ def _sensitivities(
     if recovery is None or "structured" not in job.request.kinds:
         return {}
     ladders = make_ladders(structure, layers, job.target, job.request.precisions)
+    key = job.key(
+        data=job.data_key,
+        images=CLOSED_FORM_IMAGES,
+        keep=job.request.keep,
+        prune_norms=job.request.prune_norms,
+        widths=[item.widths for item in ladders],
+    )
+    stored = job.store.load_arrays("sensitivities", key)
+    if stored is not None:
+        found = from_arrays(structure, stored)
+        # The costly part of them; selections ask for it again.
+        recovery.orders.update({leaf: item.surgeon for leaf, item in found.items()})
+        return found
     with job.stages.stage("sensitivities") as advance:
-        return measure_sensitivities(recovery, ladders, advance)
+        found = measure_sensitivities(recovery, ladders, advance)
+    job.store.save_arrays("sensitivities", key, to_arrays(structure, found))
+    return found
 
 
 def _plan(

@@ -20,7 +20,7 @@ from mm_edge.recover.consumers import read_branch, read_consumers
 from mm_edge.recover.context import RecoveryContext, build_context, divergence
 from mm_edge.recover.moments import Moments
 from mm_edge.recover.network import Frontier, Network
-from mm_edge.recover.sensitivity import allocate, measure_sensitivities, select_by_sensitivity
+from mm_edge.recover.sensitivity import allocate, from_arrays, measure_sensitivities, select_by_sensitivity, to_arrays
 from mm_edge.recover.solve import fit, screen
 
 
@@ -271,3 +271,9 @@ def test_allocation_meets_the_budget_with_the_measured_costs(case: Case) -> None
         assert macs <= fraction * case.structure.macs()
         for leaf, kept in select_by_sensitivity(measured, counts).items():
             assert kept.sum() == counts[leaf]
+    stored = from_arrays(case.structure, to_arrays(case.structure, measured))
+    assert list(stored) == list(measured)
+    assert allocate(case.structure, stored, 0.7 * case.structure.macs(), ladders) == counts
+    kept, again = select_by_sensitivity(measured, counts), select_by_sensitivity(stored, counts)
+    assert all(np.array_equal(mask, again[leaf]) for leaf, mask in kept.items())
+    assert [item.points for item in stored.values()] == [item.points for item in measured.values()]

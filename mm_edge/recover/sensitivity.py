@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -99,6 +100,36 @@ def measure_sensitivities(
         found[group.leaf] = _measure(context, group, widths[group.leaf], frontier)
         if progress is not None:
             progress(done + 1, len(groups))
+    return found
+
+
+def to_arrays(structure: Structure, sensitivities: Mapping[Axis, Sensitivity]) -> dict[str, npt.NDArray[Any]]:
+    """Return measured sensitivities as named arrays, for the run directory."""
+    numbers = {group.leaf: number for number, group in enumerate(structure.groups)}
+    arrays: dict[str, npt.NDArray[Any]] = {"groups": np.array([numbers[leaf] for leaf in sensitivities], np.int64)}
+    for leaf, item in sensitivities.items():
+        for name, order in (("surgeon", item.surgeon), ("energy", item.energy)):
+            arrays[f"{numbers[leaf]}/{name}/removed"] = order.removed
+            arrays[f"{numbers[leaf]}/{name}/error"] = order.error
+        points = [(point.count, point.kl, point.select == "obs", point.ridge) for point in item.points]
+        arrays[f"{numbers[leaf]}/points"] = np.array(points, dtype=np.float64)
+    return arrays
+
+
+def from_arrays(structure: Structure, arrays: Mapping[str, npt.NDArray[Any]]) -> dict[Axis, Sensitivity]:
+    """Return what `to_arrays` was given."""
+    found: dict[Axis, Sensitivity] = {}
+    for number in arrays["groups"]:
+        surgeon, energy = (
+            Order(arrays[f"{number}/{name}/removed"], arrays[f"{number}/{name}/error"])
+            for name in ("surgeon", "energy")
+        )
+        points = tuple(
+            Measured(int(count), float(kl), "obs" if by_surgeon else "energy", float(ridge))
+            for count, kl, by_surgeon, ridge in arrays[f"{number}/points"]
+        )
+        leaf = structure.groups[number].leaf
+        found[leaf] = Sensitivity(leaf, surgeon, energy, points)
     return found
 
 
