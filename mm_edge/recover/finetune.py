@@ -276,8 +276,13 @@ class _Run:
         self.spec, self.settings, self.plan, self.device = spec, settings, plan, device
         self.step = 0
         self._student = student
-        self._teacher = copy.deepcopy(student.dense).to(device).eval().requires_grad_(False)
-        self._module = copy.deepcopy(student.dense).to(device)
+        # Convolutions train a fifth faster so on a CPU; on mps the layout has had wrong results.
+        self._layout = torch.contiguous_format if device.type == "mps" else torch.channels_last
+        self._teacher, self._module = (
+            copy.deepcopy(student.dense).to(device).to(memory_format=self._layout)  # type: ignore[call-overload]
+            for _ in range(2)
+        )
+        self._teacher.eval().requires_grad_(False)
         _assign_(self._module.state_dict(), student.start)
         self._module.train()
         for name, parameter in self._module.named_parameters():
@@ -324,7 +329,7 @@ class _Run:
         total = sum(len(images) for images, _ in read)
         self._optimiser.zero_grad(set_to_none=True)
         for images, labels in read:
-            loss = self._loss(images.to(self.device), labels.to(self.device))
+            loss = self._loss(images.to(self.device, memory_format=self._layout), labels.to(self.device))
             (loss * (len(images) / total)).backward()  # type: ignore[no-untyped-call]
         for group in self._optimiser.param_groups:
             group["lr"] = rate(self.step, self.plan.steps, self.settings)
