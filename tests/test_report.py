@@ -244,6 +244,15 @@ def test_markdown_has_every_row_dense_first() -> None:
     assert '- data: splits {"calibration": 4, "validation": 2, "test": 2}' in text
 
 
+def test_markdown_says_how_rows_were_fine_tuned() -> None:
+    tuned = dataclasses.replace(
+        FAST, recovered_by="finetune", epochs=2, stopped="all 2 epochs done; epoch 1 is the best"
+    )
+    line = "- product/balanced/structured/fp32: 2 epochs; all 2 epochs done; epoch 1 is the best (kept: finetune)"
+    assert f"## Fine-tuning\n\n{line}\n" in write_markdown(make_report(tuned, UNMEASURED))
+    assert "Fine-tuning" not in write_markdown(make_report(FAST))
+
+
 def test_markdown_cannot_be_broken_by_a_name() -> None:
     model = dataclasses.replace(make_report(FAST).model, name="net|<b>`x`\nnext")
     assert write_markdown(make_report(FAST, model=model)).splitlines()[0] == "# net\\|\\<b\\>\\`x\\` next on host"

@@ -49,6 +49,7 @@ def write_markdown(report: Report) -> str:
         "Points are top-1 against dense; a loss is negative. Speed-up is the median ratio of interleaved pairs, "
         "with its interval.",
         _write_choice(report),
+        _write_training(report),
         _write_skipped(report),
         "## How this was made",
         _write_facts(report),
@@ -118,6 +119,16 @@ def _write_warnings(report: Report) -> str:
     if not report.warnings:
         return ""
     return "## Warnings\n\n" + "\n".join(f"- {_escape(warning)}" for warning in report.warnings)
+
+
+def _write_training(report: Report) -> str:
+    """Say of every row that was fine-tuned how long, why it ended and whose weights it has."""
+    rows = [row for row in report.candidates if row.epochs is not None]
+    lines = [
+        f"- {_escape(row.id)}: {row.epochs} epochs; {_escape(str(row.stopped))} (kept: {_escape(str(row.recovered_by))})"
+        for row in rows
+    ]
+    return "\n".join(["## Fine-tuning", "", *lines]) if lines else ""
 
 
 def _write_skipped(report: Report) -> str:
