@@ -125,7 +125,7 @@ def _write_training(report: Report) -> str:
     """Say of every row that was fine-tuned how long, why it ended and whose weights it has."""
     rows = [row for row in report.candidates if row.epochs is not None]
     lines = [
-        f"- {_escape(row.id)}: {row.epochs} epochs; {_escape(str(row.stopped))} (kept: {_escape(str(row.recovered_by))})"
+        f"- {_escape(row.id)}: {row.epochs} epochs; {_escape(row.stopped or '')} (kept: {row.recovered_by})"
         for row in rows
     ]
     return "\n".join(["## Fine-tuning", "", *lines]) if lines else ""
