@@ -34,11 +34,7 @@ from mm_edge.target import load_target, matches_this_machine, resolve_host
 RANGES = ("rules", "observed")
 KINDS = ("structured", "n:m", "unstructured")
 ACCURACY_ON = ("host", "device")
-RECOVERIES = ("none", "bn", "closed-form", "finetune")
-# Values of the contract whose work has not landed, refused by name.
-PENDING = {
-    "--recover": ("tune",),
-}
+RECOVERIES = ("none", "bn", "closed-form", "tune", "finetune")
 
 
 class RequestFields(TypedDict, total=False):
@@ -141,7 +137,7 @@ def make_request(setting: Setting, **fields: Unpack[RequestFields]) -> Request:
     """Return the checked request; without `recover`, BatchNorm is re-estimated where there are images.
 
     Raises:
-        UsageError: a name is unknown or not available yet, or a value is out of its bounds.
+        UsageError: a name is unknown, or a value is out of its bounds.
     """
     recover = fields.get("recover", "none" if setting.data is None else "bn")
     check_names((recover,), RECOVERIES, "--recover")
@@ -184,16 +180,13 @@ def check_names(names: Sequence[str], allowed: tuple[str, ...], option: str) -> 
     """Return `names`, each once.
 
     Raises:
-        UsageError: one is unknown or not available yet, or there is none.
+        UsageError: one is unknown, or there is none.
     """
     if not names:
         raise UsageError(f"{option} is empty; allowed: {', '.join(allowed)}")
-    pending = PENDING.get(option, ())
     for name in names:
-        if name in pending:
-            raise UsageError(f"{option} {name} is not available yet; allowed: {', '.join(allowed)}")
         if name not in allowed:
-            raise UsageError(unknown_name(option, name, (*allowed, *pending)))
+            raise UsageError(unknown_name(option, name, allowed))
     return tuple(dict.fromkeys(names))
 
 
@@ -209,8 +202,8 @@ def run_job(load: Callable[[], LoadedModel], setting: Setting, request: Request,
         raise UsageError("--host names a device to measure on and --no-bench measures nothing; leave one out")
     with stages.stage("load"):
         model = load()
-        if request.recover == "finetune":
-            require_trainable(model)
+        if request.recover in ("tune", "finetune"):
+            require_trainable(model, request.recover)
         data = None
         if setting.data is not None:
             data = open_data(setting.data, model.input, model.info.num_classes, setting.split, request.seed)

@@ -137,7 +137,9 @@ def _load(model: str, options: dict[str, Any]) -> LoadedModel:
 @click.option(
     "--kinds", default="structured", show_default=True, help="Comma-separated: structured, n:m (2:4), unstructured."
 )
-@click.option("--recover", default=None, help="none, bn, closed-form or finetune.  [default: bn with data, else none]")
+@click.option(
+    "--recover", default=None, help="none, bn, closed-form, tune or finetune.  [default: bn with data, else none]"
+)
 @click.option("--epochs", type=int, metavar="N", help="Longest fine-tuning, in passes over the calibration images.")
 @click.option(
     "--select", default=None, help="Which channels stay: signal, obs or auto.  [default: auto with closed-form]"

@@ -65,7 +65,7 @@ def export_raw(module: nn.Module, example_input: torch.Tensor) -> RawGraph:
     Raises:
         ExportError: torch.export refuses the network, or one of its parameters is lost on the way.
     """
-    fresh = _exportable(module)
+    fresh = exportable(module)
     state = {name for name, _ in fresh.named_parameters()}
     buffers = {name for name, buffer in fresh.named_buffers() if buffer.is_floating_point()}
     model = _export(fresh, example_input)
@@ -204,7 +204,7 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
-def _exportable(module: nn.Module) -> nn.Module:
+def exportable(module: nn.Module) -> nn.Module:
     """Return a copy in eval mode with plain attention, whose lazily filled dictionaries of tensors are empty.
 
     After one eval-mode forward timm's LeViT reads its attention biases from such a dictionary, and an

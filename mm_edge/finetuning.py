@@ -34,8 +34,8 @@ from mm_edge.recover.finetune import Advance, Checkpoints, Score, Settings, Stud
 from mm_edge.select import mark_pareto
 
 
-def require_trainable(model: LoadedModel) -> None:
-    """Refuse a network that only runs.
+def require_trainable(model: LoadedModel, recover: str = "finetune") -> None:
+    """Refuse to `recover` a network that only runs.
 
     Raises:
         UsageError: it exists only as .onnx, or as a traced program.
@@ -43,7 +43,7 @@ def require_trainable(model: LoadedModel) -> None:
     if model.module is None or isinstance(model.module, torch.fx.GraphModule):
         what = "an .onnx file" if model.module is None else "an exported program"
         raise UsageError(
-            f"--recover finetune trains a PyTorch module, and {what} holds none; "
+            f"--recover {recover} trains a PyTorch module, and {what} holds none; "
             "give the checkpoint with --arch, or use --recover closed-form"
         )
 

@@ -98,11 +98,12 @@ from mm_edge.semi_structured import reduced_axes, require_support
 from mm_edge.store import RunStore, hash_file
 from mm_edge.strategies import STRATEGIES, assign
 from mm_edge.target import Target, matches_this_machine
+from mm_edge.tuning import tune_candidate
 
 # E2 asks for 5-10 % of the training data; beyond this many images the gradient's ranking no longer moves.
 GRADIENT_IMAGES = 1024
 # Ways to recover that start with the closed form.
-FROM_MOMENTS = ("closed-form", "finetune")
+FROM_MOMENTS = ("closed-form", "tune", "finetune")
 RECOVERY_IMAGES = 128
 CLOSED_FORM_IMAGES = 500
 PARITY_IMAGES = 8
@@ -192,7 +193,7 @@ def prune_export(job: Job) -> Report:
     dense = _dense_row(job, bench)
     candidates, failures = _walk_front(job, bench, plans, candidates, dense)
     warnings += failures
-    candidates, failures = _finetune_front(job, bench, plans, candidates, dense)
+    candidates, failures = _train_front(job, bench, plans, candidates, dense)
     warnings += failures
     smaller, failures = _convert_all(job, bench, dense, candidates)
     candidates += smaller
@@ -551,27 +552,29 @@ def _walk_one(job: Job, bench: Workbench, plan: Plan, screened: str) -> Candidat
     return found
 
 
-def _finetune_front(
+def _train_front(
     job: Job, bench: Workbench, plans: list[Plan], candidates: list[Candidate], dense: DenseRow
 ) -> tuple[list[Candidate], list[str]]:
-    """Fine-tune the rows that are worth it, each from what the recovery before made of it."""
-    if job.request.recover != "finetune":
+    """Tune or fine-tune the rows that are worth it, each from what the recovery before made of it."""
+    if job.request.recover not in ("tune", "finetune"):
         return candidates, []
-    assert job.data is not None
     by_id = {plan.id: plan for plan in plans}
     chosen = worth_training(candidates, dense)
-    settings = Settings(epochs=job.request.epochs, seed=job.request.seed)
+    train = _finetune_one
+    if job.request.recover == "tune":
+        # Masks of single weights have no closed form to go on from.
+        chosen, train = [row for row in chosen if row.kind == "structured"], _tune_one
     rows = {row.id: row for row in candidates}
     same: dict[str, Candidate] = {}
     failures: list[str] = []
-    with job.stages.stage("fine-tune") as advance:
+    with job.stages.stage("tune" if job.request.recover == "tune" else "fine-tune") as advance:
         for index, row in enumerate(chosen):
             assert row.masked_state_dict is not None
             digest = hash_file(job.folder / row.masked_state_dict)
             if digest not in same:
                 move = partial(_share, advance, index, len(chosen))
                 try:
-                    same[digest] = _finetune_one(job, bench, by_id[row.id], row, settings, digest, move)
+                    same[digest] = train(job, bench, by_id[row.id], row, digest, move)
                 except ParityError as error:
                     failures.append(str(error))
                     continue
@@ -581,16 +584,26 @@ def _finetune_front(
     return list(rows.values()), failures
 
 
+def _tune_one(job: Job, bench: Workbench, plan: Plan, row: Candidate, start: str, advance: Advance) -> Candidate:
+    """Tune the row whose weights have the digest `start`, or return what an earlier run made."""
+    key = job.key(data=job.data_key, plan=plan.digest(), recover="tune", start=start)
+    found = job.store.load_record(f"tuned/{plan.file_name}", key, Candidate)
+    if found is None:
+        found = tune_candidate(bench, plan, row, job.request.seed, advance)
+        files = [job.folder / path for path in (found.artifact, found.masked_state_dict) if path]
+        job.store.save_json(f"tuned/{plan.file_name}", key, found, files)
+    return found
+
+
 def _share(advance: Advance, index: int, count: int, done: int, total: int) -> None:
     """Report the steps of one row among `count` rows that take as many each."""
     advance(index * total + done, count * total)
 
 
-def _finetune_one(
-    job: Job, bench: Workbench, plan: Plan, row: Candidate, settings: Settings, start: str, advance: Advance
-) -> Candidate:
+def _finetune_one(job: Job, bench: Workbench, plan: Plan, row: Candidate, start: str, advance: Advance) -> Candidate:
     """Fine-tune the row whose weights have the digest `start`, or return or go on with what an earlier run made."""
     assert job.data is not None
+    settings = Settings(epochs=job.request.epochs, seed=job.request.seed)
     name = f"finetuned/{plan.file_name}"
     key = job.key(data=job.data_key, plan=plan.digest(), settings=settings, start=start)
     found = job.store.load_record(name, key, Candidate)

@@ -155,7 +155,7 @@ class Candidate:
 
     `file_bytes` is of the `artifact`, or of the `stored_file` where zeros were squeezed out. `accuracy_top1` is on
     validation images; `accuracy_drop` in points of dense minus this. `epochs` is how many a fine-tuned row was trained,
-    `stopped` why it ended.
+    `stopped` why it ended, or what block-wise tuning came to.
     """
 
     id: str

@@ -394,7 +394,6 @@ def test_python_refuses_what_the_command_line_refuses(tmp_path: Path) -> None:
         return str(caught.value)
 
     assert refuse(strategies=("balancd",)) == "unknown strategy 'balancd'; did you mean balanced?"
-    assert refuse(recover="tune").startswith("--recover tune is not available yet; ")
     assert refuse(kinds=()) == "--kinds is empty; allowed: structured, n:m, unstructured"
     with pytest.raises(AttributeError, match=r"^module 'mm_edge' has no attribute 'prune'$"):
         mm_edge.prune  # noqa: B018

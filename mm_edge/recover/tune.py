@@ -1,0 +1,310 @@
+"""Block-wise tuning after the closed form (recipe A, point 6): gradient steps on cached block inputs, no labels.
+
+    loss = sum_v mean_i (s_vi - d_vi)^2 / mean_i Var(d_vi)
+
+over a few *cuts* v, the narrow places between the layers that read what was pruned: s is what the pruned network has
+there, d the dense network. What comes before the first cut is run once and kept; what follows the last is not run.
+Images are crops of the calibration images, half of them mixed. Late weights are specific to classes, which a few
+hundred images do not cover: at every check the held-back images say from which cut on the closed form's weights are
+better left as they were, and the best of all checks is taken, if it is better than the closed form at all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mm_edge.graph.compact import Keep, mask_tensors, materialise
+from mm_edge.recover.context import RecoveryContext, Tensors, divergences, is_better
+from mm_edge.recover.network import Frontier, Network
+from mm_edge.recover.solve import kept_blocks
+from mm_edge.recover.traced import Traced, Values
+
+Advance = Callable[[int, int], None]
+Floats = npt.NDArray[np.float64]
+
+BATCH = 32
+STEPS = 240
+WARM_UP = 20
+CHECK = 40
+CROPS = 1280
+RATE = 4e-3
+TARGETS = 5
+CACHE_BYTES = 512 << 20
+SMALLEST_CROP = 0.35
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What tuning came to.
+
+    Attributes:
+        tensors: dense-shaped and masked, by name; where it is no better, those it started from.
+        kl_before: the divergence on held-back images it started from.
+        kl_held_back: the divergence of `tensors`.
+        better: whether `tensors` are tuned.
+        note: what was done, in words.
+        history: per check, the least divergence.
+    """
+
+    tensors: Tensors
+    kl_before: float
+    kl_held_back: float
+    better: bool
+    note: str
+    history: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Best:
+    """The best state seen: weights by name (those left as they were are not in it), step and divergence."""
+
+    weights: Values
+    step: int
+    frozen: int
+    divergence: float
+
+
+@dataclass(frozen=True)
+class Span:
+    """The operations that are tuned, from position `start` to the last of the `targets`."""
+
+    start: int
+    targets: tuple[int, ...]
+
+
+def tune(
+    context: RecoveryContext,
+    module: nn.Module,
+    keep: Keep,
+    tensors: Tensors,
+    *,
+    seed: int = 0,
+    progress: Advance | None = None,
+) -> Tuned:
+    """Tune the weights that `tensors` (dense-shaped, masked) hold, and keep the result where images say it is better.
+
+    Args:
+        context: the run's; tuning sees its `fitted` images only, the held-back ones decide.
+        module: the dense network.
+        keep: the indices that stay, by group.
+        tensors: the closed form's, solved without the held-back images.
+        seed: of crops, mixtures and order.
+        progress: called with (steps done, of how many).
+    """
+    before = _judge(context, keep, tensors)
+    start = float(before.mean())
+    traced = Traced(module, context.images.shape[1:], BATCH)
+    span = find_span(context, traced, keep)
+    if span is None:
+        return Tuned(tensors, start, start, False, "tuning dropped: no layer of its reach reads what was pruned")
+    best, history = _Tuner(context, traced, keep, tensors, span, seed).run(progress)
+    found = {**tensors, **{name: value.numpy().copy() for name, value in best.weights.items()}}
+    after = _judge(context, keep, found)
+    if not best.step or not is_better(after, before):
+        return Tuned(tensors, start, start, False, "tuning dropped: no better on held-back images", history)
+    note = f"tuned {best.step} steps up to cut {len(span.targets) - best.frozen} of {len(span.targets)}"
+    return Tuned(found, start, float(after.mean()), True, note, history)
+
+
+def _judge(context: RecoveryContext, keep: Keep, tensors: Tensors) -> Floats:
+    network = Network(materialise(context.raw, context.structure, keep, tensors))
+    return divergences(context, network, Frontier(network, context.images, context.held_back))
+
+
+def find_span(context: RecoveryContext, traced: Traced, keep: Keep) -> Span | None:
+    """Return what to tune: from as early as the cached values allow to the last layer that reads what was pruned."""
+    readers = []
+    for name, consumer in context.consumers.items():
+        shape = context.network.arrays[name].shape
+        if name in traced.readers and not kept_blocks(context.structure, consumer, shape, keep).whole:
+            readers.append(traced.readers[name][0])
+    if not readers:
+        return None
+    readers = sorted(set(readers))
+    masked = [traced.readers[name][0] for name in mask_tensors(context.structure, keep) if name in traced.readers]
+    after = [*readers[1:], len(traced.nodes)]
+    cuts = [traced.narrowest(first + 1, last) for first, last in zip(readers, after, strict=True)]
+    cuts = sorted({cut for cut in cuts if len(traced.live(cut)) == 1 and traced.can_cut(cut)})
+    starts = [cut for cut in (min(masked), *cuts) if traced.can_cut(cut)]
+    start = next((cut for cut in starts if 4 * CROPS * traced.size(cut) <= CACHE_BYTES), None)
+    if start is None or not cuts or start >= cuts[-1]:
+        return None
+    inside = [cut for cut in cuts if cut > start]
+    chosen = np.unique(np.linspace(0, len(inside) - 1, TARGETS).round().astype(int))
+    return Span(start, tuple(inside[index] for index in chosen))
+
+
+class _Tuner:
+    """The tensors of one run of tuning."""
+
+    def __init__(
+        self, context: RecoveryContext, traced: Traced, keep: Keep, tensors: Tensors, span: Span, seed: int
+    ) -> None:
+        self.context, self.traced, self.span = context, traced, span
+        self.generator = torch.Generator().manual_seed(seed)
+        self.student: Values = {name: _as_tensor(tensors.get(name), value) for name, value in traced.state.items()}
+        masks = mask_tensors(context.structure, keep)
+        self.masks = {name: torch.from_numpy(masks[name].dense()) for name in masks if name in traced.parameters}
+        end = span.targets[-1]
+        self.names = sorted(
+            name
+            for name in traced.parameters
+            if any(span.start <= position < end for position in traced.readers.get(name, ()))
+        )
+        self.inputs = traced.live(span.start)
+        self.wanted = tuple(name for cut in span.targets for name in traced.live(cut))
+
+    @torch.no_grad()
+    def cache(self) -> tuple[Values, Values]:
+        """Return the pruned network's values at the start and the dense network's at the targets, for every crop."""
+        given: dict[str, list[Tensor]] = {name: [] for name in self.inputs}
+        targets: dict[str, list[Tensor]] = {name: [] for name in self.wanted}
+        for images in crops(self.context.images[list(self.context.fitted)], CROPS, BATCH, self.generator):
+            feed = {self.traced.input: images}
+            for name, value in self.traced.run(self.student, feed, self.inputs).items():
+                given[name].append(value)
+            for name, value in self.traced.run(self.traced.state, feed, self.wanted).items():
+                targets[name].append(value.half())
+        return {n: torch.cat(v) for n, v in given.items()}, {n: torch.cat(v) for n, v in targets.items()}
+
+    def run(self, progress: Advance | None) -> tuple[_Best, tuple[float, ...]]:
+        """Return the best state by the held-back images, and the least divergence at every check."""
+        given, targets = self.cache()
+        scale = {name: _variance(value) for name, value in targets.items()}
+        weights = {name: nn.Parameter(self.student[name].clone()) for name in self.names}
+        groups = [{"params": [item], "lr": RATE * _rms(item, self.masks.get(name))} for name, item in weights.items()]
+        optimiser = torch.optim.Adam(groups, betas=(0.9, 0.99))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, _rate)
+        held = self._held_back()
+        best = _Best({}, 0, 0, self._divergence({}, held))
+        history: list[float] = []
+        order = torch.zeros(0, dtype=torch.int64)
+        for step in range(1, STEPS + 1):
+            if len(order) < BATCH:
+                order = torch.randperm(CROPS // BATCH * BATCH, generator=self.generator)
+            chosen, order = order[:BATCH], order[BATCH:]
+            with torch.enable_grad():
+                loss = self._loss(weights, chosen, given, targets, scale)
+                optimiser.zero_grad()
+                loss.backward()  # type: ignore[no-untyped-call]
+            optimiser.step()
+            schedule.step()
+            with torch.no_grad():
+                for name in weights.keys() & self.masks.keys():
+                    weights[name].mul_(self.masks[name])
+            if step % CHECK == 0:
+                found = self._check(weights, held, step)
+                history.append(found.divergence)
+                best = found if found.divergence < best.divergence else best
+            if progress is not None:
+                progress(step, STEPS)
+        return best, tuple(history)
+
+    def _loss(
+        self,
+        weights: Mapping[str, Tensor],
+        chosen: Tensor,
+        given: Mapping[str, Tensor],
+        targets: Mapping[str, Tensor],
+        scale: Mapping[str, float],
+    ) -> Tensor:
+        state = {**self.student, **weights}
+        found = self.traced.run(state, {name: value[chosen] for name, value in given.items()}, self.wanted)
+        total = torch.zeros(())
+        for name, value in found.items():
+            # A pruned channel is zero in the student whatever the dense network has there.
+            error = (value - targets[name][chosen].float()) * self._live(value)
+            total = total + error.square().mean() / scale[name]
+        return total
+
+    def _check(self, weights: Mapping[str, Tensor], held: Sequence[tuple[Values, int]], step: int) -> _Best:
+        """Return the best of the states whose weights from some cut on are left as they were."""
+        tried = []
+        for frozen, cut in enumerate((*self.span.targets[::-1],)):
+            moved = {
+                name: item.detach().clone() for name, item in weights.items() if min(self.traced.readers[name]) < cut
+            }
+            tried.append(_Best(moved, step, frozen, self._divergence(moved, held)))
+        return min(tried, key=lambda item: item.divergence)
+
+    @staticmethod
+    def _live(value: Tensor) -> Tensor:
+        """Return which channels of the student's value are not removed: those are zero on every image."""
+        axes = [axis for axis in range(value.dim()) if axis != 1]
+        return (value.detach().abs().amax(dim=axes, keepdim=True) > 0).to(value.dtype)
+
+    @torch.no_grad()
+    def _held_back(self) -> list[tuple[Values, int]]:
+        """Return the held-back images' values at the start, by batches filled up with copies, and how many count."""
+        images = torch.from_numpy(self.context.images[list(self.context.held_back)])
+        found = []
+        for part in torch.split(images, BATCH):
+            full = torch.cat([part, part[:1].expand(BATCH - len(part), *part.shape[1:])])
+            found.append((self.traced.run(self.student, {self.traced.input: full}, self.inputs), len(part)))
+        return found
+
+    @torch.no_grad()
+    def _divergence(self, weights: Mapping[str, Tensor], held: Sequence[tuple[Values, int]]) -> float:
+        state = {**self.student, **weights}
+        rows = [self.traced.run(state, given, (self.traced.output,))[self.traced.output][:n] for given, n in held]
+        logits = torch.cat(rows).double().log_softmax(-1)
+        dense = torch.from_numpy(self.context.logits).double().log_softmax(-1).reshape(logits.shape)
+        return float((dense.exp() * (dense - logits)).sum(-1).mean())
+
+
+def crops(images: npt.NDArray[np.float32], count: int, batch: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Yield `count` pictures made of `images` (N, C, H, W) in batches: crops, flipped half of the time, half mixed."""
+    order = torch.cat([torch.randperm(len(images), generator=generator) for _ in range(-(-count // len(images)))])[
+        :count
+    ]
+    for start in range(0, count, batch):
+        numbers = order[start : start + batch].tolist()
+        part = torch.stack([_crop(torch.from_numpy(images[number]), generator) for number in numbers])
+        share = torch.rand(len(part), 1, 1, 1, generator=generator)
+        share = torch.where(torch.arange(len(part)).reshape(-1, 1, 1, 1) % 2 == 0, torch.ones(()), share)
+        yield share * part + (1 - share) * part.roll(1, 0)
+
+
+def _crop(image: Tensor, generator: torch.Generator) -> Tensor:
+    """Return a random part of `image` (C, H, W) at the image's size, one in four the whole."""
+    _, height, width = image.shape
+    draw = torch.rand(5, generator=generator).tolist()
+    if draw[0] >= 0.25:
+        area = SMALLEST_CROP + (1 - SMALLEST_CROP) * draw[1]
+        ratio = math.exp((2 * draw[2] - 1) * math.log(4 / 3))
+        rows = min(height, max(1, round(height * math.sqrt(area / ratio))))
+        cols = min(width, max(1, round(width * math.sqrt(area * ratio))))
+        top, left = int(draw[3] * (height - rows + 1)), int(draw[4] * (width - cols + 1))
+        part = image[None, :, top : top + rows, left : left + cols]
+        image = functional.interpolate(part, (height, width), mode="bilinear", antialias=True)[0]
+    flip = bool(torch.rand((), generator=generator) < 0.5)
+    return image.flip(-1) if flip else image
+
+
+def _rate(step: int) -> float:
+    if step < WARM_UP:
+        return (step + 1) / WARM_UP
+    return 0.5 * (1 + math.cos(math.pi * (step - WARM_UP) / max(STEPS - WARM_UP, 1)))
+
+
+def _rms(weight: Tensor, mask: Tensor | None) -> float:
+    kept = weight.detach() if mask is None else weight.detach()[mask]
+    return max(float(kept.square().mean().sqrt()), 1e-4) if kept.numel() else 0.0
+
+
+def _variance(value: Tensor) -> float:
+    flat = value.float().transpose(0, 1).flatten(1)
+    return max(float(flat.var(dim=1).mean()), 1e-12)
+
+
+def _as_tensor(array: npt.NDArray[Any] | None, like: Tensor) -> Tensor:
+    return like if array is None else torch.from_numpy(np.array(array)).to(like.dtype).reshape(like.shape)

@@ -1,0 +1,36 @@
+"""Block-wise tuning of one candidate: what the closed form made of it, a few hundred gradient steps later.
+
+saved masked state -> tuned state (masks hold) -> compact graph -> file -> parity -> accuracy
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import torch
+
+from mm_edge.candidates import Plan, Workbench, read_masked_state, save_candidate
+from mm_edge.parity import torch_runner
+from mm_edge.records import Candidate
+from mm_edge.recover.tune import Advance, tune
+
+
+def tune_candidate(
+    bench: Workbench, plan: Plan, row: Candidate, seed: int, advance: Advance | None = None
+) -> Candidate:
+    """Tune the network of `row` and return its new record; the old one, with why, where the images say no better.
+
+    Raises:
+        ParityError: the artifact does not agree with its masked model; nothing is kept of it.
+    """
+    assert bench.module is not None and bench.recovery is not None and row.masked_state_dict is not None
+    plan, start = read_masked_state(bench.structure, plan, bench.folder / row.masked_state_dict)
+    assert plan.keep is not None
+    found = tune(bench.recovery, bench.module, plan.keep, start, seed=seed, progress=advance)
+    if not found.better:
+        return replace(row, stopped=found.note)
+    module = copy.deepcopy(bench.module)
+    module.load_state_dict({name: torch.from_numpy(array) for name, array in found.tensors.items()})
+    made = save_candidate(bench, plan, found.tensors, torch_runner(module), "tune", f"{plan.file_name}-tuned")
+    return replace(made, stopped=found.note)

@@ -1,0 +1,84 @@
+"""Tuning as a stage of the whole job: rows on the front go on from the closed form, or say that they did not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx.numpy_helper
+import pytest
+import safetensors.numpy
+from tiny_job import SIDE, save_checkpoint, write_images
+
+from mm_edge.api import Setting, make_request, run_job
+from mm_edge.errors import UsageError
+from mm_edge.models import LoadOptions, load_model
+from mm_edge.progress import Stages
+from mm_edge.records import Candidate, Report
+from mm_edge.recover import tune as module_under_test
+
+
+def run(files: Path, out: Path, rate: float, monkeypatch: pytest.MonkeyPatch) -> Report:
+    quick = {"STEPS": 40, "CHECK": 10, "WARM_UP": 5, "CROPS": 64, "BATCH": 8, "RATE": rate}
+    for name, value in quick.items():
+        monkeypatch.setattr(module_under_test, name, value)
+    setting = Setting(out=out, data=str(files / "images"), split=(0.75, 0.25, 0.0), bench=False)
+    request = make_request(setting, recover="tune", signals=("magnitude",), strategies=("max_aggressive",), macs=(0.5,))
+    loaded = load_model(str(files / "net.pt"), LoadOptions(input_size=(3, SIDE, SIDE)))
+    return run_job(lambda: loaded, setting, request, Stages())
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("files")
+    save_checkpoint(folder / "net.pt")
+    write_images(folder / "images")
+    return folder
+
+
+def test_tuned_rows_go_on_from_the_closed_form(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = run(files, tmp_path, 4e-3, monkeypatch)
+    said = [row for row in report.candidates if row.stopped is not None]
+    assert said
+    assert all(row.recovered_by in ("tune", "closed-form", "closed-form (screened)") for row in report.candidates)
+    tuned = [row for row in said if row.recovered_by == "tune"]
+    assert tuned
+    for row in tuned:
+        assert row.stopped is not None and row.stopped.startswith("tuned ")
+        assert row.artifact is not None and row.artifact.endswith("-tuned.onnx")
+        assert row.parity is not None and row.parity.max_rel_err < 1e-4
+        assert _zeros(tmp_path, row) >= row.sparsity - 1e-9
+
+
+def _zeros(folder: Path, row: Candidate) -> float:
+    """Return the share of zeros in the weights of the masked state: no less than what the row says is gone."""
+    assert row.masked_state_dict is not None
+    state = safetensors.numpy.load_file(folder / row.masked_state_dict)
+    weights = [array for array in state.values() if array.ndim > 1]
+    return sum(int((array == 0).sum()) for array in weights) / sum(array.size for array in weights)
+
+
+def test_a_row_that_was_not_bettered_says_so(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = run(files, tmp_path, 100.0, monkeypatch)
+    said = [row for row in report.candidates if row.stopped is not None]
+    assert said
+    for row in said:
+        assert row.stopped == "tuning dropped: no better on held-back images"
+        assert row.recovered_by is not None and row.recovered_by.startswith("closed-form")
+
+
+def test_an_onnx_file_cannot_be_tuned(files: Path, tmp_path: Path) -> None:
+    path = tmp_path / "net.onnx"
+    weight = onnx.numpy_helper.from_array(np.ones((2, 3, 1, 1), dtype=np.float32), "w")
+    node = onnx.helper.make_node("Conv", ["x", "w"], ["y"])
+    shape = [onnx.helper.make_tensor_value_info(n, 1, [1, c, SIDE, SIDE]) for n, c in (("x", 3), ("y", 2))]
+    onnx.save(onnx.helper.make_model(onnx.helper.make_graph([node], "g", shape[:1], shape[1:], [weight])), path)
+    loaded = load_model(str(path), LoadOptions())
+    setting = Setting(out=tmp_path / "run", data=str(files / "images"), bench=False)
+    with pytest.raises(UsageError) as caught:
+        run_job(lambda: loaded, setting, make_request(setting, recover="tune"), Stages())
+    assert str(caught.value) == (
+        "--recover tune trains a PyTorch module, and an .onnx file holds none; "
+        "give the checkpoint with --arch, or use --recover closed-form"
+    )
