@@ -49,25 +49,28 @@ def require_trainable(model: LoadedModel, recover: str = "finetune") -> None:
 
 
 def worth_training(candidates: Sequence[Candidate], dense: DenseRow) -> list[Candidate]:
-    """Return the rows to fine-tune: per kind those that nothing beats, and of every budget the most accurate.
+    """Return the rows to fine-tune: per kind those that nothing beats, and of every budget the most accurate alone.
 
     Structured rows are compared by accuracy against MACs; masks change no MACs and are compared by sparsity. Without
     accuracy nothing can be compared, and all are returned.
     """
     if any(row.accuracy_top1 is None for row in candidates):
         return list(candidates)
-    found: dict[str, Candidate] = {}
+    budgets: dict[str, list[Candidate]] = {}
+    for row in candidates:
+        if row.strategy.startswith("macs_"):
+            budgets.setdefault(row.strategy, []).append(row)
+    best = {max(rows, key=_quality).id for rows in budgets.values()}
+    # Rows of one budget differ by a hair in MACs, so that all of them may be on the front.
+    beaten = {row.id for rows in budgets.values() for row in rows} - best
+    front: set[str] = set()
     for kind in dict.fromkeys(row.kind for row in candidates):
         rows = [row for row in candidates if row.kind == kind]
         if kind == "structured":
-            front = [row for row in mark_pareto(rows, dense) if row.pareto]
+            front |= {row.id for row in mark_pareto(rows, dense) if row.pareto}
         else:
-            front = [row for row in rows if not any(_denser_and_worse(row, other) for other in rows)]
-        found |= {row.id: row for row in front}
-    for name in dict.fromkeys(row.strategy for row in candidates if row.strategy.startswith("macs_")):
-        best = max((row for row in candidates if row.strategy == name), key=_quality)
-        found[best.id] = best
-    return [row for row in candidates if row.id in found]
+            front |= {row.id for row in rows if not any(_denser_and_worse(row, other) for other in rows)}
+    return [row for row in candidates if row.id in (front | best) - beaten]
 
 
 def _quality(row: Candidate) -> tuple[float, float]:

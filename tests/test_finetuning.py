@@ -176,6 +176,7 @@ def test_the_front_and_the_best_of_each_budget_are_worth_training() -> None:
         row("b/balanced", 0.7, 70),
         row("a/macs_0.5", 0.5, 65),
         row("b/macs_0.5", 0.6, 65),
+        row("c/macs_0.5", 0.59, 59),
         row("c/balanced", 0.4, 100, 0.5, "unstructured"),
         row("d/balanced", 0.3, 100, 0.4, "unstructured"),
         row("e/balanced", 0.2, 100, 0.6, "unstructured"),
