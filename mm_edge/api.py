@@ -27,6 +27,7 @@ from mm_edge.progress import Stages
 from mm_edge.records import Constraints, Report
 from mm_edge.recover.closed_form import SELECTIONS
 from mm_edge.scores import SIGNALS, parse_signals
+from mm_edge.sizes import InputSizes, check_input_sizes, remake
 from mm_edge.store import RunStore
 from mm_edge.strategies import STRATEGIES, parse_strategies
 from mm_edge.target import load_target, matches_this_machine, resolve_host
@@ -48,6 +49,7 @@ class RequestFields(TypedDict, total=False):
     epochs: int
     select: str
     macs: Sequence[float]
+    input_sizes: Sequence[int] | str | None
     keep: Sequence[str]
     precisions: Sequence[str]
     prune_norms: bool
@@ -165,6 +167,7 @@ def make_request(setting: Setting, **fields: Unpack[RequestFields]) -> Request:
         epochs=epochs,
         select=select,
         macs=_check_macs(fields.get("macs", ())),
+        input_sizes=_check_sizes(fields.get("input_sizes")),
         keep=tuple(fields.get("keep", ())),
         precisions=check_names(fields.get("precisions", PRECISIONS[:1]), PRECISIONS, "--precision"),
         prune_norms=fields.get("prune_norms", False),
@@ -204,6 +207,8 @@ def run_job(load: Callable[[], LoadedModel], setting: Setting, request: Request,
         model = load()
         if request.recover in ("tune", "finetune"):
             require_trainable(model, request.recover)
+        for side in request.input_sizes if isinstance(request.input_sizes, tuple) else ():
+            remake(model, side)  # refuses what the network cannot take
         data = None
         if setting.data is not None:
             data = open_data(setting.data, model.input, model.info.num_classes, setting.split, request.seed)
@@ -220,6 +225,10 @@ def run_job(load: Callable[[], LoadedModel], setting: Setting, request: Request,
             return run_pipeline(job)
         with transport:
             return run_pipeline(job)
+
+
+def _check_sizes(sizes: Sequence[int] | str | None) -> InputSizes:
+    return check_input_sizes(sizes if sizes is None or isinstance(sizes, str) else tuple(sizes))
 
 
 def _check_macs(fractions: Sequence[float]) -> tuple[float, ...]:

@@ -29,6 +29,7 @@ from mm_edge.evaluate import compare_logits, run_onnx
 from mm_edge.export import RawGraph, deploy
 from mm_edge.graph.axes import Axis
 from mm_edge.graph.compact import AxisMask, Keep, apply_mask, mask_tensors, masked_model, materialise
+from mm_edge.graph.depth import dead_tensors, live_nodes
 from mm_edge.graph.groups import Group, Structure
 from mm_edge.graph.widths import (
     Counts,
@@ -68,27 +69,38 @@ class Plan:
     """What to prune for one candidate.
 
     Exactly one of `keep` (structured: indices per group) and `masks` (unstructured: one bool array per layer) is set.
+    `side` is that of the input where it is another than the dense network's; `keep` is then by the groups there.
+    `removed` names the residual branches whose groups keep nothing.
     """
 
     assignment: Assignment
     kind: str
     keep: Keep | None = None
     masks: Mapping[str, npt.NDArray[np.bool_]] | None = None
+    side: int | None = None
+    removed: tuple[str, ...] = ()
 
     @property
     def id(self) -> str:
         """The candidate's id in the report."""
-        return f"{self.assignment.signal}/{self.assignment.strategy}/{self.kind}/fp32"
+        size = "" if self.side is None else f"@{self.side}"
+        return f"{self.assignment.signal}/{self.assignment.strategy}/{self.kind}/fp32{size}"
 
     @property
     def file_name(self) -> str:
         """The name its files carry."""
-        return self.id.replace("/", "-").replace(":", "_")
+        return file_name(self.id)
 
     def digest(self) -> str:
         """Return a hash of what is pruned."""
         names = ",".join(self.assignment.names)
         return hashlib.sha256(f"{self.id} {names} {_hash_masks(self.keep or self.masks or {})}".encode()).hexdigest()
+
+
+def file_name(candidate: str) -> str:
+    """Return the name that the files of the candidate with this id carry, without suffix."""
+    name, _, side = candidate.replace("/", "-").replace(":", "_").partition("@")
+    return f"{name}-{side}px" if side else name
 
 
 @dataclass(frozen=True)
@@ -220,6 +232,45 @@ def _highest_share(ranges: Mapping[str, SparsityRange]) -> float:
     return max(((1 - r.lo) / (r.hi - r.lo) for r in ranges.values() if r.hi > r.lo), default=1.0)
 
 
+def make_control(bench: Workbench, side: int) -> Candidate:
+    """Make, save, verify and evaluate the dense network on pictures of another size.
+
+    Raises:
+        ParityError: the artifact does not agree with the network; nothing is kept of it.
+    """
+    assert bench.module is not None
+    name = f"dense@{side}"
+    artifact = bench.folder / "candidates" / f"{file_name(name)}.onnx"
+    proto = ir.to_proto(deploy(bench.raw.model.clone()))
+    add_metadata_(proto, bench.spec, bench.labels, {**bench.provenance, "candidate": name})
+    write_model(proto, artifact)
+    try:
+        parity = _check(bench, artifact, torch_runner(copy.deepcopy(bench.module)), name)
+    except ParityError:
+        artifact.unlink()
+        raise
+    return Candidate(
+        id=name,
+        signal="none",
+        strategy="dense",
+        kind="dense",
+        precision="fp32",
+        sparsity=0.0,
+        params=sum(_size(bench, name) for name in bench.raw.parameters),
+        macs=round(bench.structure.macs()),
+        input_shape=bench.spec.shape,
+        file_bytes=artifact.stat().st_size,
+        parity=parity,
+        artifact=artifact.relative_to(bench.folder).as_posix(),
+        **evaluate_artifact(bench, artifact),
+    )
+
+
+def _size(bench: Workbench, parameter: str) -> int:
+    shape = bench.raw.model.graph.initializers[parameter].shape
+    return 0 if shape is None else int(np.prod(shape.numpy()))
+
+
 def make_candidate(bench: Workbench, plan: Plan, *, walk_again: bool = False) -> Candidate:
     """Make, save, verify and evaluate one candidate.
 
@@ -269,7 +320,7 @@ def save_candidate(
         precision="fp32",
         sparsity=_sparsity(bench, plan, tensors),
         params=_parameter_count(bench, tensors, plan, keep),
-        macs=round(bench.structure.macs({leaf: float(kept.sum()) for leaf, kept in keep.items()})),
+        macs=round(count_macs(bench.raw, bench.structure, keep)),
         input_shape=tuple(bench.images.parity.shape[1:]),
         file_bytes=stored.stat().st_size,
         stored_file=None if stored is artifact else stored.relative_to(bench.folder).as_posix(),
@@ -278,6 +329,7 @@ def save_candidate(
         artifact=artifact.relative_to(bench.folder).as_posix(),
         masked_state_dict=state.relative_to(bench.folder).as_posix(),
         also_named=plan.assignment.names[1:],
+        removed_blocks=plan.removed,
         **evaluate_artifact(bench, artifact),
     )
 
@@ -340,13 +392,13 @@ def _solve(bench: Workbench, plan: Plan, walk_again: bool) -> tuple[Plan, Tensor
     if plan.keep is None:
         repaired = recover_pattern(bench.recovery, plan.masks or {}) if plan.kind == "n:m" else None
         return plan, dict(repaired.tensors) if repaired else {}, "closed-form" if repaired and repaired.layers else None
-    counts = {leaf: int(kept.sum()) for leaf, kept in plan.keep.items()}
+    counts = {leaf: int(kept.sum()) for leaf, kept in plan.keep.items() if kept.any()}
     found = recover_closed_form(
         bench.recovery,
         plan.keep,
         counts,
         select=bench.select,
-        sensitivities=bench.sensitivities,
+        sensitivities={leaf: item for leaf, item in bench.sensitivities.items() if leaf in counts},
         walked=walk_again,
     )
     name = "closed-form" if walk_again else "closed-form (screened)"
@@ -405,12 +457,21 @@ def _sparsity(bench: Workbench, plan: Plan, tensors: Tensors) -> float:
 def _parameter_count(bench: Workbench, tensors: Tensors, plan: Plan, keep: Keep) -> int:
     """Count what is left of the parameters; zeros inside kept tensors count, they are stored."""
     total = 0
-    for name in bench.raw.parameters:
+    for name in bench.raw.parameters - dead_tensors(bench.raw.model, bench.structure, keep):
         if name in bench.structure.tensor_axes:
             total += int(np.prod([int(axis.sum()) for axis in bench.structure.kept(name, keep)]))
         elif name in tensors:
             total += tensors[name].size
     return total
+
+
+def count_macs(raw: RawGraph, structure: Structure, keep: Keep) -> float:
+    """Return the multiply-adds of the compact graph; what an emptied group makes dead costs nothing."""
+    counts = {leaf: float(kept.sum()) for leaf, kept in keep.items()}
+    if all(counts.values()):
+        return structure.macs(counts)
+    alive = live_nodes(raw.model, structure, keep)
+    return replace(structure, work=tuple(item for item in structure.work if item.node in alive)).macs(counts)
 
 
 def _drop(dense: float | None, accuracy: float | None) -> float | None:

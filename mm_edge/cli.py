@@ -146,6 +146,11 @@ def _load(model: str, options: dict[str, Any]) -> LoadedModel:
 )
 @click.option("--macs", metavar="FRACTION,...", help="Add candidates at these fractions of the dense MACs.")
 @click.option(
+    "--input-sizes",
+    metavar="auto|none|PX,...",
+    help="Also prune at these sides of the input; auto: down to 0.7 of it.  [default: only dense controls, with data]",
+)
+@click.option(
     "--precision",
     default="fp32",
     show_default=True,
@@ -168,7 +173,6 @@ def _load(model: str, options: dict[str, Any]) -> LoadedModel:
 @click.option("--no-bench", is_flag=True, help="Make the artifacts without measuring.")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of every random choice.")
 @click.option("--resume/--fresh", default=True, show_default=True, help="Reuse finished stages, or start over.")
-@click.option("--input-sizes", default="none", hidden=True)
 @click.option("--dynamic-batch", is_flag=True, hidden=True)
 @model_options
 def prune_export_command(model: str, **options: Any) -> None:
@@ -197,9 +201,6 @@ def _print_end(report: Report, folder: Path) -> None:
 
 def _refuse_pending(options: dict[str, Any]) -> None:
     """Refuse the options of the contract whose work has not landed, by name."""
-
-    if options["input_sizes"] != "none":
-        raise UsageError(f"--input-sizes {options['input_sizes']} is not available yet; allowed: none")
     if options["dynamic_batch"]:
         raise UsageError("--dynamic-batch is not available yet; leave it out")
 
@@ -207,6 +208,7 @@ def _refuse_pending(options: dict[str, Any]) -> None:
 def _request(setting: Setting, options: dict[str, Any]) -> Request:
     from mm_edge.api import make_request
     from mm_edge.records import Constraints
+    from mm_edge.sizes import parse_input_sizes
 
     _refuse_pending(options)
     chosen = {name: options[name] for name in ("recover", "select", "epochs") if options[name] is not None}
@@ -217,6 +219,7 @@ def _request(setting: Setting, options: dict[str, Any]) -> Request:
         ranges=options["ranges"],
         kinds=_names(options["kinds"]),
         macs=() if options["macs"] is None else _floats(options["macs"], "--macs", "0.5,0.25"),
+        input_sizes=None if options["input_sizes"] is None else parse_input_sizes(options["input_sizes"]),
         keep=options["keep"],
         precisions=_names(options["precision"]),
         prune_norms=options["prune_norms"],

@@ -17,7 +17,7 @@ import itertools
 import re
 import tarfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -154,16 +154,27 @@ class _DatasetSource:
         return repr((self._spec, self.labels.tolist()))
 
 
+@dataclass
+class _Holdings:
+    """What pools of one source share, at whatever size they prepare its images.
+
+    `readable` says per image whether it can be read, `unreadable` names those that cannot, `cached_bytes` is what the
+    prepared images kept in memory take.
+    """
+
+    readable: npt.NDArray[np.bool_]
+    unreadable: list[str] = field(default_factory=list)
+    cached_bytes: int = 0
+
+
 class _Pool:
     """One source with its preprocessing and what has been read of it so far."""
 
-    def __init__(self, source: Source, spec: InputSpec) -> None:
+    def __init__(self, source: Source, spec: InputSpec, holdings: _Holdings | None = None) -> None:
         self.source = source
         self.spec = spec
-        self.readable = np.ones(len(source.labels), dtype=bool)
-        self.unreadable: list[str] = []
+        self._holdings = holdings or _Holdings(np.ones(len(source.labels), dtype=bool))
         self._cache: dict[int, Bytes] = {}
-        self._cached_bytes = 0
         self._transform = create_transform(
             input_size=spec.shape,
             interpolation=spec.interpolation,
@@ -171,6 +182,20 @@ class _Pool:
             is_training=False,
             normalize=False,
         )
+
+    @property
+    def readable(self) -> npt.NDArray[np.bool_]:
+        """Whether each image can be read, as far as is known."""
+        return self._holdings.readable
+
+    @property
+    def unreadable(self) -> list[str]:
+        """Names of the images that cannot."""
+        return self._holdings.unreadable
+
+    def prepared_for(self, spec: InputSpec) -> _Pool:
+        """Return a pool of the same images for another input."""
+        return _Pool(self.source, spec, self._holdings)
 
     def check_all(self) -> None:
         """Leave out what is visibly no image; damage further into a file shows when it is decoded."""
@@ -201,9 +226,9 @@ class _Pool:
         if image is None:
             return None
         pixels: Bytes = self._transform(image).numpy()
-        if self._cached_bytes + pixels.nbytes <= CACHE_BYTES:
+        if self._holdings.cached_bytes + pixels.nbytes <= CACHE_BYTES:
             self._cache[index] = pixels
-            self._cached_bytes += pixels.nbytes
+            self._holdings.cached_bytes += pixels.nbytes
         return pixels
 
 
@@ -304,6 +329,15 @@ class DataSplits:
             *self.notes,
             f"{len(names)} of {total} images cannot be read and are left out: {', '.join(names[:5])}{more}",
         )
+
+    def prepared_for(self, spec: InputSpec) -> DataSplits:
+        """Return the same images in the same splits and order, prepared for another input."""
+        pools = {id(pool): pool.prepared_for(spec) for pool in self._pools}
+        sets = [
+            ImageSet(pools[id(images._pool)], images._members)
+            for images in (self.calibration, self.validation, self.test)
+        ]
+        return replace(self, calibration=sets[0], validation=sets[1], test=sets[2])
 
     @cached_property
     def identity(self) -> str:

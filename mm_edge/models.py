@@ -62,6 +62,14 @@ class LoadOptions:
 
 
 @dataclass(frozen=True)
+class TimmBuild:
+    """What `timm.create_model` was called with."""
+
+    name: str
+    arguments: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class LoadedModel:
     """A model ready for the stages that follow.
 
@@ -73,6 +81,7 @@ class LoadedModel:
         family: class of the network ("ResNet", "VGG", "LevitDistilled"); "onnx" for an .onnx.
         labels: class names where the file knows them, else ().
         warnings: sentences for the user.
+        build: name and arguments of the timm network it was built as, to build it again; None for any other.
     """
 
     module: nn.Module | None
@@ -82,6 +91,7 @@ class LoadedModel:
     family: str
     labels: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    build: TimmBuild | None = None
 
 
 @dataclass(frozen=True)
@@ -97,6 +107,7 @@ class _Network:
     path: Path | None = None
     labels: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    build: TimmBuild | None = None
 
 
 def load_model(source: str, options: LoadOptions) -> LoadedModel:
@@ -175,11 +186,11 @@ def _build_from_weights(content: WeightsFile, options: LoadOptions) -> _Network:
 
 def _build_timm_module(arch: str, content: WeightsFile, options: LoadOptions) -> _Network:
     arguments = _plain_arguments(content.config.get("model_args"))
-    blank = _create_timm(arch, meta=True, **arguments)
+    blank = create_timm(arch, meta=True, **arguments)
     tensors, warnings = _match_names(strip_prefixes(content.tensors, set(blank.state_dict())), blank)
     arguments |= _infer_ends(tensors, blank)
     arguments |= _asked_size(content.config, options, _config_of(blank))
-    misfits = _misfits(tensors, _create_timm(arch, meta=True, **arguments).state_dict())
+    misfits = find_misfits(tensors, create_timm(arch, meta=True, **arguments).state_dict())
     side = None
     if misfits and "img_size" not in arguments and _config_of(blank).get("fixed_input_size"):
         side = _infer_side(arch, arguments, tensors)
@@ -188,10 +199,12 @@ def _build_timm_module(arch: str, content: WeightsFile, options: LoadOptions) ->
         warnings += (f"input side {side} inferred from the tensors; --input-size says otherwise",)
     elif misfits:
         raise _wrong_arch(content.path, arch, misfits, tensors)
-    module = _create_timm(arch, meta=False, **arguments)
+    module = create_timm(arch, meta=False, **arguments)
     _fill_(module, tensors)
     source = f"{content.kind} {content.path.name}"
-    return _Network(module, arch, source, content.config, arguments.get("in_chans"), side, warnings=warnings)
+    build = TimmBuild(arch, arguments)
+    channels = arguments.get("in_chans")
+    return _Network(module, arch, source, content.config, channels, side, warnings=warnings, build=build)
 
 
 def _asked_size(config: Mapping[str, Any], options: LoadOptions, timm_config: Mapping[str, Any]) -> dict[str, Any]:
@@ -207,17 +220,17 @@ def _infer_side(arch: str, arguments: Mapping[str, Any], tensors: Mapping[str, t
     """The first common input side at which the network has the file's tensors, None if there is none."""
     for side in _COMMON_SIDES:
         try:
-            blank = _create_timm(arch, meta=True, **{**arguments, "img_size": side})
+            blank = create_timm(arch, meta=True, **{**arguments, "img_size": side})
         except ModelError:  # the architecture takes no img_size, or not this one
             continue
-        if not _misfits(tensors, blank.state_dict()):
+        if not find_misfits(tensors, blank.state_dict()):
             return side
     return None
 
 
 def _build_from_registry(name: str, options: LoadOptions) -> _Network:
     name = _known_timm_name(name)
-    blank = _create_timm(name, meta=True)
+    blank = create_timm(name, meta=True)
     config = _config_of(blank)
     arguments: dict[str, Any] = {}
     size = options.input_size
@@ -228,13 +241,14 @@ def _build_from_registry(name: str, options: LoadOptions) -> _Network:
         if config.get("fixed_input_size") and size[1:] != usual[1:]:
             arguments["img_size"] = size[1:]
     cached = _cached_weights(config)
+    build = TimmBuild(name, arguments)
     channels = size[0] if size is not None else None
     if cached is None:
-        module = _create_timm(name, meta=False, **arguments)
+        module = create_timm(name, meta=False, **arguments)
         warning = f"no weights of {name} on this machine (none are downloaded): random initialisation, no accuracy"
-        return _Network(module, name, "timm, random initialisation", {}, channels, warnings=(warning,))
-    module = _create_timm(name, meta=False, pretrained=True, pretrained_cfg_overlay={"file": str(cached)}, **arguments)
-    return _Network(module, name, "timm, weights from the local cache", {}, channels, path=cached)
+        return _Network(module, name, "timm, random initialisation", {}, channels, warnings=(warning,), build=build)
+    module = create_timm(name, meta=False, pretrained=True, pretrained_cfg_overlay={"file": str(cached)}, **arguments)
+    return _Network(module, name, "timm, weights from the local cache", {}, channels, path=cached, build=build)
 
 
 def _cached_weights(config: Mapping[str, Any]) -> Path | None:
@@ -268,7 +282,7 @@ def _known_timm_name(name: str) -> str:
     raise ModelError(unknown_name("timm model", name, models))
 
 
-def _create_timm(name: str, *, meta: bool, **arguments: Any) -> nn.Module:
+def create_timm(name: str, *, meta: bool, **arguments: Any) -> nn.Module:
     """Build a timm network, without memory for its weights when `meta`, else initialised from a fixed seed."""
     try:
         with quiet_timm(), torch.random.fork_rng(devices=[]):
@@ -339,7 +353,7 @@ def _end_weights(blank: nn.Module, end: str) -> list[str]:
     return [f"{name}.weight" for name in names]
 
 
-def _misfits(tensors: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> list[Misfit]:
+def find_misfits(tensors: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> list[Misfit]:
     """Every tensor that differs between file and model, in the model's order, then what is in the file alone."""
     found: list[Misfit] = []
     for name, expected in state.items():
@@ -381,12 +395,12 @@ def _fitting_names(arch: str, tensors: Mapping[str, torch.Tensor]) -> list[str]:
         if len(fitting) == 3:
             break
         try:
-            blank = _create_timm(name, meta=True)
+            blank = create_timm(name, meta=True)
         except ModelError:
             continue
         ends = {*_end_weights(blank, "classifier"), *_end_weights(blank, "first_conv")}
         ends |= {end.removesuffix("weight") + "bias" for end in ends}
-        if all(name in ends and a and b for name, a, b in _misfits(tensors, blank.state_dict())):
+        if all(name in ends and a and b for name, a, b in find_misfits(tensors, blank.state_dict())):
             fitting.append(name)
     return fitting
 
@@ -407,11 +421,11 @@ def _build_user_module(arch: str, content: WeightsFile) -> nn.Module:
     builder = _import_callable(arch)
     module = _call_builder(arch, builder, {})
     tensors = strip_prefixes(content.tensors, set(module.state_dict()))
-    misfits = _misfits(tensors, module.state_dict())
+    misfits = find_misfits(tensors, module.state_dict())
     classes = _classes_by_shape(misfits)
     if classes is not None and "num_classes" in inspect.signature(builder).parameters:
         module = _call_builder(arch, builder, {"num_classes": classes})
-        misfits = _misfits(tensors, module.state_dict())
+        misfits = find_misfits(tensors, module.state_dict())
     if misfits:
         raise ModelError(f"'{content.path}' does not fit {arch}: {_describe_misfits(misfits)}")
     module = module.float()
@@ -468,7 +482,7 @@ def _load_exported(path: Path, options: LoadOptions) -> LoadedModel:
     warnings: tuple[str, ...] = ()
     loaded = _finish(network, options, family="ExportedProgram")
     try:
-        _output_shape(module, (2, *loaded.input.shape))
+        output_shape(module, (2, *loaded.input.shape))
     except ModelError:
         warnings = (f"{path.name} was exported for a batch of 1; it is fed one image at a time",)
     return replace(loaded, warnings=loaded.warnings + warnings)
@@ -517,7 +531,7 @@ def _finish(network: _Network, options: LoadOptions, family: str | None = None) 
     spec, spec_warnings = _preprocessing(shape, options, network.config, _config_of(module))
     # Run on a copy: some networks keep tensors they computed, which a later export would take for constants. An
     # exported program keeps none, and a copy of it loses its shape checks.
-    output = _output_shape(copy.deepcopy(module) if family is None else module, (1, *shape))
+    output = output_shape(copy.deepcopy(module) if family is None else module, (1, *shape))
     if len(output) != 2:
         warnings += (f"the first output has shape {output}, not (batch, classes): no accuracy can be measured",)
     info = ModelInfo(
@@ -530,7 +544,7 @@ def _finish(network: _Network, options: LoadOptions, family: str | None = None) 
         num_classes=output[1] if len(output) == 2 else None,
     )
     kind = family or type(module).__name__
-    return LoadedModel(module, None, spec, info, kind, network.labels, warnings + spec_warnings)
+    return LoadedModel(module, None, spec, info, kind, network.labels, warnings + spec_warnings, network.build)
 
 
 def _resolve_shape(network: _Network, options: LoadOptions) -> Shape:
@@ -611,7 +625,7 @@ def _shape(value: Any) -> Shape | None:
     return (value[0], value[1], value[2])
 
 
-def _output_shape(module: nn.Module, shape: tuple[int, ...]) -> tuple[int, ...]:
+def output_shape(module: nn.Module, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Shape of the first output for an input of `shape`."""
     try:
         with torch.no_grad(), quiet_timm():

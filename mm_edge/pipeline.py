@@ -39,7 +39,9 @@ from mm_edge.candidates import (
     Images,
     Plan,
     Workbench,
+    file_name,
     make_candidate,
+    make_control,
     make_ladders,
     plan_all,
     plan_budget,
@@ -52,6 +54,8 @@ from mm_edge.evaluate import compare_logits, run_onnx
 from mm_edge.export import RawGraph, deploy, export_raw, raw_from_onnx
 from mm_edge.finetuning import finetune_candidate, worth_training
 from mm_edge.graph.axes import Axis
+from mm_edge.graph.compact import materialise
+from mm_edge.graph.depth import find_branches
 from mm_edge.graph.groups import Structure, read_structure
 from mm_edge.graph.widths import Counts, Ladder, group_scores, select_indices
 from mm_edge.layers import read_layers
@@ -81,20 +85,16 @@ from mm_edge.records import (
     from_json,
     to_json,
 )
+from mm_edge.recover.branches import MeasuredBranch, allocate_rest, measure_branches, offers
+from mm_edge.recover.closed_form import recover_closed_form
 from mm_edge.recover.context import RecoveryContext, build_context
 from mm_edge.recover.finetune import Checkpoints, Settings
-from mm_edge.recover.sensitivity import (
-    Sensitivity,
-    allocate,
-    from_arrays,
-    measure_sensitivities,
-    select_by_sensitivity,
-    to_arrays,
-)
+from mm_edge.recover.sensitivity import Sensitivity, from_arrays, measure_sensitivities, to_arrays
 from mm_edge.report import write_report
 from mm_edge.scores import GRASP_IMAGES, Scores, gradients, hessian_gradient_products, score_weights
 from mm_edge.select import choose, mark_pareto
 from mm_edge.semi_structured import reduced_axes, require_support
+from mm_edge.sizes import InputSizes, SizedNetwork, auto_sizes, export_at, remake, square_side, total_stride
 from mm_edge.store import RunStore, hash_file
 from mm_edge.strategies import STRATEGIES, assign
 from mm_edge.target import Target, matches_this_machine
@@ -127,6 +127,7 @@ class Request:
     epochs: int = 10
     select: str = "signal"
     macs: tuple[float, ...] = ()
+    input_sizes: InputSizes = None
     keep: tuple[str, ...] = ()
     precisions: tuple[str, ...] = ("fp32",)
     prune_norms: bool = False
@@ -161,6 +162,11 @@ class Job:
             **parts,
         }
 
+    def at(self, network: SizedNetwork) -> Job:
+        """Return the same job on pictures of the size `network` takes."""
+        data = None if self.data is None else self.data.prepared_for(network.model.input)
+        return replace(self, model=network.model, data=data)
+
     @property
     def data_key(self) -> Any:
         """What identifies the images; it does not change as they are read."""
@@ -177,34 +183,132 @@ def prune_export(job: Job) -> Report:
     """
     warnings = [*job.model.warnings]
     with job.stages.stage("export"):
-        raw = read_raw(job.model)
-        structure = read_structure(raw, job.request.keep, prune_norms=job.request.prune_norms)
-        layers = tuple(layer for layer in read_layers(raw) if layer.fqn in raw.weights)
+        dense_network = _export_dense(job)
+    structure = dense_network.structure
     if not structure.groups and "structured" in job.request.kinds:
         warnings.append("no group of this network can lose channels; see 'mm-edge inspect' for the reasons")
-    recovery = _dense_moments(job, raw, structure)
-    sensitivities = _sensitivities(job, structure, layers, recovery)
-    plans, notes = _plan(job, raw, structure, layers, sensitivities)
+    sizes, notes = _export_sizes(job, dense_network)
     warnings += notes
-    bench = _set_up(job, raw, structure, layers)
-    bench = replace(bench, recovery=recovery, select=job.request.select, sensitivities=sensitivities)
-    candidates, failures = _make_all(job, bench, plans)
+    places = _places(job, dense_network, sizes)
+    plans, notes = _plan(job, places)
+    warnings += notes
+    bench, benches = _set_up_all(job, places)
+    controls = _make_controls(places, benches)
+    candidates, failures = _make_all(job, benches, plans)
     warnings += failures
     dense = _dense_row(job, bench)
-    candidates, failures = _walk_front(job, bench, plans, candidates, dense)
+    candidates, failures = _walk_front(job, benches, plans, candidates, dense)
     warnings += failures
-    candidates, failures = _train_front(job, bench, plans, candidates, dense)
+    candidates, failures = _train_front(job, benches, places, plans, candidates, dense)
     warnings += failures
-    smaller, failures = _convert_all(job, bench, dense, candidates)
+    candidates = [*controls, *candidates]
+    smaller, failures = _convert_all(job, benches, places, dense, candidates)
     candidates += smaller
     warnings += failures
-    dense, candidates, env, notes = _measure(job, bench, dense, candidates)
+    dense, candidates, env, notes = _measure(job, benches, dense, candidates)
     warnings += notes
     env = {**env, "accuracy_on": job.request.accuracy_on}
     if job.request.accuracy_on == "device":
-        dense, candidates, note = _judge_on_device(job, bench, dense, candidates)
+        dense, candidates, note = _judge_on_device(job, benches, dense, candidates)
         warnings.append(note)
-    return _finish(job, bench, dense, candidates, env, warnings)
+    return _finish(job, benches, places, dense, candidates, env, warnings)
+
+
+@dataclass(frozen=True)
+class Place:
+    """One input size of a run.
+
+    Attributes:
+        job: the job with the model and the images of that size.
+        network: the network there.
+        dense: whether it is the size the network was given at.
+        pruned: whether candidates are pruned here; else only the control stands.
+        recovery: what the closed form works from here.
+        sensitivities: of the groups here; measured at the dense size.
+        branches: what removing each residual branch costs; at the dense size alone.
+    """
+
+    job: Job
+    network: SizedNetwork
+    dense: bool
+    pruned: bool
+    recovery: RecoveryContext | None = None
+    sensitivities: Mapping[Axis, Sensitivity] = field(default_factory=dict)
+    branches: tuple[MeasuredBranch, ...] = ()
+
+    @property
+    def side(self) -> int | None:
+        """The side that plans and ids name: None for the dense size."""
+        return None if self.dense else self.network.side
+
+
+Benches = Mapping[int, Workbench]
+
+
+def _export_dense(job: Job) -> SizedNetwork:
+    raw = read_raw(job.model)
+    structure = read_structure(raw, job.request.keep, prune_norms=job.request.prune_norms)
+    layers = tuple(layer for layer in read_layers(raw) if layer.fqn in raw.weights)
+    leaves = {group.leaf: group.leaf for group in structure.groups}
+    return SizedNetwork(job.model.input.shape[-1], job.model, raw, structure, layers, leaves)
+
+
+def _export_sizes(job: Job, dense: SizedNetwork) -> tuple[list[SizedNetwork], list[str]]:
+    """Make the network again at every other size: those asked for, else those that controls are taken at.
+
+    Raises:
+        UsageError: the network cannot take a size that was asked for.
+    """
+    asked = job.request.input_sizes
+    validated = job.data is not None and len(job.data.validation) > 0
+    if asked == "none" or (asked is None and not validated):
+        return [], []
+    found: list[SizedNetwork] = []
+    try:
+        if isinstance(asked, tuple):
+            sides = asked
+        else:
+            sides = auto_sizes(square_side(job.model, "auto"), total_stride(job.model, dense.raw))
+        with job.stages.stage("input sizes") as advance:
+            for side in sides:
+                if side != dense.side:
+                    model = remake(job.model, side)
+                    keep, norms = job.request.keep, job.request.prune_norms
+                    found.append(export_at(model, dense.structure, keep, prune_norms=norms))
+                advance(len(found), len(sides))
+    except UsageError as error:
+        if isinstance(asked, tuple):
+            raise
+        return found, [f"no other input sizes: {error}"]
+    stride = total_stride(job.model, dense.raw)
+    notes = [
+        f"--input-sizes {item.side} is no multiple of the network's stride, {stride}: it costs more than it saves"
+        for item in found
+        if item.side % stride
+    ]
+    return found, notes
+
+
+def _places(job: Job, dense: SizedNetwork, sizes: list[SizedNetwork]) -> list[Place]:
+    """Lay out the input sizes, the dense one first, with what recovery needs at each."""
+    asked = job.request.input_sizes
+    recovery = _dense_moments(job, dense)
+    sensitivities = _sensitivities(job, dense, recovery)
+    wanted = asked if isinstance(asked, tuple) else (dense.side,)
+    branches = _branches(job, dense, recovery)
+    places = [Place(job, dense, True, dense.side in wanted, recovery, sensitivities, branches)]
+    for network in sizes:
+        place = Place(job.at(network), network, False, asked is not None)
+        if recovery is not None and place.pruned:
+            # No moment here may come from images that are held back there.
+            moments = _dense_moments(place.job, network, len(recovery.images))
+            if moments is not None and moments.held_back == recovery.held_back:
+                # The network to come near to is the one given, not what it says of smaller pictures.
+                moments = replace(moments, logits=recovery.logits)
+            known = {leaf: replace(item, leaf=network.leaves[leaf]) for leaf, item in sensitivities.items()}
+            place = replace(place, recovery=moments, sensitivities=network.translate(known))
+        places.append(place)
+    return places
 
 
 def read_raw(model: LoadedModel) -> RawGraph:
@@ -308,26 +412,27 @@ def _gradient_batch(model: LoadedModel) -> int:
     return max(1, min(BATCH, GRADIENT_PIXELS // (height * width)))
 
 
-def _dense_moments(job: Job, raw: RawGraph, structure: Structure) -> RecoveryContext | None:
+def _dense_moments(job: Job, network: SizedNetwork, most: int = CLOSED_FORM_IMAGES) -> RecoveryContext | None:
     """Run the dense network once over calibration images: what the closed form needs for every candidate."""
     pattern = "n:m" in job.request.kinds
-    wanted_by = pattern or ("structured" in job.request.kinds and structure.groups)
+    wanted_by = pattern or ("structured" in job.request.kinds and network.structure.groups)
     if job.request.recover not in FROM_MOMENTS or job.data is None or not wanted_by:
         return None
-    also = tuple(reduced_axes(raw.model)) if pattern else ()
-    wanted = job.data.calibration.take(CLOSED_FORM_IMAGES)
-    images = np.concatenate([batch for batch, _ in wanted.batches(BATCH)])
+    also = tuple(reduced_axes(network.raw.model)) if pattern else ()
+    images = _recovery_images(job.data)[:most]
     with job.stages.stage("dense moments") as advance:
-        return build_context(raw, structure, images, also=also, threads=2, progress=advance)
+        return build_context(network.raw, network.structure, images, also=also, threads=2, progress=advance)
 
 
-def _sensitivities(
-    job: Job, structure: Structure, layers: tuple[Layer, ...], recovery: RecoveryContext | None
-) -> dict[Axis, Sensitivity]:
+def _recovery_images(data: DataSplits) -> Array:
+    return np.concatenate([batch for batch, _ in data.calibration.take(CLOSED_FORM_IMAGES).batches(BATCH)])
+
+
+def _sensitivities(job: Job, network: SizedNetwork, recovery: RecoveryContext | None) -> dict[Axis, Sensitivity]:
     """Measure each group's sensitivity (recipe A, point 5): which selection suits it, and what a budget takes first."""
     if recovery is None or "structured" not in job.request.kinds:
         return {}
-    ladders = make_ladders(structure, layers, job.target, job.request.precisions)
+    structure, ladders = network.structure, _ladders(job, network)
     key = job.key(
         data=job.data_key,
         images=CLOSED_FORM_IMAGES,
@@ -347,48 +452,156 @@ def _sensitivities(
     return found
 
 
-def _plan(
-    job: Job,
-    raw: RawGraph,
-    structure: Structure,
-    layers: tuple[Layer, ...],
-    sensitivities: Mapping[Axis, Sensitivity],
-) -> tuple[list[Plan], list[str]]:
+def _branches(job: Job, network: SizedNetwork, recovery: RecoveryContext | None) -> tuple[MeasuredBranch, ...]:
+    """Measure what removing each residual branch costs, where a budget may ask for it."""
+    if recovery is None or not job.request.macs:
+        return ()
+    with job.stages.stage("blocks") as advance:
+        found = find_branches(network.raw.model, network.structure)
+        return measure_branches(recovery, found, advance)
+
+
+def _ladders(job: Job, network: SizedNetwork) -> tuple[Ladder, ...]:
+    return make_ladders(network.structure, network.layers, job.target, job.request.precisions)
+
+
+def _plan(job: Job, places: list[Place]) -> tuple[list[Plan], list[str]]:
     """Score and plan. The scores are several times the model's size, and are let go once the plans are made."""
+    raw, structure, layers = places[0].network.raw, places[0].network.structure, places[0].network.layers
+    pruned = [place for place in places if place.pruned]
     scores, bounds, notes = _score(job, raw, layers)
-    plans: list[Plan] = []
+    strategies: list[Plan] = []
     with job.stages.stage("plan"):
-        ladders = make_ladders(structure, layers, job.target, job.request.precisions)
+        ladders = _ladders(job, places[0].network)
         for kind in job.request.kinds:
             ranges = apply_constraints(layers, bounds, kind == "structured")
             assignments = [item for s in scores for item in assign(job.request.strategies, s, layers, ranges)]
             if kind == "n:m":
                 found, dense = plan_n_m(raw, layers, scores, assignments)
-                plans += found
+                strategies += found
                 notes += _pattern_notes(dense)
             else:
-                plans += plan_all(structure, layers, ladders, scores, assignments, (kind,))
+                strategies += plan_all(structure, layers, ladders, scores, assignments, (kind,))
+        plans = [_move(plan, place) for place in pruned for plan in strategies]
         ranges = apply_constraints(layers, bounds, True)
         for fraction in job.request.macs:
-            sparsity, counts = plan_budget(structure, layers, ladders, ranges, fraction)
-            notes += _budget_notes(structure, ladders, counts, fraction)
-            for signal in scores:
-                name = f"macs_{fraction:.4g}"
-                keep = select_indices(counts, group_scores(structure, scores[signal]))
-                plans.append(Plan(Assignment(signal, (name,), sparsity), "structured", keep=keep))
-        if sensitivities:
-            plans += [_by_sensitivity(structure, ladders, sensitivities, fraction) for fraction in job.request.macs]
+            for place in pruned:
+                found, more = _plan_budget(job, place, fraction * structure.macs(), fraction, ranges, scores)
+                plans += found
+                notes += more
+    for fraction in job.request.macs:
+        best, more = _plan_by_sensitivity(job, places, fraction)
+        plans += best
+        notes += more
     return plans, notes
 
 
-def _by_sensitivity(
-    structure: Structure, ladders: Sequence[Ladder], sensitivities: Mapping[Axis, Sensitivity], fraction: float
-) -> Plan:
-    """Return the plan of a budget allocated by measured sensitivity."""
-    counts = allocate(structure, sensitivities, fraction * structure.macs(), ladders)
-    whole = {group.leaf: np.ones(group.size, dtype=np.bool_) for group in structure.groups}
-    keep = {**whole, **select_by_sensitivity(sensitivities, counts)}
-    return Plan(Assignment("sensitivity", (f"macs_{fraction:.4g}",), {}), "structured", keep=keep)
+def _move(plan: Plan, place: Place) -> Plan:
+    """Return a plan of the dense network for the network of another size."""
+    keep = None if plan.keep is None else place.network.translate(plan.keep)
+    return replace(plan, keep=keep, side=place.side)
+
+
+def _plan_budget(
+    job: Job, place: Place, budget: float, fraction: float, ranges: Mapping[str, SparsityRange], scores: Scores
+) -> tuple[list[Plan], list[str]]:
+    """Return one plan per signal that spends `budget` multiply-adds here; none where the dense network is within it."""
+    structure, ladders = place.network.structure, _ladders(job, place.network)
+    share = budget / structure.macs()
+    if share >= 1:
+        return [], []
+    sparsity, counts = plan_budget(structure, place.network.layers, ladders, ranges, share)
+    plans = [
+        Plan(
+            Assignment(signal, (f"macs_{fraction:.4g}",), sparsity),
+            "structured",
+            keep=select_indices(counts, group_scores(structure, scores[signal])),
+            side=place.side,
+        )
+        for signal in scores
+    ]
+    where = "" if place.dense else f" at {place.side} px"
+    return plans, _budget_notes(structure, ladders, counts, share, f"--macs {fraction:g}{where}")
+
+
+def _plan_by_sensitivity(job: Job, places: list[Place], fraction: float) -> tuple[list[Plan], list[str]]:
+    """Spend a budget on input size, blocks and, by measured sensitivity, width; what diverges least is the plan.
+
+    At every size that is above the budget, none to a few of the cheapest blocks are removed and the rest is taken from
+    widths. The divergence is from the dense network at its own size, on images that are held back at every size.
+    """
+    budget = fraction * places[0].network.structure.macs()
+    rivals = [
+        (place, plan)
+        for place in places
+        if place.pruned and place.sensitivities and place.network.structure.macs() > budget
+        for plan in _spend(job, place, places[0].branches, fraction, budget)
+    ]
+    if len(rivals) < 2:
+        return [plan for _, plan in rivals], []
+    with job.stages.stage(f"size, blocks or width at {fraction:g}") as advance:
+        tried: list[tuple[float, str, Plan]] = []
+        for place, plan in rivals:
+            tried.append((_divergence(job, places[0], place, plan), _describe(place, plan), plan))
+            advance(len(tried), len(rivals))
+        within = [place for place in places if not place.dense and place.network.structure.macs() <= budget]
+        controls = [(_divergence(job, places[0], place, None), f"{place.network.side} px") for place in within]
+    tried.sort(key=lambda item: item[0])
+    text = ", ".join(f"{name} {kl:.3g}" for kl, name, _ in tried)
+    note = f"--macs {fraction:g} by sensitivity: {tried[0][1]} diverges least (nats: {text})"
+    text = ", ".join(f"{name} {kl:.3g}" for kl, name in controls)
+    return [tried[0][2]], [note + (f"; the dense network within the budget: {text}" if text else "")]
+
+
+def _spend(job: Job, place: Place, measured: tuple[MeasuredBranch, ...], fraction: float, budget: float) -> list[Plan]:
+    """Return one plan per set of removed blocks."""
+    plans = []
+    for removed in offers(measured):
+        here = [replace(item, leaves=tuple(place.network.leaves[leaf] for leaf in item.leaves)) for item in removed]
+        keep = allocate_rest(place.network.structure, place.sensitivities, here, budget, _ladders(job, place.network))
+        assignment = Assignment("sensitivity", (f"macs_{fraction:.4g}",), {})
+        names = tuple(item.id for item in removed)
+        plans.append(Plan(assignment, "structured", keep=keep, side=place.side, removed=names))
+    return plans
+
+
+def _describe(place: Place, plan: Plan) -> str:
+    gone = f" without {' and '.join(plan.removed)}" if plan.removed else ""
+    return f"{place.network.side} px{gone}"
+
+
+def _divergence(job: Job, dense: Place, place: Place, plan: Plan | None) -> float:
+    """Return KL(dense || screened plan) on held-back images in nats; of the whole network without a plan."""
+    assert dense.recovery is not None and place.job.data is not None
+    name = file_name(f"dense@{place.side}") if plan is None else plan.file_name
+    what = None if plan is None else plan.digest()
+    key = place.job.key(data=job.data_key, plan=what, select=job.request.select, images=len(dense.recovery.images))
+    stored = job.store.load_json(f"rivals/{name}", key)
+    if stored is None:
+        network = place.network
+        model = network.raw.model.clone() if plan is None else _screen(job, place, plan)
+        images = _recovery_images(place.job.data)[list(dense.recovery.held_back)]
+        labels = np.zeros(len(images), np.int64)
+        logits = run_onnx(ir.to_proto(deploy(model)).SerializeToString(), [(images, labels)], 2)
+        found = compare_logits(logits, None, dense.recovery.logits).kl_to_dense
+        stored = [float("inf") if found is None else found]
+        job.store.save_json(f"rivals/{name}", key, stored)
+    return float(stored[0])
+
+
+def _screen(job: Job, place: Place, plan: Plan) -> ir.Model:
+    assert plan.keep is not None and place.recovery is not None
+    counts = {leaf: int(kept.sum()) for leaf, kept in plan.keep.items() if kept.any()}
+    found = recover_closed_form(
+        place.recovery,
+        plan.keep,
+        counts,
+        select=job.request.select,
+        sensitivities={leaf: item for leaf, item in place.sensitivities.items() if leaf in counts},
+        walked=False,
+    )
+    keep = {**plan.keep, **found.keep}
+    return materialise(place.network.raw, place.network.structure, keep, found.tensors)
 
 
 def _pattern_notes(dense: Mapping[str, str]) -> list[str]:
@@ -402,23 +615,76 @@ def _pattern_notes(dense: Mapping[str, str]) -> list[str]:
     ]
 
 
-def _budget_notes(structure: Structure, ladders: Sequence[Ladder], counts: Counts, fraction: float) -> list[str]:
+def _budget_notes(
+    structure: Structure, ladders: Sequence[Ladder], counts: Counts, fraction: float, asked: str
+) -> list[str]:
     """Say so when a budget cost groups the channel multiples of the target, or was missed, and what holds the rest."""
     notes = []
     finer = sum(counts[item.leaf] not in item.widths for item in ladders)
     if finer:
         notes.append(
-            f"--macs {fraction:g}: {finer} of {len(ladders)} groups have widths between the target's multiples, "
+            f"{asked}: {finer} of {len(ladders)} groups have widths between the target's multiples, "
             "which alone miss the budget by more than 3 %: expect less speed than the MACs say"
         )
     reached = structure.macs({leaf: float(count) for leaf, count in counts.items()}) / structure.macs()
     if not fraction * (1 - BUDGET_SLACK) <= reached <= fraction:
         held = sorted(structure.pinned, key=lambda item: -item.size * len(item.tensors))[:3]
         pins = "; ".join(f"{item.id}: {item.reason}" for item in held)
-        notes.append(
-            f"--macs {fraction:g}: the nearest the widths reach is {reached:.3f} of the dense MACs (pinned: {pins})"
-        )
+        notes.append(f"{asked}: the nearest the widths reach is {reached:.3f} of the dense MACs there (pinned: {pins})")
     return notes
+
+
+def _set_up_all(job: Job, places: list[Place]) -> tuple[Workbench, Benches]:
+    """Return the workbench of the dense size, and those of all sizes by their side."""
+    network = places[0].network
+    bench = _set_up(job, network.raw, network.structure, network.layers)
+    bench = replace(
+        bench,
+        recovery=places[0].recovery,
+        select=job.request.select,
+        sensitivities=places[0].sensitivities,
+    )
+    benches = {network.side: bench}
+    for place in places[1:]:
+        network = place.network
+        own = bench.images
+        benches[network.side] = replace(
+            bench,
+            module=network.model.module,
+            raw=network.raw,
+            structure=network.structure,
+            layers=network.layers,
+            images=replace(_images(place.job), labels=own.labels, dense_logits=own.dense_logits),
+            spec=network.model.input,
+            provenance={**bench.provenance, "model": network.model.info},
+            recovery=place.recovery,
+            sensitivities=place.sensitivities,
+        )
+    return bench, benches
+
+
+def _make_controls(places: list[Place], benches: Benches) -> list[Candidate]:
+    """Make the dense network's row at every other size, where there are images to judge it by."""
+    made: list[Candidate] = []
+    for place in places[1:]:
+        job, side = place.job, place.network.side
+        if benches[side].images.validation is None:
+            continue
+        with job.stages.stage("controls"):
+            key = job.key(data=job.data_key, control=side)
+            name = f"candidates/{file_name(f'dense@{side}')}"
+            row = job.store.load_record(name, key, Candidate)
+            if row is None:
+                row = make_control(benches[side], side)
+                assert row.artifact is not None
+                job.store.save_json(name, key, row, [job.folder / row.artifact])
+            made.append(row)
+    return made
+
+
+def _bench_of(benches: Benches, side: int | None) -> Workbench:
+    """Return the workbench of a plan's size: the first is the dense one."""
+    return next(iter(benches.values())) if side is None else benches[side]
 
 
 def _set_up(job: Job, raw: RawGraph, structure: Structure, layers: tuple[Layer, ...]) -> Workbench:
@@ -480,12 +746,13 @@ def _images(job: Job) -> Images:
     )
 
 
-def _make_all(job: Job, bench: Workbench, plans: list[Plan]) -> tuple[list[Candidate], list[str]]:
+def _make_all(job: Job, benches: Benches, plans: list[Plan]) -> tuple[list[Candidate], list[str]]:
     made: list[Candidate] = []
     failures: list[str] = []
     with job.stages.stage("candidates") as advance:
         advance(0, len(plans))
         for index, plan in enumerate(plans):
+            bench = _bench_of(benches, plan.side)
             key = job.key(
                 data=job.data_key,
                 plan=plan.digest(),
@@ -512,14 +779,17 @@ def _make_all(job: Job, bench: Workbench, plans: list[Plan]) -> tuple[list[Candi
 
 
 def _walk_front(
-    job: Job, bench: Workbench, plans: list[Plan], candidates: list[Candidate], dense: DenseRow
+    job: Job, benches: Benches, plans: list[Plan], candidates: list[Candidate], dense: DenseRow
 ) -> tuple[list[Candidate], list[str]]:
-    """Take the closed form's second, dearer step for the rows on the front and for what the budgets asked for."""
-    if bench.recovery is None:
+    """Take the closed form's second, dearer step for the rows on the front and for what the budgets asked for.
+
+    The controls are no rivals here: the step is what may bring a row past them.
+    """
+    if all(bench.recovery is None for bench in benches.values()):
         return candidates, []
     by_id = {plan.id: plan for plan in plans}
     marked = mark_pareto(candidates, dense)
-    front = [row for row in marked if row.kind == "structured" and (row.pareto or "/macs_" in row.id)]
+    front = [row for row in marked if row.kind == "structured" and (row.pareto or _is_budget(row, by_id[row.id]))]
     rows = {row.id: row for row in candidates}
     # Where brain surgeon chose the channels, plans of several signals have become one network: walked once.
     same: dict[str, Candidate] = {}
@@ -527,10 +797,11 @@ def _walk_front(
     with job.stages.stage("walk the front") as advance:
         for index, row in enumerate(front):
             assert row.masked_state_dict is not None
-            digest = hash_file(job.folder / row.masked_state_dict)
+            plan = by_id[row.id]
+            digest = f"{hash_file(job.folder / row.masked_state_dict)}@{plan.side}"
             if digest not in same:
                 try:
-                    same[digest] = _walk_one(job, bench, by_id[row.id], digest)
+                    same[digest] = _walk_one(job, _bench_of(benches, plan.side), plan, digest)
                 except ParityError as error:
                     failures.append(str(error))
                     continue
@@ -539,6 +810,11 @@ def _walk_front(
             )
             advance(index + 1, len(front))
     return list(rows.values()), failures
+
+
+def _is_budget(row: Candidate, plan: Plan) -> bool:
+    """Whether a row is what --macs asked for: at sizes besides the dense one, the best of them by sensitivity."""
+    return "/macs_" in row.id and (plan.side is None or row.signal == "sensitivity")
 
 
 def _walk_one(job: Job, bench: Workbench, plan: Plan, screened: str) -> Candidate:
@@ -553,7 +829,7 @@ def _walk_one(job: Job, bench: Workbench, plan: Plan, screened: str) -> Candidat
 
 
 def _train_front(
-    job: Job, bench: Workbench, plans: list[Plan], candidates: list[Candidate], dense: DenseRow
+    job: Job, benches: Benches, places: list[Place], plans: list[Plan], candidates: list[Candidate], dense: DenseRow
 ) -> tuple[list[Candidate], list[str]]:
     """Tune or fine-tune the rows that are worth it, each from what the recovery before made of it."""
     if job.request.recover not in ("tune", "finetune"):
@@ -570,11 +846,14 @@ def _train_front(
     with job.stages.stage("tune" if job.request.recover == "tune" else "fine-tune") as advance:
         for index, row in enumerate(chosen):
             assert row.masked_state_dict is not None
-            digest = hash_file(job.folder / row.masked_state_dict)
+            plan = by_id[row.id]
+            digest = f"{hash_file(job.folder / row.masked_state_dict)}@{plan.side}"
             if digest not in same:
                 move = partial(_share, advance, index, len(chosen))
+                own = next(place.job for place in places if place.side == plan.side)
+                bench = _bench_of(benches, plan.side)
                 try:
-                    same[digest] = train(job, bench, by_id[row.id], row, digest, move)
+                    same[digest] = train(own, bench, plan, row, digest, move)
                 except ParityError as error:
                     failures.append(str(error))
                     continue
@@ -629,12 +908,13 @@ def _finetune_one(job: Job, bench: Workbench, plan: Plan, row: Candidate, start:
 
 
 def _convert_all(
-    job: Job, bench: Workbench, dense: DenseRow, candidates: list[Candidate]
+    job: Job, benches: Benches, places: list[Place], dense: DenseRow, candidates: list[Candidate]
 ) -> tuple[list[Candidate], list[str]]:
     """Make the smaller-number versions of the dense model and of the front of accuracy against MACs."""
     precisions = [precision for precision in job.request.precisions if precision != "fp32"]
     if not precisions:
         return [], []
+    bench = _bench_of(benches, None)
     front = [row for row in mark_pareto(candidates, dense) if row.pareto or bench.images.validation is None]
     sources = [dense_control(bench, dense.macs, dense.params), *front]
     made: list[Candidate] = []
@@ -642,16 +922,17 @@ def _convert_all(
         f"{' and '.join(precisions)} versions were made of the dense model and of the {len(front)} rows on the front"
     ]
     with job.stages.stage("smaller numbers") as advance:
-        images = _quantising_images(job)
+        images = {place.network.side: _quantising_images(place.job) for place in places}
         for index, source in enumerate(sources):
             assert source.artifact is not None
             digest = hash_file(job.folder / source.artifact)
             for precision in precisions:
-                name = f"candidates/{source.id.replace('/', '-').replace(':', '_')}-{precision}"
+                name = f"candidates/{file_name(source.id)}-{precision}"
                 key = job.key(data=job.data_key, source=digest, precision=precision, target=job.target)
                 row = job.store.load_record(name, key, Candidate)
                 if row is None:
-                    row = convert_candidate(bench, source, precision, job.target, images)
+                    side = source.input_shape[-1]
+                    row = convert_candidate(benches[side], source, precision, job.target, images[side])
                     assert row.artifact is not None
                     job.store.save_json(name, key, row, [job.folder / row.artifact])
                 made.append(replace(row, also_named=source.also_named))
@@ -685,7 +966,7 @@ def _dense_row(job: Job, bench: Workbench) -> DenseRow:
 
 
 def _emulate(
-    job: Job, bench: Workbench, transport: Transport, dense: DenseRow, candidates: list[Candidate]
+    job: Job, benches: Benches, transport: Transport, dense: DenseRow, candidates: list[Candidate]
 ) -> tuple[DenseRow, list[Candidate], dict[str, Any], list[str]]:
     """Compare outputs on the emulated core with this machine's; its times and memory are not the device's: null.
 
@@ -695,11 +976,12 @@ def _emulate(
     notes = [f"{transport.name} is emulated: latency and memory are not measured"]
     with job.stages.stage("emulate") as advance, tempfile.TemporaryDirectory() as scratch:
         env = environment(job.target, transport)
-        images = Path(scratch) / "images.npy"
-        np.save(images, bench.images.parity)
         for index, row in enumerate(front):
             assert row.artifact is not None
             artifact = job.folder / row.artifact
+            bench = benches[row.input_shape[-1]]
+            images = Path(scratch) / f"images-{bench.spec.shape[-1]}.npy"
+            np.save(images, bench.images.parity)
             found = compare_outputs(artifact, images, job.target, transport=transport, kind=bench.images.parity_kind)
             notes.append(
                 f"{row.id}, emulated: top-1 agrees with this machine's on {found.top1_agreement:.0%} of "
@@ -710,14 +992,14 @@ def _emulate(
 
 
 def _measure(
-    job: Job, bench: Workbench, dense: DenseRow, candidates: list[Candidate]
+    job: Job, benches: Benches, dense: DenseRow, candidates: list[Candidate]
 ) -> tuple[DenseRow, list[Candidate], dict[str, Any], list[str]]:
     """Time every candidate against the dense model, and take each one's memory in a process of its own."""
     transport = job.transport
     if transport is None:
         return dense, candidates, {"controller": job.key()["versions"]}, []
     if transport.source == "emulated":
-        return _emulate(job, bench, transport, dense, candidates)
+        return _emulate(job, benches, transport, dense, candidates)
     timings: list[Measurement] = []
     measured: list[Candidate] = []
     dense_file = job.folder / "dense.onnx"
@@ -760,26 +1042,24 @@ def _measure(
 
 
 def _judge_on_device(
-    job: Job, bench: Workbench, dense: DenseRow, candidates: list[Candidate]
+    job: Job, benches: Benches, dense: DenseRow, candidates: list[Candidate]
 ) -> tuple[DenseRow, list[Candidate], str]:
     """Take every accuracy from the device: its kernels, int8 ones above all, may answer otherwise than this machine's.
 
     Agreement and divergence are with the dense model on the device too.
     """
-    assert job.transport is not None and bench.images.validation is not None and bench.images.labels is not None
+    bench = _bench_of(benches, None)
+    assert job.transport is not None and bench.images.labels is not None
     rows: list[Candidate] = []
     moved: list[float] = []
     with job.stages.stage("accuracy on the device") as advance, tempfile.TemporaryDirectory() as scratch:
-        pieces = []
-        for number, (images, _) in enumerate(bench.images.validation()):
-            pieces.append(Path(scratch) / f"images-{number:05d}.npy")
-            np.save(pieces[-1], images)
+        pieces = {side: _save_images(item.images, Path(scratch), side) for side, item in benches.items()}
         fingerprint = environment(job.target, job.transport)["fingerprint"]
-        reference = _device_logits(job, job.folder / "dense.onnx", pieces, fingerprint)
+        reference = _device_logits(job, job.folder / "dense.onnx", pieces[bench.spec.shape[-1]], fingerprint)
         own = compare_logits(reference, bench.images.labels, None).accuracy_top1
         for index, row in enumerate(candidates):
             assert row.artifact is not None
-            logits = _device_logits(job, job.folder / row.artifact, pieces, fingerprint)
+            logits = _device_logits(job, job.folder / row.artifact, pieces[row.input_shape[-1]], fingerprint)
             found = compare_logits(logits, bench.images.labels, reference)
             drop = None if own is None or found.accuracy_top1 is None else 100 * (own - found.accuracy_top1)
             moved.append(abs((found.accuracy_top1 or 0.0) - (row.accuracy_top1 or 0.0)))
@@ -798,6 +1078,16 @@ def _judge_on_device(
         f"differs most from this machine's figure differs by {100 * max(moved, default=0.0):.2f} points"
     )
     return replace(dense, accuracy_top1=own), rows, note
+
+
+def _save_images(images: Images, folder: Path, side: int) -> list[Path]:
+    """Write the validation images as the files that a device is sent, a batch each."""
+    assert images.validation is not None
+    pieces: list[Path] = []
+    for number, (batch, _) in enumerate(images.validation()):
+        pieces.append(folder / f"images-{side}-{number:05d}.npy")
+        np.save(pieces[-1], batch)
+    return pieces
 
 
 def _device_logits(job: Job, model: Path, pieces: Sequence[Path], fingerprint: str) -> Array:
@@ -823,7 +1113,8 @@ def _memory(job: Job, model: Path, transport: Transport, fingerprint: str) -> in
 
 def _finish(
     job: Job,
-    bench: Workbench,
+    benches: Benches,
+    places: list[Place],
     dense: DenseRow,
     candidates: list[Candidate],
     env: dict[str, Any],
@@ -841,8 +1132,11 @@ def _finish(
         missed = error
         warnings.append(str(error))
     if chosen is not None:
-        chosen = replace(chosen, accuracy_top1_test=_test_accuracy(job, bench, rows, chosen))
-        _bundle(job, bench, next(row for row in rows if row.id == chosen.id))
+        row = next(row for row in rows if row.id == chosen.id)
+        side = row.input_shape[-1]
+        own = next(place.job for place in places if place.network.side == side)
+        chosen = replace(chosen, accuracy_top1_test=_test_accuracy(own, benches[side], row))
+        _bundle(own, benches[side], row)
     if job.data is not None:
         warnings += job.data.warnings
     if job.transport is None:
@@ -856,7 +1150,7 @@ def _finish(
         candidates=rows,
         chosen=chosen,
         constraints=job.request.constraints,
-        skipped_groups=skipped_groups(bench.structure),
+        skipped_groups=skipped_groups(places[0].network.structure),
         warnings=tuple(dict.fromkeys(warnings)),
         seconds=dict(job.stages.seconds),
     )
@@ -907,13 +1201,12 @@ def _with_twins(candidates: list[Candidate]) -> list[Candidate]:
     return rows
 
 
-def _test_accuracy(job: Job, bench: Workbench, rows: tuple[Candidate, ...], chosen: Chosen) -> float | None:
+def _test_accuracy(job: Job, bench: Workbench, row: Candidate) -> float | None:
     if job.data is None or not len(job.data.test):
         return None
-    artifact = next(row.artifact for row in rows if row.id == chosen.id)
-    assert artifact is not None
+    assert row.artifact is not None
     with job.stages.stage("test"):
-        logits = run_onnx(job.folder / artifact, job.data.test.batches(BATCH), bench.threads)
+        logits = run_onnx(job.folder / row.artifact, job.data.test.batches(BATCH), bench.threads)
         return compare_logits(logits, job.data.test.labels, None).accuracy_top1
 
 

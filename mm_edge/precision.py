@@ -75,7 +75,7 @@ def convert_candidate(
     evaluation = evaluate_artifact(bench, out)
     return replace(
         candidate,
-        id=candidate.id.replace("fp32", precision),
+        id=_rename(candidate.id, precision),
         precision=precision,
         file_bytes=out.stat().st_size,
         parity=None,
@@ -83,6 +83,13 @@ def convert_candidate(
         recovered_by=_recovered(candidate.recovered_by, report),
         **evaluation,
     )
+
+
+def _rename(candidate: str, precision: str) -> str:
+    """Return the id of the `precision` version; a control such as dense@192 does not name its own."""
+    if "fp32" in candidate:
+        return candidate.replace("fp32", precision)
+    return candidate.replace("dense", f"dense/{precision}", 1)
 
 
 def dense_control(bench: Workbench, macs: int, params: int) -> Candidate:

@@ -8,6 +8,8 @@ qualified PyTorch name (`fqn`), never by position.
 SCHEMA_VERSION history (fields are added under a raised version, never renamed):
     1  first version.
     2  Candidate: epochs, stopped.
+    3  Candidate: removed_blocks. An id may end in @SIDE, an input size other than the dense model's; candidates of kind
+       "dense" named dense@SIDE are controls.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 T = TypeVar("T")
 
@@ -185,6 +187,12 @@ class Candidate:
     stored_file: str | None = None
     masked_state_dict: str | None = None
     also_named: tuple[str, ...] = ()
+    removed_blocks: tuple[str, ...] = ()
+
+    @property
+    def is_control(self) -> bool:
+        """Whether this is the dense network on pictures of another size, which pruned rows have to beat."""
+        return self.kind == "dense" and "@" in self.id
 
 
 @dataclass(frozen=True)

@@ -176,7 +176,7 @@ def test_what_click_refuses_is_one_line_too() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    ["--input-sizes 192", "--dynamic-batch"],
+    ["--dynamic-batch"],
 )
 def test_what_has_not_landed_is_refused_by_name(files: Path, arguments: str) -> None:
     assert prune(files / "net.pt", *arguments.split()).startswith(f"{arguments} is not available yet; ")

@@ -64,9 +64,9 @@ def load_small() -> LoadedModel:
 def run(
     load: Callable[[], LoadedModel], images: Path, out: Path, setting: dict[str, Any] | None = None, **fields: Any
 ) -> Report:
-    """Run the job without measuring; one signal and one strategy unless told otherwise."""
+    """Run the job without measuring; one signal, strategy and input size unless told otherwise."""
     where = replace(Setting(out=out, data=str(images), bench=False), **(setting or {}))
-    asked: Any = {"signals": ("magnitude",), "strategies": ("balanced",), **fields}
+    asked: Any = {"signals": ("magnitude",), "strategies": ("balanced",), "input_sizes": "none", **fields}
     return run_job(load, where, make_request(where, **asked), Stages())
 
 
@@ -375,6 +375,7 @@ def test_prune_export_from_python(files: Path, tmp_path: Path, monkeypatch: pyte
         std=(0.25, 0.25, 0.25),
         bench=False,
         strategies=("balanced",),
+        input_sizes="none",
     )
     assert ids(report) == [f"{signal}/balanced/structured/fp32" for signal in ("magnitude", "gradient", "product")]
     assert report == from_json(Report, json.loads((tmp_path / "mm-edge-Small" / "report.json").read_text()))

@@ -26,7 +26,7 @@ from mm_edge.records import (
 )
 from mm_edge.report import print_report, read_report, write_report
 from mm_edge.report.markdown import write_markdown
-from mm_edge.report.summary import write_headline
+from mm_edge.report.summary import control_sentence, write_headline
 from mm_edge.report.values import (
     show_bytes,
     show_count,
@@ -303,3 +303,52 @@ def test_kind_and_precision_are_shown_where_they_differ() -> None:
 def test_a_name_cannot_command_the_terminal() -> None:
     evil = make_report(FAST, warnings=("\x1b[2J[bold]x[/bold]\x07",))
     assert "warning:  [2J[bold]x[/bold] " in render(evil)
+
+
+def control(side: int, speedup: float, accuracy: float) -> Candidate:
+    row = candidate("dense", 2.0 / speedup, 100 * (0.9 - accuracy))
+    return dataclasses.replace(row, id=f"dense@{side}", signal="none", kind="dense", speedup=speedup, speedup_ci=None)
+
+
+def test_a_pruned_row_that_a_smaller_picture_beats_is_said_first() -> None:
+    beaten = candidate("balanced", 1.0, 5.0)  # 2.0x at 85 %
+    report = make_report(control(24, 2.5, 0.84), control(28, 1.25, 0.89), beaten)
+    # At 2.0x, halfway (in time 0.5 of 0.4 to 0.8) 84 + 5 / 4 = 85.25 %.
+    assert control_sentence(report) == (
+        "Nothing pruned beats the dense network on pictures of another size at the same measured latency: "
+        "the nearest, product/balanced/structured/fp32, is 0.25 points behind."
+    )
+    assert write_headline(report).startswith("Nothing pruned beats the dense network")
+    better = candidate("balanced", 1.0, 4.7)
+    assert control_sentence(make_report(control(24, 2.5, 0.84), control(28, 1.25, 0.89), better)) is None
+
+
+def test_a_row_faster_than_every_control_has_to_be_as_accurate_as_the_fastest() -> None:
+    far = candidate("balanced", 0.5, 20.0)  # 4x at 70 %
+    assert control_sentence(make_report(control(24, 2.5, 0.84), far)) == (
+        "Nothing pruned beats the dense network on pictures of another size at the same measured latency."
+    )
+    assert control_sentence(make_report(control(24, 2.5, 0.84), candidate("balanced", 0.5, 6.0))) is None
+
+
+def test_nothing_is_said_of_controls_where_there_is_nothing_to_compare() -> None:
+    assert control_sentence(make_report(FAST)) is None
+    assert control_sentence(make_report(control(24, 2.5, 0.84), UNMEASURED)) is None
+    unmeasured = dataclasses.replace(control(24, 2.5, 0.84), speedup=None)
+    assert control_sentence(make_report(unmeasured, FAST)) is None
+
+
+def test_controls_are_marked_and_stay_in_every_table() -> None:
+    rows = [candidate(f"s{index}", 1.0 + index / 100, 5.0) for index in range(30)]
+    report = make_report(control(24, 2.5, 0.6), *rows, chosen=1)
+    shown = render(report)
+    assert "dense@24 (control)" in shown and "s0" in shown and "s29" not in shown
+    text = write_markdown(report)
+    assert "| dense@24 (control) |" in text
+    assert "a control is the dense network on pictures of another size" in text
+    assert "control" not in write_markdown(make_report(FAST))
+
+
+def test_a_chosen_control_is_named_as_such() -> None:
+    report = make_report(control(24, 2.5, 0.895), candidate("balanced", 1.0, 5.0))
+    assert "dense@24 is 2.50x faster than dense" in write_headline(report)

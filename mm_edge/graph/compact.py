@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from mm_edge.errors import JobError
 from mm_edge.export import RawGraph
 from mm_edge.graph.axes import Axis, BoolArray
+from mm_edge.graph.depth import cut_branches_
 from mm_edge.graph.groups import Structure
 from mm_edge.graph.norms import restore_normalization_
 from mm_edge.graph.reading import AttributeEdit, Edit, MeanEdit, OperandEdit
@@ -79,18 +79,19 @@ def masked_model(raw: RawGraph, masks: Mapping[str, AxisMask], tensors: Tensors 
 def materialise(raw: RawGraph, structure: Structure, keep: Keep, tensors: Tensors | None = None) -> ir.Model:
     """Return the compact graph: `tensors` swapped in by name, removed indices dropped, constants rewritten.
 
+    Groups of which nothing is kept must make whole residual branches (see depth.py).
+
     Raises:
-        JobError: a group would be emptied.
+        JobError: a group would be emptied that something else than a residual branch needs.
     """
-    for group in structure.groups:
-        if group.leaf in keep and not keep[group.leaf].any():
-            raise JobError(f"group {group.id} would lose all of its {group.size} indices")
     model = raw.model.clone()
     for name, value in model.graph.initializers.items():
         _slice_initializer(name, value, structure, keep, {} if name in raw.folded else tensors or {})
     nodes = {node.name: node for node in model.graph}
     for edit in structure.edits:
         _apply_edit(model, nodes[edit.node], edit, structure, keep)
+    if not all(kept.any() for kept in keep.values()):
+        cut_branches_(model, structure, keep)
     _forget_shapes(model)
     return model
 

@@ -79,6 +79,15 @@ class PinnedGroup:
 
 
 @dataclass(frozen=True)
+class Sum:
+    """A node that sums over `axis`; `result` are the axes of what it puts out."""
+
+    node: str
+    axis: Axis
+    result: Axes
+
+
+@dataclass(frozen=True)
 class Structure:
     """What the raw graph can lose, and what must change with it."""
 
@@ -89,6 +98,7 @@ class Structure:
     edits: tuple[Edit, ...]
     work: tuple[Work, ...]
     parameters: frozenset[str]
+    sums: tuple[Sum, ...] = ()
 
     def kept(self, tensor: str, keep: dict[Axis, BoolArray]) -> tuple[BoolArray, ...]:
         """Return, per axis of `tensor`, which positions stay."""
@@ -258,8 +268,25 @@ def _collect(reading: Reading) -> Structure:
         elif any(_is_channel(item) for item in slices):
             unique = tuple(dict.fromkeys(item.tensor for item in slices))
             pinned.append(PinnedGroup(names[leaf], table.size(leaf), unique, reason))
-    edits = _live_edits(reading)
-    return Structure(table, tensors, tuple(groups), tuple(pinned), edits, tuple(reading.work), reading.raw.parameters)
+    return Structure(
+        table,
+        tensors,
+        tuple(groups),
+        tuple(pinned),
+        _live_edits(reading),
+        tuple(reading.work),
+        reading.raw.parameters,
+        _sums(reading),
+    )
+
+
+def _sums(reading: Reading) -> tuple[Sum, ...]:
+    results = {node.name: node.outputs[0].name or "" for node in reading.raw.model.graph}
+    return tuple(
+        Sum(item.node, item.axis, reading.axes[results[item.node]])
+        for item in reading.contractions
+        if results[item.node] in reading.axes
+    )
 
 
 def _by_first_use(reading: Reading, tensors: dict[str, Axes]) -> list[str]:

@@ -63,6 +63,10 @@ class Network:
         self._constant = self._constant_values()
         self._crossing = self._crossing_sizes()
 
+    def holds(self, node: str) -> bool:
+        """Return whether the node called `node` is there; what led to a removed branch alone is not."""
+        return node in self._positions
+
     def position(self, node: str) -> int:
         """Return the position of the node called `node`."""
         return self._positions[node]

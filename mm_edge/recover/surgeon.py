@@ -95,7 +95,7 @@ class Surgeon:
 
 def damped(covariance: Floats, ridge: float) -> Floats:
     """Return covariance + ridge * mean(diag) * I, for blocks (..., K, K)."""
-    scale = np.trace(covariance, axis1=-2, axis2=-1) / covariance.shape[-1]
+    scale = np.trace(covariance, axis1=-2, axis2=-1) / max(covariance.shape[-1], 1)
     floor = np.maximum(ridge * scale, 1e-12)
     return np.asarray(covariance + floor[..., None, None] * np.eye(covariance.shape[-1]))
 

@@ -47,7 +47,9 @@ def walk(context: RecoveryContext, keep: Keep, screened: Tensors, progress: Adva
     held = Frontier(student, context.images, context.held_back)
     best = divergences(context, student, held)
     taken: dict[str, str] = {}
-    pruned = [item for item in _in_order(context) if not _blocks(context, item, keep).whole]
+    pruned = [
+        item for item in _in_order(context) if not _blocks(context, item, keep).whole and student.holds(item.node)
+    ]
     for done, consumer in enumerate(pruned):
         _advance_(student, consumer, context.threads, fitted, held)
         taken[consumer.weight] = "screened"

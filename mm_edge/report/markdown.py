@@ -39,14 +39,16 @@ _HEADER = (
 
 def write_markdown(report: Report) -> str:
     """Return the whole report as one Markdown document."""
+    controls = any(c.is_control for c in report.candidates)
     sections = [
         f"# {_escape(report.model.name)} on {_escape(str(report.target.get('name', 'unknown target')))}",
         _escape(write_headline(report)),
         _write_warnings(report),
         "## Candidates",
         _write_table(report),
-        "`*` marks the Pareto front (nothing else is both as accurate and as fast), `>` the chosen one. "
-        "Points are top-1 against dense; a loss is negative. Speed-up is the median ratio of interleaved pairs, "
+        "`*` marks the Pareto front (nothing else is both as accurate and as fast), `>` the chosen one"
+        + (", a control is the dense network on pictures of another size. " if controls else ". ")
+        + "Points are top-1 against dense; a loss is negative. Speed-up is the median ratio of interleaved pairs, "
         "with its interval.",
         _write_choice(report),
         _write_training(report),
@@ -84,7 +86,7 @@ def _write_row(c: Candidate, chosen: bool) -> list[str]:
     parity = NOT_MEASURED if c.parity is None else f"{c.parity.max_rel_err:.1e}"
     return [
         ("\\>" if chosen else "") + ("\\*" if c.pareto else ""),
-        _escape(c.id),
+        _escape(c.id) + (" (control)" if c.is_control else ""),
         show_percent(c.accuracy_top1),
         show_drop(c.accuracy_drop),
         show_ms(c.latency_ms.p50),

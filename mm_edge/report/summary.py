@@ -1,8 +1,17 @@
-"""What a report comes down to: its headline, the rows worth a place on the screen, and what kept its width."""
+"""What a report comes down to: its headline, the rows worth a place on the screen, and what kept its width.
+
+Pruned rows are held against the controls, the dense network on pictures of other sizes. With t = 1 / speed-up, and
+a(t) the accuracy that dense and controls reach in that time (linear between them, the best of what is faster beyond),
+
+    margin(row) = accuracy(row) - a(t(row))
+
+Rows faster than every control have a margin only where they are at least as accurate as the fastest.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 
 from mm_edge.records import Candidate, Report
 from mm_edge.report.values import show_ms, show_percent
@@ -20,11 +29,59 @@ def write_headline(report: Report) -> str:
     chosen = find_chosen(report)
     if chosen is None:
         return "No candidate was chosen; the dense model stands."
-    return f"{_speed_sentence(report, chosen)} {_accuracy_sentence(report, chosen)}"
+    sentences = [control_sentence(report), _speed_sentence(report, chosen), _accuracy_sentence(report, chosen)]
+    return " ".join(sentence for sentence in sentences if sentence)
+
+
+def control_sentence(report: Report) -> str | None:
+    """Return what to say when nothing pruned beats the dense network on pictures of other sizes; None where it does.
+
+    None too where there is nothing to compare: no control, no accuracy or no measured speed.
+    """
+    curve = _control_curve(report)
+    rows = [c for c in report.candidates if c.kind != "dense" and c.precision == "fp32"]
+    measured = [c for c in rows if c.speedup is not None and c.accuracy_top1 is not None]
+    if curve is None or not measured:
+        return None
+    margins = [(margin, c) for c in measured if (margin := _margin(curve, c)) is not None]
+    best = max(margins, key=lambda item: item[0], default=None)
+    if best is not None and best[0] > 0:
+        return None
+    sentence = "Nothing pruned beats the dense network on pictures of another size at the same measured latency"
+    return (
+        f"{sentence}."
+        if best is None
+        else f"{sentence}: the nearest, {best[1].id}, is {-100 * best[0]:.2f} points behind."
+    )
+
+
+def _control_curve(report: Report) -> list[tuple[float, float]] | None:
+    """Return (1 / speed-up, accuracy) of dense and controls, fastest first, without what is slower and no better."""
+    controls = [c for c in report.candidates if c.is_control and c.precision == "fp32"]
+    points = [(1 / c.speedup, c.accuracy_top1) for c in controls if c.speedup and c.accuracy_top1 is not None]
+    if not points or report.dense.accuracy_top1 is None:
+        return None
+    kept: list[tuple[float, float]] = []
+    for time, accuracy in sorted([*points, (1.0, report.dense.accuracy_top1)]):
+        if not kept or accuracy > kept[-1][1]:
+            kept.append((time, accuracy))
+    return kept
+
+
+def _margin(curve: list[tuple[float, float]], c: Candidate) -> float | None:
+    assert c.speedup is not None and c.accuracy_top1 is not None
+    time = 1 / c.speedup
+    if time < curve[0][0]:
+        ahead = c.accuracy_top1 - curve[0][1]
+        return ahead if ahead >= 0 else None
+    for (t0, a0), (t1, a1) in pairwise(curve):
+        if time <= t1:
+            return c.accuracy_top1 - (a0 + (a1 - a0) * (time - t0) / (t1 - t0))
+    return c.accuracy_top1 - curve[-1][1]
 
 
 def pick_rows(report: Report) -> tuple[Candidate, ...]:
-    """Return all candidates where they are few; else the Pareto rows and the chosen one, in their order.
+    """Return all candidates where they are few; else controls, Pareto rows and the chosen one, in their order.
 
     Where no row is marked (accuracy was not measured), those of fewest MACs stand in. Of strategies that coincide the
     first stands for all.
@@ -41,17 +98,23 @@ def pick_rows(report: Report) -> tuple[Candidate, ...]:
         wanted = {c.id for c in sorted(rows, key=lambda c: c.macs)[:SHORT_TABLE_ROWS]}
     if chosen is not None:
         wanted.add(chosen.id)
+    wanted |= {c.id for c in rows if c.is_control}
     return tuple(c for c in rows if c.id in wanted)
 
 
 def name_rows(rows: tuple[Candidate, ...]) -> dict[str, str]:
-    """Return a name per candidate id: the id, without its kind and precision where all rows share them."""
-    shared = len({(c.kind, c.precision) for c in rows}) == 1
+    """Return a name per candidate id: the id, without its kind and precision where all rows share them.
+
+    Controls are marked.
+    """
+    shared = len({(c.kind, c.precision) for c in rows if not c.is_control}) == 1
     names = {}
     for c in rows:
         middle = f"/{c.kind}/{c.precision}"
         names[c.id] = c.id.replace(middle, "", 1) if shared else c.id
-    return names if len(set(names.values())) == len(names) else {c.id: c.id for c in rows}
+    if len(set(names.values())) < len(names):
+        names = {c.id: c.id for c in rows}
+    return {c.id: f"{names[c.id]} (control)" if c.is_control else names[c.id] for c in rows}
 
 
 def count_skipped(report: Report) -> list[tuple[str, int, int]]:
@@ -76,6 +139,8 @@ def _speed_sentence(report: Report, chosen: Candidate) -> str:
             f"dense speed (95 % interval; {times})."
         )
     if chosen.speedup <= 1:
+        if chosen.is_control:
+            return f"{chosen.id} is no faster than dense ({chosen.speedup:.2f}x, {times})."
         return f"Pruning brought no speed-up: {chosen.id} runs at {chosen.speedup:.2f}x the dense speed ({times})."
     return f"{chosen.id} is {chosen.speedup:.2f}x faster than dense ({times})."
 

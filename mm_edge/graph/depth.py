@@ -1,0 +1,267 @@
+"""Depth: a residual branch removed whole, by keeping none of the channels inside it.
+
+In x + f(x) let g be the groups that live inside f alone. With every one of them emptied, a layer that sums over one
+puts out its bias whatever it reads: f is a constant c, in the masked model and in the compact one, and all that led
+to it is dead. The compact graph then holds x + c, c of one number per channel; `deploy` moves it into the bias of
+the layer before, where there is one.
+
+    branch   an addition u + v in which v is made by nodes that nothing else reads, from u alone
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import onnx_ir.passes.common as ir_passes
+import onnxruntime
+
+from mm_edge.errors import JobError
+from mm_edge.graph.axes import Axis, AxisTable, BoolArray
+from mm_edge.graph.groups import Structure, Sum
+from mm_edge.graph.rules import added_operands
+
+# Ends the names of the constants that stand where nothing is summed over.
+EMPTIED = "/emptied"
+
+Keep = Mapping[Axis, BoolArray]
+FloatArray = npt.NDArray[np.generic]
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A residual branch that may be removed whole.
+
+    Attributes:
+        id: the module that holds its matrices and kernels; where several branches share it, its first parameter.
+        leaves: the groups inside it; emptying them all removes it.
+        tensors: the parameters that nothing outside it reads.
+        macs: the multiply-adds that go with it, everything else at full width.
+    """
+
+    id: str
+    leaves: tuple[Axis, ...]
+    tensors: tuple[str, ...]
+    macs: float
+
+
+def find_branches(model: ir.Model, structure: Structure) -> tuple[Branch, ...]:
+    """Return the branches of the raw graph `model` that its groups can remove, in graph order."""
+    found: list[Branch] = []
+    for node in model.graph:
+        if node.op_type == "Add" and len(node.inputs) == 2:
+            for skip, branch in ((node.inputs[0], node.inputs[1]), (node.inputs[1], node.inputs[0])):
+                inside = _private_nodes(model, node, skip, branch)
+                item = _branch_of(model, structure, inside) if inside else None
+                if item is not None:
+                    found.append(item)
+    shared = Counter(item.id for item in found)
+    return tuple(item if shared[item.id] == 1 else replace(item, id=item.tensors[0]) for item in found)
+
+
+def _private_nodes(
+    model: ir.Model, add: ir.Node, skip: ir.Value | None, branch: ir.Value | None
+) -> tuple[ir.Node, ...]:
+    """Return the nodes that make `branch` and that nothing but `add` reads, if `skip` is all they start from."""
+    if skip is None or branch is None or branch.producer() is None or branch.is_graph_output():
+        return ()
+    inside: set[ir.Node] = set()
+    for node in reversed(list(model.graph)):
+        users = [(use.node, use.node.inputs[use.idx]) for value in node.outputs for use in value.uses()]
+        ends = any(value.is_graph_output() for value in node.outputs)
+        own = all(user in inside or (user is add and value is branch) for user, value in users)
+        if users and own and not ends:
+            inside.add(node)
+    computed = _computed(model)
+    made = {value for node in inside for value in node.outputs}
+    starts = {value for node in inside for value in node.inputs if value in computed and value not in made}
+    return tuple(node for node in model.graph if node in inside) if starts == {skip} else ()
+
+
+def _computed(model: ir.Model) -> set[ir.Value | None]:
+    """Return the values that depend on the input."""
+    computed: set[ir.Value | None] = {
+        value for value in model.graph.inputs if value.name not in model.graph.initializers
+    }
+    for node in model.graph:
+        if any(value in computed for value in node.inputs):
+            computed.update(node.outputs)
+    return computed
+
+
+def _branch_of(model: ir.Model, structure: Structure, inside: tuple[ir.Node, ...]) -> Branch | None:
+    nodes = set(inside)
+    names = [value.name for node in inside for value in node.inputs if value is not None and value.name is not None]
+    own = [
+        name
+        for name in dict.fromkeys(names)
+        if name in structure.parameters and all(use.node in nodes for use in model.graph.initializers[name].uses())
+    ]
+    leaves = tuple(group.leaf for group in structure.groups if set(group.tensors) <= set(own))
+    empty = {leaf: np.zeros(structure.table.size(leaf), dtype=np.bool_) for leaf in leaves}
+    alive = live_nodes(model, structure, empty)
+    cut = {item.node for item in structure.sums if is_emptied(structure.table, item.axis, empty)}
+    works = [item for item in structure.work if item.node in {node.name for node in inside}]
+    if not leaves or not works or any(item.node in alive - cut for item in works):
+        return None
+    macs = sum(_work(structure, item.axes, item.constant) for item in works)
+    wide = [name for name in own if len(structure.tensor_axes[name]) > 1]
+    return Branch(_module(wide or own), leaves, tuple(own), macs)
+
+
+def _module(names: list[str]) -> str:
+    """Return what dotted names start with in common, all but the last part of a single one."""
+    shared = []
+    for parts in zip(*(name.split(".")[:-1] for name in names), strict=False):
+        if len(set(parts)) > 1:
+            break
+        shared.append(parts[0])
+    return ".".join(shared) or names[0]
+
+
+def _work(structure: Structure, axes: Iterable[Axis], constant: int) -> float:
+    product = float(constant)
+    for axis in axes:
+        product *= structure.table.size(axis)
+    return product
+
+
+def is_emptied(table: AxisTable, axis: Axis, keep: Keep) -> bool:
+    """Return whether `keep` leaves nothing of an axis that had something."""
+    return table.size(axis) > 0 and not table.kept(axis, dict(keep)).any()
+
+
+def live_nodes(model: ir.Model, structure: Structure, keep: Keep) -> set[str]:
+    """Return the names of the raw graph's nodes that an output needs once sums over emptied groups are constant."""
+    cut = {item.node for item in structure.sums if is_emptied(structure.table, item.axis, keep)}
+    alive: set[str] = set()
+    stack = list(model.graph.outputs)
+    while stack:
+        node = stack.pop().producer()
+        if node is None or node.name is None or node.name in alive:
+            continue
+        alive.add(node.name)
+        read = [node.inputs[index] for index in added_operands(node)] if node.name in cut else node.inputs
+        stack += [value for value in read if value is not None]
+    return alive
+
+
+def dead_tensors(model: ir.Model, structure: Structure, keep: Keep) -> frozenset[str]:
+    """Return the initialisers of the raw graph that no output depends on any more."""
+    if all(kept.any() for kept in keep.values()):
+        return frozenset()
+    alive = live_nodes(model, structure, keep)
+    cut = {item.node for item in structure.sums if is_emptied(structure.table, item.axis, keep)}
+    read: set[str] = set()
+    for node in model.graph:
+        if node.name in alive:
+            inputs = [node.inputs[index] for index in added_operands(node)] if node.name in cut else node.inputs
+            read |= {value.name for value in inputs if value is not None and value.name is not None}
+    return frozenset(set(model.graph.initializers) - read)
+
+
+def cut_branches_(model: ir.Model, structure: Structure, keep: Keep) -> None:
+    """Put constants, in place, where the compact graph `model` would sum over nothing, and drop what led there.
+
+    The initialisers must have been sliced already.
+
+    Raises:
+        JobError: an emptied group reaches the output by another way than a sum over it, or all ways lead through it.
+    """
+    nodes = {node.name: node for node in model.graph}
+    for item in structure.sums:
+        if item.node in nodes and is_emptied(structure.table, item.axis, keep):
+            _replace_by_constant_(model, nodes[item.node], structure.table, item, keep)
+    ir_passes.RemoveUnusedNodesPass()(model)
+    emptied = [
+        value
+        for value in model.graph.initializers.values()
+        if value.const_value is not None and not value.const_value.size
+    ]
+    if any(list(value.uses()) for value in emptied) or not _computed(model) & set(model.graph.outputs):
+        lost = next(group for group in structure.groups if group.leaf in keep and not keep[group.leaf].any())
+        raise JobError(
+            f"group {lost.id} would lose all of its {lost.size} indices, and it is not the inside of a residual branch"
+        )
+    _fold_constant_operands_(model)
+
+
+def _replace_by_constant_(model: ir.Model, node: ir.Node, table: AxisTable, item: Sum, keep: Keep) -> None:
+    (out,) = node.outputs
+    shape = [int(table.kept(axis, dict(keep)).sum()) for axis in item.result]
+    array = np.zeros(shape, dtype=np.float32 if out.dtype is None else out.dtype.numpy())
+    for index in added_operands(node):
+        bias = node.inputs[index]
+        if bias is None or bias.const_value is None:
+            raise JobError(f"a group cannot be emptied: the bias of {node.name} is computed at run time")
+        column = (1, -1, *(1,) * (len(shape) - 2)) if node.op_type in ("Conv", "ConvTranspose") else (-1,)
+        array = array + bias.const_value.numpy().reshape(column)
+    out.replace_all_uses_with(_constant(model, f"{node.name}{EMPTIED}", array))
+
+
+def _constant(model: ir.Model, name: str, array: FloatArray) -> ir.Value:
+    tensor = ir.tensor(np.ascontiguousarray(array), name=name)
+    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    model.graph.register_initializer(value)
+    return value
+
+
+def _fold_constant_operands_(model: ir.Model) -> None:
+    """Compute what a node that depends on the input adds or multiplies, where emptying has made it a constant."""
+    computed = _computed(model)
+    started = _started_constant(model)
+    wanted = {
+        value
+        for node in model.graph
+        if node.outputs[0] in computed
+        for value in node.inputs
+        if value is not None and value in started and value not in computed and value.producer() is not None
+    }
+    arrays = _evaluate(model, sorted(wanted, key=lambda value: value.name or ""))
+    for value, array in arrays.items():
+        value.replace_all_uses_with(_constant(model, f"{value.name}{EMPTIED}", array))
+    ir_passes.RemoveUnusedNodesPass()(model)
+    for name, value in model.graph.initializers.items():
+        broadcasts = all(use.node.op_type in ("Add", "Sub", "Mul", "Div") for use in value.uses())
+        if name.endswith(EMPTIED) and broadcasts and value.const_value is not None:
+            array = _collapse(value.const_value.numpy())
+            value.const_value, value.shape = ir.tensor(array, name=name), ir.Shape(array.shape)
+
+
+def _started_constant(model: ir.Model) -> set[ir.Value]:
+    """Return the values that depend on a constant put in by `_replace_by_constant_`."""
+    started = {value for name, value in model.graph.initializers.items() if name.endswith(EMPTIED)}
+    for node in model.graph:
+        if any(value in started for value in node.inputs):
+            started.update(node.outputs)
+    return started
+
+
+def _evaluate(model: ir.Model, wanted: list[ir.Value]) -> dict[ir.Value, FloatArray]:
+    if not wanted:
+        return {}
+    part = model.clone()
+    values = {value.name: value for node in part.graph for value in node.outputs}
+    part.graph.outputs[:] = [values[value.name] for value in wanted]
+    ir_passes.RemoveUnusedNodesPass()(part)
+    ir_passes.ShapeInferencePass()(part)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(
+        ir.to_proto(part).SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    feeds = {item.name: np.zeros(item.shape, dtype=np.float32) for item in session.get_inputs()}
+    return dict(zip(wanted, session.run(None, feeds), strict=True))
+
+
+def _collapse(array: FloatArray) -> FloatArray:
+    """Return a constant without the axes along which it repeats itself: an addition broadcasts."""
+    for axis in range(array.ndim):
+        first = np.take(array, [0], axis=axis)
+        if array.shape[axis] > 1 and np.array_equal(np.broadcast_to(first, array.shape), array):
+            array = first
+    return array
