@@ -39,6 +39,7 @@ from mm_edge.candidates import (
     Images,
     Plan,
     Workbench,
+    count_macs,
     file_name,
     make_candidate,
     make_control,
@@ -537,8 +538,12 @@ def _plan_by_sensitivity(job: Job, places: list[Place], fraction: float) -> tupl
         if place.pruned and place.sensitivities and place.network.structure.macs() > budget
         for plan in _spend(job, place, places[0].branches, fraction, budget)
     ]
-    if len(rivals) < 2:
-        return [plan for _, plan in rivals], []
+    costs = [count_macs(place.network.raw, place.network.structure, plan.keep or {}) for place, plan in rivals]
+    fitting = [rival for rival, cost in zip(rivals, costs, strict=True) if cost <= budget]
+    if len(fitting) < 2:
+        least = [rivals[costs.index(min(costs))][1]] if rivals else []
+        return [plan for _, plan in fitting] or least, []
+    rivals = fitting
     with job.stages.stage(f"size, blocks or width at {fraction:g}") as advance:
         tried: list[tuple[float, str, Plan]] = []
         for place, plan in rivals:

@@ -279,15 +279,17 @@ def test_a_size_asked_for_and_not_taken_is_refused_before_the_folder_is_made(fil
     assert not (tmp_path / "out").exists()
 
 
-def test_the_closed_form_walks_the_size_that_diverges_least(files: Path, tmp_path: Path) -> None:
-    report = run(
-        files, tmp_path, recover="closed-form", input_sizes=(SIDE, OTHER), macs=(0.3,), strategies=("balanced",)
-    )
-    rows = [row for row in report.candidates if row.signal == "sensitivity"]
-    assert len(rows) == 1 and rows[0].recovered_by == "closed-form"
-    assert rows[0].macs <= 0.3 * report.dense.macs
-    side = rows[0].input_shape[-1]
-    (note,) = [text for text in report.warnings if text.startswith("--macs 0.3 by sensitivity: ")]
-    assert note.startswith(f"--macs 0.3 by sensitivity: input size {side} diverges least (nats: {side} px ")
+def test_a_budget_goes_to_the_size_blocks_and_widths_that_diverge_least(files: Path, tmp_path: Path) -> None:
+    report = run(files, tmp_path, recover="closed-form", input_sizes=(SIDE, OTHER), macs=(0.45,))
+    (row,) = [row for row in report.candidates if row.signal == "sensitivity"]
+    assert row.recovered_by == "closed-form" and row.macs <= 0.45 * report.dense.macs
+    side = row.input_shape[-1]
+    assert row.id == "sensitivity/macs_0.45/structured/fp32" + ("" if side == SIDE else f"@{side}")
+    (note,) = [text for text in report.warnings if text.startswith("--macs 0.45 by sensitivity: ")]
+    best = f"{side} px" + (f" without {' and '.join(row.removed_blocks)}" if row.removed_blocks else "")
+    assert note.startswith(f"--macs 0.45 by sensitivity: {best} diverges least (nats: {best} ")
+    assert f"{SIDE} px " in note and f"{OTHER} px " in note and "px without layer1.0 " in note
     recovered = {row.recovered_by for row in report.candidates if not row.is_control}
     assert recovered <= {"closed-form", "closed-form (screened)"}
+    divergences = [float(text.rpartition(" ")[2].rstrip(")")) for text in note.split(", ")]
+    assert divergences == sorted(divergences)
