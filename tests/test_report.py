@@ -133,7 +133,7 @@ CONTRACT = {
     "candidates.0": (
         "id signal strategy kind precision sparsity params macs accuracy_top1 accuracy_drop agreement_top1 kl_to_dense "
         "latency_ms speedup speedup_ci peak_memory_bytes file_bytes parity recovered_by epochs stopped pareto artifact "
-        "masked_state_dict stored_file input_shape also_named"
+        "masked_state_dict stored_file input_shape also_named removed_blocks"
     ),
     "candidates.0.parity": "max_abs_err max_rel_err top1_agreement inputs",
     "chosen": "id reason accuracy_top1_test",

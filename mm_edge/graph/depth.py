@@ -172,21 +172,21 @@ def cut_branches_(model: ir.Model, structure: Structure, keep: Keep) -> None:
     Raises:
         JobError: an emptied group reaches the output by another way than a sum over it, or all ways lead through it.
     """
+    lost = next(group for group in structure.groups if group.leaf in keep and not keep[group.leaf].any())
+    refusal = JobError(
+        f"group {lost.id} would lose all of its {lost.size} indices, and it is not the inside of a residual branch"
+    )
     nodes = {node.name: node for node in model.graph}
     for item in structure.sums:
         if item.node in nodes and is_emptied(structure.table, item.axis, keep):
+            if nodes[item.node].outputs[0].is_graph_output():
+                raise refusal
             _replace_by_constant_(model, nodes[item.node], structure.table, item, keep)
     ir_passes.RemoveUnusedNodesPass()(model)
-    emptied = [
-        value
-        for value in model.graph.initializers.values()
-        if value.const_value is not None and not value.const_value.size
-    ]
-    if any(list(value.uses()) for value in emptied) or not _computed(model) & set(model.graph.outputs):
-        lost = next(group for group in structure.groups if group.leaf in keep and not keep[group.leaf].any())
-        raise JobError(
-            f"group {lost.id} would lose all of its {lost.size} indices, and it is not the inside of a residual branch"
-        )
+    arrays = [(value, value.const_value) for value in model.graph.initializers.values()]
+    reached = any(array is not None and not array.size and list(value.uses()) for value, array in arrays)
+    if reached or not _computed(model) & set(model.graph.outputs):
+        raise refusal
     _fold_constant_operands_(model)
 
 
