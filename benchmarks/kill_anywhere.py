@@ -20,6 +20,7 @@ import contextlib
 import json
 import os
 import platform
+import shutil
 import signal
 import sys
 import tempfile
@@ -184,8 +185,8 @@ def trial(images: Path, out: Path, share: float, seconds: float, unbroken: dict[
     }
 
 
-def measure(work: Path, times: int, seed: int) -> dict[str, Any]:
-    """Return what `times` kills did; the shares come from `seed`."""
+def measure(work: Path, times: int, seed: int, record: Path) -> dict[str, Any]:
+    """Return what `times` kills did, and write it to `record` after each; the shares come from `seed`."""
     images = write_images(work / "images")
     started = time.monotonic()
     code = finish(spawn(lambda: job(images, work / "unbroken")))
@@ -195,14 +196,23 @@ def measure(work: Path, times: int, seed: int) -> dict[str, Any]:
     unbroken = outcome(work / "unbroken")
     generator = np.random.default_rng(seed)
     trials: list[dict[str, Any]] = []
-    while sum(item["killed"] for item in trials) < times and len(trials) < 2 * times:
-        found = trial(images, work / f"trial{len(trials)}", float(generator.random()), seconds, unbroken)
-        trials.append(found)
-        print(f"{len(trials)}: {json.dumps(found)}", file=sys.stderr, flush=True)
+    found = summarise(trials, unbroken, seed, seconds)
+    while found["kills"] < times and len(trials) < 2 * times:
+        out = work / f"trial{len(trials)}"
+        trials.append(trial(images, out, float(generator.random()), seconds, unbroken))
+        shutil.rmtree(out)
+        print(f"{len(trials)}: {json.dumps(trials[-1])}", file=sys.stderr, flush=True)
+        found = summarise(trials, unbroken, seed, seconds)
+        record.write_text(json.dumps(found, indent=1) + "\n")
+    return found
+
+
+def summarise(trials: list[dict[str, Any]], unbroken: dict[str, Any], seed: int, seconds: float) -> dict[str, Any]:
     rows = unbroken["report"]["candidates"]
+    kills = sum(item["killed"] for item in trials)
     return {
-        "command": f"python benchmarks/kill_anywhere.py --times {times} --seed {seed}",
-        "kills": sum(item["killed"] for item in trials),
+        "command": f"python benchmarks/kill_anywhere.py --times {kills} --seed {seed}",
+        "kills": kills,
         "finished_before_the_kill": sum(not item["killed"] for item in trials),
         "same_report_and_artifacts": sum(item["same"] for item in trials),
         "half_written_files": sum(len(item["half_written"]) for item in trials),
@@ -212,7 +222,7 @@ def measure(work: Path, times: int, seed: int) -> dict[str, Any]:
         "seconds_unbroken": round(seconds, 2),
         "machine": f"{platform.system()} {platform.machine()}, under other load",
         "version": mm_edge.__version__,
-        "trials": trials,
+        "trials": list(trials),
     }
 
 
@@ -223,8 +233,7 @@ def main() -> None:
     parser.add_argument("--record", type=Path, default=ROOT / "benchmarks" / "results" / "kill_anywhere.json")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        found = measure(Path(folder), args.times, args.seed)
-    args.record.write_text(json.dumps(found, indent=1) + "\n")
+        found = measure(Path(folder), args.times, args.seed, args.record)
     whole = found["same_report_and_artifacts"] == len(found["trials"]) and not found["half_written_files"]
     print(json.dumps({name: value for name, value in found.items() if name != "trials"}, indent=1))
     if not whole:
