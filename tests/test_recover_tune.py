@@ -99,6 +99,7 @@ def test_the_tail_is_frozen_and_the_start_is_cached(monkeypatch: pytest.MonkeyPa
     keep = {group.leaf: case.keep[group.leaf] for group in case.structure.groups if "expand" in group.id}
     span = find_span(case.context, traced, keep)
     assert span is not None
+    assert traced.size(span.targets[-1]) == 8 * 16 * 16
     assert traced.readers["bn.bias"][0] < span.start <= traced.readers["expand.weight"][0]
     found = tune(case.context, case.module, keep, {})
     untouched = {"stem.weight", "bn.weight", "bn.bias", "head.weight", "head.bias"}

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -131,9 +132,10 @@ def find_span(context: RecoveryContext, traced: Traced, keep: Keep) -> Span | No
         return None
     readers = sorted(set(readers))
     masked = [traced.readers[name][0] for name in mask_tensors(context.structure, keep) if name in traced.readers]
-    after = [*readers[1:], len(traced.nodes)]
-    cuts = [traced.narrowest(first + 1, last) for first, last in zip(readers, after, strict=True)]
-    cuts = sorted({cut for cut in cuts if len(traced.live(cut)) == 1 and traced.can_cut(cut)})
+    cuts = [traced.narrowest(first + 1, last) for first, last in pairwise(readers)]
+    # After the last reader the narrowest place would be the answer itself: tuning ends with the block.
+    cuts += [cut for cut in range(readers[-1] + 1, len(traced.nodes) + 1) if _is_single(traced, cut)][:1]
+    cuts = sorted({cut for cut in cuts if _is_single(traced, cut)})
     starts = [cut for cut in (min(masked), *cuts) if traced.can_cut(cut)]
     start = next((cut for cut in starts if 4 * CROPS * traced.size(cut) <= CACHE_BYTES), None)
     if start is None or not cuts or start >= cuts[-1]:
@@ -141,6 +143,10 @@ def find_span(context: RecoveryContext, traced: Traced, keep: Keep) -> Span | No
     inside = [cut for cut in cuts if cut > start]
     chosen = np.unique(np.linspace(0, len(inside) - 1, TARGETS).round().astype(int))
     return Span(start, tuple(inside[index] for index in chosen))
+
+
+def _is_single(traced: Traced, position: int) -> bool:
+    return len(traced.live(position)) == 1 and traced.can_cut(position)
 
 
 class _Tuner:
