@@ -145,7 +145,7 @@ def test_weights_that_are_not_numbers(files: Path) -> None:
         ("--size -5", "--size -5 can never be met or missed; give a number above 0"),
         ("--max-drop nan", "--max-drop nan is not a number of points; write for example --max-drop 1"),
         ("--max-drop 1", "--max-drop needs accuracy, and there are no validation images; give --data PATH"),
-        ("--accuracy-on phone", "unknown --accuracy-on 'phone'; allowed: host, device"),
+        ("--accuracy-on phone", "unknown --accuracy-on 'phone'; did you mean host?"),
         (
             "--accuracy-on device",
             "--accuracy-on device needs a device, and nothing is measured here; give --host USER@HOST",
