@@ -2,11 +2,13 @@
 
     python benchmarks/zoo.py --work DIR [--jobs N] [--only FAMILY,...] [--limit SECONDS]
     python benchmarks/zoo.py --page
+    python benchmarks/zoo.py --compare FILE
 
 For each module the smallest network of at least a million parameters (inputs up to 256 pixels preferred). Its norms,
 layer scales and BatchNorm statistics are randomised, so that exactness means something. Each network runs in a
 process of its own and leaves DIR/FAMILY.json; a second call goes on where the first stopped. When none is left the
-rows are gathered in benchmarks/results/zoo.json, from which --page writes docs/zoo.md.
+rows are gathered in benchmarks/results/zoo.json, from which --page writes docs/zoo.md; --compare holds another run's
+file beside it.
 
 The three signals are planned to see that they can be and how long it takes. Gradients are seeded noise: nothing here
 says anything about accuracy.
@@ -362,6 +364,23 @@ def page(result: dict[str, Any], peers: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def differences(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
+    """Return what a second run found otherwise: families, errors, multiply-adds left, exactness; times apart."""
+    rows = [{row["family"]: row for row in run["rows"]} for run in (first, second)]
+    found = [f"{family}: in one run only" for family in sorted(rows[0].keys() ^ rows[1].keys())]
+    for family in sorted(rows[0].keys() & rows[1].keys()):
+        one, other = rows[0][family], rows[1][family]
+        if "error" in one or "error" in other:
+            if one.get("error") != other.get("error"):
+                found.append(f"{family}: {one.get('error')} and {other.get('error')}")
+            continue
+        for part in ("balanced", "budget"):
+            ratios = (one[part]["macs_ratio"], other[part]["macs_ratio"])
+            if ratios[0] != ratios[1] or exact(one[part]) != exact(other[part]):
+                found.append(f"{family} {part}: {ratios[0]:.6f} and {ratios[1]:.6f} of the multiply-adds")
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="One network of every timm module through the structured pipeline.")
     parser.add_argument("--work", type=Path, help="folder of the rows, kept between calls")
@@ -371,6 +390,7 @@ def main() -> None:
         "--limit", type=float, default=120, help="seconds a network may take (five times that over 40 M)"
     )
     parser.add_argument("--page", action="store_true", help="write docs/zoo.md from the committed results")
+    parser.add_argument("--compare", type=Path, help="print what another run's results have otherwise")
     parser.add_argument("--one", nargs=4, metavar=("NAME", "C", "H", "W"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
@@ -379,8 +399,11 @@ def main() -> None:
         PAGE.parent.mkdir(exist_ok=True)
         PAGE.write_text(page(json.loads(RESULT.read_text()), json.loads(PEERS.read_text())))
         print(f"wrote {PAGE}")
+    elif arguments.compare:
+        found = differences(json.loads(RESULT.read_text()), json.loads(arguments.compare.read_text()))
+        print("\n".join(found) or "the same families, multiply-adds and exactness in both runs")
     elif arguments.work is None:
-        parser.error("--work DIR is needed (or --page)")
+        parser.error("--work DIR is needed (or --page, or --compare FILE)")
     else:
         run_all(arguments.work, arguments.jobs, [name for name in arguments.only.split(",") if name], arguments.limit)
 
