@@ -163,7 +163,7 @@ def outcome(out: Path) -> dict[str, Any]:
     report = json.loads((out / "report.json").read_text())
     report.pop("seconds")
     names = [row[field] for row in report["candidates"] for field in ("artifact", "masked_state_dict")]
-    return {"report": report, "files": {name: hash_file(out / name) for name in ["dense.onnx", *names]}}
+    return {"report": report, "files": {name: hash_file(out / name) for name in ["dense.onnx", *filter(None, names)]}}
 
 
 def trial(images: Path, out: Path, share: float, seconds: float, unbroken: dict[str, Any]) -> dict[str, Any]:

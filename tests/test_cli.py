@@ -353,7 +353,9 @@ def test_json_is_all_there_is_on_standard_output(files: Path, tmp_path: Path, co
 
 def test_ctrl_c_keeps_what_was_made_and_the_next_run_goes_on(files: Path) -> None:
     arguments = ["prune-export", str(files / "net.pt"), "--data", str(files / "images"), "--no-bench", "--out", "run"]
-    code = f"from mm_edge.cli import main; main({[*arguments, '--input-size', '3,32,32']!r})"
+    # A shell starts what runs in its background with SIGINT ignored, and the tests may run there.
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from mm_edge.cli import main; "
+    code += f"main({[*arguments, '--input-size', '3,32,32']!r})"
     process = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
