@@ -5,7 +5,8 @@
 Each network runs in a process of its own: timm's random weights, 64 generated images in 4 classes for the gradients and
 the parity check, thirty structured candidates (nine assignments a signal: two strategies coincide), no recovery, no
 latency. What is timed is mm-edge, so accuracy means nothing here and is not taken. Peak memory of a stage is the
-process's largest resident size within it (VmHWM, reset before the stage through /proc/self/clear_refs).
+process's largest resident size within it (VmHWM, reset before the stage through /proc/self/clear_refs). With --only
+the rows of other networks in the results stay as they were.
 """
 
 from __future__ import annotations
@@ -118,6 +119,10 @@ def main() -> None:
             flush=True,
         )
     packages = ("mm-edge", "torch", "timm", "onnx", "onnxruntime", "onnxscript", "onnx-ir")
+    if arguments.out.is_file():
+        done_now = {row["network"] for row in rows}
+        rows += [row for row in json.loads(arguments.out.read_text())["rows"] if row["network"] not in done_now]
+        rows.sort(key=lambda row: NETWORKS.index(row["network"]))
     document = {
         "machine": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()},
         "versions": {name: version(name) for name in packages},

@@ -43,6 +43,7 @@ from mm_edge.graph.widths import (
     sparsity_of,
 )
 from mm_edge.masks import build_masks, measure_sparsity, rank_scores
+from mm_edge.memory import release_memory
 from mm_edge.parity import Run, compare, onnx_runner, require, torch_runner
 from mm_edge.records import Assignment, Candidate, InputSpec, Layer, Parity, SparsityRange
 from mm_edge.recover.batchnorm import has_batch_norm, reestimate_batch_norm_
@@ -285,6 +286,16 @@ def make_candidate(bench: Workbench, plan: Plan, *, walk_again: bool = False) ->
     return save_candidate(bench, plan, tensors, reference, recovered, name)
 
 
+def _write(bench: Workbench, plan: Plan, tensors: Tensors, recovered: str | None, artifact: Path) -> None:
+    """Write the compact model; nothing of it stays in memory beside what is then loaded to verify it."""
+    proto = ir.to_proto(compact_model(bench, plan, tensors))
+    provenance = {**bench.provenance, "candidate": plan.id, "recovered_by": recovered}
+    add_metadata_(proto, bench.spec, bench.labels, provenance)
+    write_model(proto, artifact)
+    del proto
+    release_memory()
+
+
 def save_candidate(
     bench: Workbench, plan: Plan, tensors: Tensors, reference: Run, recovered: str | None, name: str
 ) -> Candidate:
@@ -295,11 +306,7 @@ def save_candidate(
     """
     keep = plan.keep or {}
     artifact = bench.folder / "candidates" / f"{name}.onnx"
-    proto = ir.to_proto(compact_model(bench, plan, tensors))
-    add_metadata_(
-        proto, bench.spec, bench.labels, {**bench.provenance, "candidate": plan.id, "recovered_by": recovered}
-    )
-    write_model(proto, artifact)
+    _write(bench, plan, tensors, recovered, artifact)
     try:
         parity = _check(bench, artifact, reference, plan.id)
     except ParityError:

@@ -61,6 +61,7 @@ from mm_edge.graph.groups import Structure, read_structure
 from mm_edge.graph.widths import Counts, Ladder, group_scores, select_indices
 from mm_edge.layers import read_layers
 from mm_edge.layers import read_weights as read_layer_weights
+from mm_edge.memory import release_memory
 from mm_edge.models import LoadedModel
 from mm_edge.precision import (
     CALIBRATION_IMAGES,
@@ -375,6 +376,7 @@ def _gradients(job: Job) -> tuple[dict[str, Array], list[str]]:
             found = gradients(job.model.module, _Batches(images, _gradient_batch(job.model)), job.request.seed, advance)
         stored = found.values
         job.store.save_arrays("gradients", key, stored)
+        release_memory()
     return stored, []
 
 
