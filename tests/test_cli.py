@@ -25,14 +25,6 @@ from mm_edge.records import Report, from_json
 ONE = ("--signals", "magnitude", "--strategies", "balanced", "--no-bench", "--input-size", "3,32,32")
 
 
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("files")
-    save_checkpoint(folder / "net.pt")
-    write_images(folder / "images")
-    return folder
-
-
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

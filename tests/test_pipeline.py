@@ -17,7 +17,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from tiny_job import CLASSES, SIDE, save_checkpoint, write_images
+from tiny_job import CLASSES, SIDE, write_images
 from torch import nn
 
 import mm_edge
@@ -75,14 +75,6 @@ class Finished:
     files: Path
     out: Path
     report: Report
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("files")
-    save_checkpoint(folder / "net.pt")
-    write_images(folder / "images")
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import onnx
 import onnx.numpy_helper
 import pytest
 import safetensors.numpy
-from tiny_job import SIDE, save_checkpoint, write_images
+from tiny_job import SIDE
 
 from mm_edge.api import Setting, make_request, run_job
 from mm_edge.errors import UsageError
@@ -27,14 +27,6 @@ def run(files: Path, out: Path, rate: float, monkeypatch: pytest.MonkeyPatch) ->
     request = make_request(setting, recover="tune", signals=("magnitude",), strategies=("max_aggressive",), macs=(0.5,))
     loaded = load_model(str(files / "net.pt"), LoadOptions(input_size=(3, SIDE, SIDE)))
     return run_job(lambda: loaded, setting, request, Stages())
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("files")
-    save_checkpoint(folder / "net.pt")
-    write_images(folder / "images")
-    return folder
 
 
 def test_tuned_rows_go_on_from_the_closed_form(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
