@@ -17,6 +17,7 @@ from typing import Any, TypedDict
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 import onnx_ir as ir
 import safetensors
 import safetensors.numpy
@@ -47,7 +48,7 @@ from mm_edge.memory import release_memory
 from mm_edge.parity import Run, compare, onnx_runner, require, torch_runner
 from mm_edge.records import Assignment, Candidate, InputSpec, Layer, Parity, SparsityRange
 from mm_edge.recover.batchnorm import has_batch_norm, reestimate_batch_norm_
-from mm_edge.recover.closed_form import recover_closed_form
+from mm_edge.recover.closed_form import Recovered, recover_closed_form
 from mm_edge.recover.context import RecoveryContext
 from mm_edge.recover.pattern import recover_pattern
 from mm_edge.recover.sensitivity import Sensitivity
@@ -233,6 +234,28 @@ def _highest_share(ranges: Mapping[str, SparsityRange]) -> float:
     return max(((1 - r.lo) / (r.hi - r.lo) for r in ranges.values() if r.hi > r.lo), default=1.0)
 
 
+def count_parameters(raw: RawGraph) -> int:
+    """Count the parameters of the dense network."""
+    shapes = [raw.model.graph.initializers[name].shape for name in raw.parameters]
+    return sum(int(np.prod(shape.numpy())) for shape in shapes if shape is not None)
+
+
+def dense_candidate(bench: Workbench, name: str, artifact: Path) -> Candidate:
+    """Return the dense network of `bench` as the row `name`, not judged yet."""
+    return Candidate(
+        id=name,
+        signal="none",
+        strategy="dense",
+        kind="dense",
+        precision="fp32",
+        sparsity=0.0,
+        params=count_parameters(bench.raw),
+        macs=round(bench.structure.macs()),
+        input_shape=tuple(bench.images.parity.shape[1:]),
+        artifact=artifact.relative_to(bench.folder).as_posix(),
+    )
+
+
 def make_control(bench: Workbench, side: int) -> Candidate:
     """Make, save, verify and evaluate the dense network on pictures of another size.
 
@@ -242,34 +265,14 @@ def make_control(bench: Workbench, side: int) -> Candidate:
     assert bench.module is not None
     name = f"dense@{side}"
     artifact = bench.folder / "candidates" / f"{file_name(name)}.onnx"
-    proto = ir.to_proto(deploy(bench.raw.model.clone()))
-    add_metadata_(proto, bench.spec, bench.labels, {**bench.provenance, "candidate": name})
-    write_model(proto, artifact)
+    _write(bench, ir.to_proto(deploy(bench.raw.model.clone())), artifact, candidate=name)
     try:
         parity = _check(bench, artifact, torch_runner(copy.deepcopy(bench.module)), name)
     except ParityError:
         artifact.unlink()
         raise
-    return Candidate(
-        id=name,
-        signal="none",
-        strategy="dense",
-        kind="dense",
-        precision="fp32",
-        sparsity=0.0,
-        params=sum(_size(bench, name) for name in bench.raw.parameters),
-        macs=round(bench.structure.macs()),
-        input_shape=bench.spec.shape,
-        file_bytes=artifact.stat().st_size,
-        parity=parity,
-        artifact=artifact.relative_to(bench.folder).as_posix(),
-        **evaluate_artifact(bench, artifact),
-    )
-
-
-def _size(bench: Workbench, parameter: str) -> int:
-    shape = bench.raw.model.graph.initializers[parameter].shape
-    return 0 if shape is None else int(np.prod(shape.numpy()))
+    row = dense_candidate(bench, name, artifact)
+    return replace(row, file_bytes=artifact.stat().st_size, parity=parity, **evaluate_artifact(bench, artifact))
 
 
 def make_candidate(bench: Workbench, plan: Plan, *, walk_again: bool = False) -> Candidate:
@@ -286,14 +289,18 @@ def make_candidate(bench: Workbench, plan: Plan, *, walk_again: bool = False) ->
     return save_candidate(bench, plan, tensors, reference, recovered, name)
 
 
-def _write(bench: Workbench, plan: Plan, tensors: Tensors, recovered: str | None, artifact: Path) -> None:
-    """Write the compact model; nothing of it stays in memory beside what is then loaded to verify it."""
-    proto = ir.to_proto(compact_model(bench, plan, tensors))
-    provenance = {**bench.provenance, "candidate": plan.id, "recovered_by": recovered}
-    add_metadata_(proto, bench.spec, bench.labels, provenance)
+def _write(bench: Workbench, proto: onnx.ModelProto, artifact: Path, **provenance: Any) -> None:
+    """Write a model with its metadata."""
+    add_metadata_(proto, bench.spec, bench.labels, {**bench.provenance, **provenance})
     write_model(proto, artifact)
-    del proto
-    release_memory()
+
+
+def save_trained(bench: Workbench, plan: Plan, tensors: Tensors, recovered: str, name: str) -> Candidate:
+    """Save `tensors` that were trained in PyTorch, verified against the module that holds them; see save_candidate."""
+    module = copy.deepcopy(bench.module)
+    assert module is not None
+    module.load_state_dict({name: torch.from_numpy(array) for name, array in tensors.items()})
+    return save_candidate(bench, plan, tensors, torch_runner(module), recovered, name)
 
 
 def save_candidate(
@@ -306,7 +313,9 @@ def save_candidate(
     """
     keep = plan.keep or {}
     artifact = bench.folder / "candidates" / f"{name}.onnx"
-    _write(bench, plan, tensors, recovered, artifact)
+    # Nothing of the graph stays in memory beside what is then loaded to verify it.
+    _write(bench, ir.to_proto(compact_model(bench, plan, tensors)), artifact, candidate=plan.id, recovered_by=recovered)
+    release_memory()
     try:
         parity = _check(bench, artifact, reference, plan.id)
     except ParityError:
@@ -383,10 +392,17 @@ def evaluate_artifact(bench: Workbench, artifact: Path) -> Judgement:
     if bench.images.validation is None:
         return {"accuracy_top1": None, "accuracy_drop": None, "agreement_top1": None, "kl_to_dense": None}
     logits = run_onnx(artifact, bench.images.validation(), bench.threads)
-    found = compare_logits(logits, bench.images.labels, bench.images.dense_logits)
+    return judge_logits(logits, bench.images.labels, bench.images.dense_logits, bench.dense_accuracy)
+
+
+def judge_logits(
+    logits: FloatArray, labels: npt.NDArray[np.int64] | None, dense_logits: FloatArray | None, dense: float | None
+) -> Judgement:
+    """Return what answers (n, classes) to the validation images say; `dense` is the dense model's own accuracy."""
+    found = compare_logits(logits, labels, dense_logits)
     return {
         "accuracy_top1": found.accuracy_top1,
-        "accuracy_drop": _drop(bench.dense_accuracy, found.accuracy_top1),
+        "accuracy_drop": _drop(dense, found.accuracy_top1),
         "agreement_top1": found.agreement_top1,
         "kl_to_dense": found.kl_to_dense,
     }
@@ -399,17 +415,18 @@ def _solve(bench: Workbench, plan: Plan, walk_again: bool) -> tuple[Plan, Tensor
     if plan.keep is None:
         repaired = recover_pattern(bench.recovery, plan.masks or {}) if plan.kind == "n:m" else None
         return plan, dict(repaired.tensors) if repaired else {}, "closed-form" if repaired and repaired.layers else None
-    counts = {leaf: int(kept.sum()) for leaf, kept in plan.keep.items() if kept.any()}
-    found = recover_closed_form(
-        bench.recovery,
-        plan.keep,
-        counts,
-        select=bench.select,
-        sensitivities={leaf: item for leaf, item in bench.sensitivities.items() if leaf in counts},
-        walked=walk_again,
-    )
+    found = recover_keep(bench.recovery, plan.keep, bench.select, bench.sensitivities, walked=walk_again)
     name = "closed-form" if walk_again else "closed-form (screened)"
     return replace(plan, keep={**plan.keep, **found.keep}), dict(found.tensors), name
+
+
+def recover_keep(
+    context: RecoveryContext, keep: Keep, select: str, sensitivities: Mapping[Axis, Sensitivity], *, walked: bool
+) -> Recovered:
+    """Recover what `keep` leaves by the closed form; emptied groups have nothing to select."""
+    counts = {leaf: int(kept.sum()) for leaf, kept in keep.items() if kept.any()}
+    measured = {leaf: item for leaf, item in sensitivities.items() if leaf in counts}
+    return recover_closed_form(context, keep, counts, select=select, sensitivities=measured, walked=walked)
 
 
 def _masked_weights(

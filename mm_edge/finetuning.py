@@ -7,7 +7,6 @@ Which rows are worth it: what is on the front, and the best row of every budget.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -21,14 +20,13 @@ from mm_edge.candidates import (
     Workbench,
     compact_model,
     read_masked_state,
-    save_candidate,
+    save_trained,
 )
 from mm_edge.data import ImageSet
 from mm_edge.errors import UsageError
 from mm_edge.evaluate import compare_logits, run_onnx
 from mm_edge.graph.compact import AxisMask, mask_tensors
 from mm_edge.models import LoadedModel
-from mm_edge.parity import torch_runner
 from mm_edge.records import Candidate, DenseRow
 from mm_edge.recover.finetune import Advance, Checkpoints, Score, Settings, Student, finetune
 from mm_edge.select import mark_pareto
@@ -113,9 +111,7 @@ def finetune_candidate(
     )
     if found.tensors is None:
         return replace(row, epochs=found.epochs, stopped=found.reason)
-    module = copy.deepcopy(bench.module)
-    module.load_state_dict({name: torch.from_numpy(array) for name, array in found.tensors.items()})
-    made = save_candidate(bench, plan, found.tensors, torch_runner(module), "finetune", f"{plan.file_name}-finetuned")
+    made = save_trained(bench, plan, found.tensors, "finetune", f"{plan.file_name}-finetuned")
     return replace(made, epochs=found.epochs, stopped=found.reason)
 
 

@@ -9,7 +9,7 @@ a changed flag redoes only what it touches.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
@@ -40,13 +40,17 @@ from mm_edge.candidates import (
     Plan,
     Workbench,
     count_macs,
+    count_parameters,
+    dense_candidate,
     file_name,
+    judge_logits,
     make_candidate,
     make_control,
     make_ladders,
     plan_all,
     plan_budget,
     plan_n_m,
+    recover_keep,
 )
 from mm_edge.data import DataSplits, noise_batches
 from mm_edge.device_files import add_metadata_, write_model
@@ -69,7 +73,6 @@ from mm_edge.precision import (
     CalibrationImages,
     check_precisions,
     convert_candidate,
-    dense_control,
 )
 from mm_edge.progress import Advance, Stages
 from mm_edge.ranges import apply_constraints, observed_ranges, rule_ranges
@@ -88,7 +91,6 @@ from mm_edge.records import (
     to_json,
 )
 from mm_edge.recover.branches import MeasuredBranch, allocate_rest, measure_branches, offers
-from mm_edge.recover.closed_form import recover_closed_form
 from mm_edge.recover.context import RecoveryContext, build_context
 from mm_edge.recover.finetune import Checkpoints, Settings
 from mm_edge.recover.sensitivity import Sensitivity, from_arrays, measure_sensitivities, to_arrays
@@ -194,7 +196,8 @@ def prune_export(job: Job) -> Report:
     places = _places(job, dense_network, sizes)
     plans, notes = _plan(job, places)
     warnings += notes
-    bench, benches = _set_up_all(job, places)
+    benches = _set_up_all(places)
+    bench = _bench_of(benches, None)
     controls = _make_controls(places, benches)
     candidates, failures = _make_all(job, benches, plans)
     warnings += failures
@@ -211,7 +214,7 @@ def prune_export(job: Job) -> Report:
     warnings += notes
     env = {**env, "accuracy_on": job.request.accuracy_on}
     if job.request.accuracy_on == "device":
-        dense, candidates, note = _judge_on_device(job, benches, dense, candidates)
+        dense, candidates, note = _judge_on_device(job, benches, dense, candidates, env["fingerprint"])
         warnings.append(note)
     return _finish(job, benches, places, dense, candidates, env, warnings)
 
@@ -587,7 +590,7 @@ def _divergence(job: Job, dense: Place, place: Place, plan: Plan | None) -> floa
     if stored is None:
         network = place.network
         model = network.raw.model.clone() if plan is None else _screen(job, place, plan)
-        images = _recovery_images(place.job.data)[list(dense.recovery.held_back)]
+        images = _held_back_images(dense.recovery, place)
         labels = np.zeros(len(images), np.int64)
         logits = run_onnx(ir.to_proto(deploy(model)).SerializeToString(), [(images, labels)], 2)
         found = compare_logits(logits, None, dense.recovery.logits).kl_to_dense
@@ -596,19 +599,19 @@ def _divergence(job: Job, dense: Place, place: Place, plan: Plan | None) -> floa
     return float(stored[0])
 
 
+def _held_back_images(dense: RecoveryContext, place: Place) -> Array:
+    """Return the images that decide at the dense size, as they are at the place's own."""
+    assert place.job.data is not None
+    held, own = list(dense.held_back), place.recovery
+    if own is not None and len(own.images) == len(dense.images):
+        return own.images[held]
+    return _recovery_images(place.job.data)[held]
+
+
 def _screen(job: Job, place: Place, plan: Plan) -> ir.Model:
     assert plan.keep is not None and place.recovery is not None
-    counts = {leaf: int(kept.sum()) for leaf, kept in plan.keep.items() if kept.any()}
-    found = recover_closed_form(
-        place.recovery,
-        plan.keep,
-        counts,
-        select=job.request.select,
-        sensitivities={leaf: item for leaf, item in place.sensitivities.items() if leaf in counts},
-        walked=False,
-    )
-    keep = {**plan.keep, **found.keep}
-    return materialise(place.network.raw, place.network.structure, keep, found.tensors)
+    found = recover_keep(place.recovery, plan.keep, job.request.select, place.sensitivities, walked=False)
+    return materialise(place.network.raw, place.network.structure, {**plan.keep, **found.keep}, found.tensors)
 
 
 def _pattern_notes(dense: Mapping[str, str]) -> list[str]:
@@ -641,17 +644,10 @@ def _budget_notes(
     return notes
 
 
-def _set_up_all(job: Job, places: list[Place]) -> tuple[Workbench, Benches]:
-    """Return the workbench of the dense size, and those of all sizes by their side."""
-    network = places[0].network
-    bench = _set_up(job, network.raw, network.structure, network.layers)
-    bench = replace(
-        bench,
-        recovery=places[0].recovery,
-        select=job.request.select,
-        sensitivities=places[0].sensitivities,
-    )
-    benches = {network.side: bench}
+def _set_up_all(places: list[Place]) -> Benches:
+    """Return the workbench of every size by its side, the dense one first."""
+    bench = _set_up(places[0])
+    benches = {places[0].network.side: bench}
     for place in places[1:]:
         network = place.network
         own = bench.images
@@ -667,7 +663,7 @@ def _set_up_all(job: Job, places: list[Place]) -> tuple[Workbench, Benches]:
             recovery=place.recovery,
             sensitivities=place.sensitivities,
         )
-    return bench, benches
+    return benches
 
 
 def _make_controls(places: list[Place], benches: Benches) -> list[Candidate]:
@@ -680,12 +676,7 @@ def _make_controls(places: list[Place], benches: Benches) -> list[Candidate]:
         with job.stages.stage("controls"):
             key = job.key(data=job.data_key, control=side)
             name = f"candidates/{file_name(f'dense@{side}')}"
-            row = job.store.load_record(name, key, Candidate)
-            if row is None:
-                row = make_control(benches[side], side)
-                assert row.artifact is not None
-                job.store.save_json(name, key, row, [job.folder / row.artifact])
-            made.append(row)
+            made.append(_kept(job, name, key, partial(make_control, benches[side], side)))
     return made
 
 
@@ -694,8 +685,9 @@ def _bench_of(benches: Benches, side: int | None) -> Workbench:
     return next(iter(benches.values())) if side is None else benches[side]
 
 
-def _set_up(job: Job, raw: RawGraph, structure: Structure, layers: tuple[Layer, ...]) -> Workbench:
+def _set_up(place: Place) -> Workbench:
     """Save the dense model, take its answers on the validation images, and lay out what candidates share."""
+    job, raw = place.job, place.network.raw
     threads = 2 if job.target.threads == "auto" else int(job.target.threads)
     dense = job.folder / "dense.onnx"
     with job.stages.stage("dense model") as advance:
@@ -722,8 +714,8 @@ def _set_up(job: Job, raw: RawGraph, structure: Structure, layers: tuple[Layer, 
     return Workbench(
         module=job.model.module,
         raw=raw,
-        structure=structure,
-        layers=layers,
+        structure=place.network.structure,
+        layers=place.network.layers,
         images=images,
         # What comes before fine-tuning is the closed form, and is kept as such for the next run.
         recover="closed-form" if job.request.recover in FROM_MOMENTS else job.request.recover,
@@ -733,6 +725,9 @@ def _set_up(job: Job, raw: RawGraph, structure: Structure, layers: tuple[Layer, 
         spec=job.model.input,
         labels=labels,
         provenance=provenance,
+        recovery=place.recovery,
+        select=job.request.select,
+        sensitivities=place.sensitivities,
     )
 
 
@@ -767,18 +762,10 @@ def _make_all(job: Job, benches: Benches, plans: list[Plan]) -> tuple[list[Candi
                 select=bench.select,
                 images=RECOVERY_IMAGES,
             )
-            candidate = job.store.load_record(f"candidates/{plan.file_name}", key, Candidate)
-            if candidate is None:
-                try:
-                    candidate = make_candidate(bench, plan)
-                except ParityError as error:
-                    failures.append(str(error))
-                    continue
-                finally:
-                    advance(index + 1, len(plans))
-                files = [job.folder / name for name in (candidate.artifact, candidate.masked_state_dict) if name]
-                job.store.save_json(f"candidates/{plan.file_name}", key, candidate, files)
-            made.append(candidate)
+            try:
+                made.append(_kept(job, f"candidates/{plan.file_name}", key, partial(make_candidate, bench, plan)))
+            except ParityError as error:
+                failures.append(str(error))
             advance(index + 1, len(plans))
     if not made:
         raise ParityError(failures[0] if failures else "no candidate was planned; give at least one strategy and kind")
@@ -797,42 +784,19 @@ def _walk_front(
     by_id = {plan.id: plan for plan in plans}
     marked = mark_pareto(candidates, dense)
     front = [row for row in marked if row.kind == "structured" and (row.pareto or _is_budget(row, by_id[row.id]))]
-    rows = {row.id: row for row in candidates}
-    # Where brain surgeon chose the channels, plans of several signals have become one network: walked once.
-    same: dict[str, Candidate] = {}
-    failures: list[str] = []
+
+    def walk(index: int, row: Candidate, plan: Plan, screened: str) -> Candidate:
+        bench = _bench_of(benches, plan.side)
+        key = job.key(data=job.data_key, plan=plan.digest(), recover="walk", select=bench.select, screened=screened)
+        return _kept(job, f"walked/{plan.file_name}", key, lambda: make_candidate(bench, plan, walk_again=True))
+
     with job.stages.stage("walk the front") as advance:
-        for index, row in enumerate(front):
-            assert row.masked_state_dict is not None
-            plan = by_id[row.id]
-            digest = f"{hash_file(job.folder / row.masked_state_dict)}@{plan.side}"
-            if digest not in same:
-                try:
-                    same[digest] = _walk_one(job, _bench_of(benches, plan.side), plan, digest)
-                except ParityError as error:
-                    failures.append(str(error))
-                    continue
-            rows[row.id] = replace(
-                same[digest], id=row.id, signal=row.signal, strategy=row.strategy, also_named=row.also_named
-            )
-            advance(index + 1, len(front))
-    return list(rows.values()), failures
+        return _improve(job, candidates, front, by_id, walk, lambda done: advance(done, len(front)))
 
 
 def _is_budget(row: Candidate, plan: Plan) -> bool:
     """Whether a row is what --macs asked for: at sizes besides the dense one, the best of them by sensitivity."""
     return "/macs_" in row.id and (plan.side is None or row.signal == "sensitivity")
-
-
-def _walk_one(job: Job, bench: Workbench, plan: Plan, screened: str) -> Candidate:
-    """Walk the plan whose screened weights have the digest `screened`, or return what an earlier run made of it."""
-    key = job.key(data=job.data_key, plan=plan.digest(), recover="walk", select=bench.select, screened=screened)
-    found = job.store.load_record(f"walked/{plan.file_name}", key, Candidate)
-    if found is None:
-        found = make_candidate(bench, plan, walk_again=True)
-        files = [job.folder / path for path in (found.artifact, found.masked_state_dict) if path]
-        job.store.save_json(f"walked/{plan.file_name}", key, found, files)
-    return found
 
 
 def _train_front(
@@ -841,44 +805,69 @@ def _train_front(
     """Tune or fine-tune the rows that are worth it, each from what the recovery before made of it."""
     if job.request.recover not in ("tune", "finetune"):
         return candidates, []
-    by_id = {plan.id: plan for plan in plans}
     chosen = worth_training(candidates, dense)
     train = _finetune_one
     if job.request.recover == "tune":
         # Masks of single weights have no closed form to go on from.
         chosen, train = [row for row in chosen if row.kind == "structured"], _tune_one
+
+    def improve(index: int, row: Candidate, plan: Plan, start: str) -> Candidate:
+        own = next(place.job for place in places if place.side == plan.side)
+        move = partial(_share, advance, index, len(chosen))
+        return train(own, _bench_of(benches, plan.side), plan, row, start, move)
+
+    with job.stages.stage("tune" if job.request.recover == "tune" else "fine-tune") as advance:
+        return _improve(job, candidates, chosen, {plan.id: plan for plan in plans}, improve)
+
+
+def _improve(
+    job: Job,
+    candidates: list[Candidate],
+    chosen: list[Candidate],
+    plans: Mapping[str, Plan],
+    make: Callable[[int, Candidate, Plan, str], Candidate],
+    done: Callable[[int], None] = lambda count: None,
+) -> tuple[list[Candidate], list[str]]:
+    """Put in place of each `chosen` row what `make` makes of (its number, it, its plan, the digest of its weights).
+
+    Where brain surgeon chose the channels, plans of several signals have become one network: made once.
+    """
     rows = {row.id: row for row in candidates}
     same: dict[str, Candidate] = {}
     failures: list[str] = []
-    with job.stages.stage("tune" if job.request.recover == "tune" else "fine-tune") as advance:
-        for index, row in enumerate(chosen):
-            assert row.masked_state_dict is not None
-            plan = by_id[row.id]
-            digest = f"{hash_file(job.folder / row.masked_state_dict)}@{plan.side}"
-            if digest not in same:
-                move = partial(_share, advance, index, len(chosen))
-                own = next(place.job for place in places if place.side == plan.side)
-                bench = _bench_of(benches, plan.side)
-                try:
-                    same[digest] = train(own, bench, plan, row, digest, move)
-                except ParityError as error:
-                    failures.append(str(error))
-                    continue
-            rows[row.id] = replace(
-                same[digest], id=row.id, signal=row.signal, strategy=row.strategy, also_named=row.also_named
-            )
+    for index, row in enumerate(chosen):
+        assert row.masked_state_dict is not None
+        plan = plans[row.id]
+        digest = f"{hash_file(job.folder / row.masked_state_dict)}@{plan.side}"
+        if digest not in same:
+            try:
+                same[digest] = make(index, row, plan, digest)
+            except ParityError as error:
+                failures.append(str(error))
+                continue
+        rows[row.id] = replace(
+            same[digest], id=row.id, signal=row.signal, strategy=row.strategy, also_named=row.also_named
+        )
+        done(index + 1)
     return list(rows.values()), failures
+
+
+def _kept(job: Job, name: str, key: Mapping[str, Any], make: Callable[[], Candidate]) -> Candidate:
+    """Return the row an earlier run kept under `name` for this `key`; else make it and keep it with its files."""
+    found = job.store.load_record(name, key, Candidate)
+    if found is None:
+        found = make()
+        files = [job.folder / path for path in (found.artifact, found.masked_state_dict) if path]
+        job.store.save_json(name, key, found, files)
+    return found
 
 
 def _tune_one(job: Job, bench: Workbench, plan: Plan, row: Candidate, start: str, advance: Advance) -> Candidate:
     """Tune the row whose weights have the digest `start`, or return what an earlier run made."""
     key = job.key(data=job.data_key, plan=plan.digest(), recover="tune", start=start)
-    found = job.store.load_record(f"tuned/{plan.file_name}", key, Candidate)
-    if found is None:
-        found = tune_candidate(bench, plan, row, job.request.seed, advance)
-        files = [job.folder / path for path in (found.artifact, found.masked_state_dict) if path]
-        job.store.save_json(f"tuned/{plan.file_name}", key, found, files)
-    return found
+    return _kept(
+        job, f"tuned/{plan.file_name}", key, lambda: tune_candidate(bench, plan, row, job.request.seed, advance)
+    )
 
 
 def _share(advance: Advance, index: int, count: int, done: int, total: int) -> None:
@@ -889,28 +878,26 @@ def _share(advance: Advance, index: int, count: int, done: int, total: int) -> N
 def _finetune_one(job: Job, bench: Workbench, plan: Plan, row: Candidate, start: str, advance: Advance) -> Candidate:
     """Fine-tune the row whose weights have the digest `start`, or return or go on with what an earlier run made."""
     assert job.data is not None
+    images = job.data.calibration
     settings = Settings(epochs=job.request.epochs, seed=job.request.seed)
     name = f"finetuned/{plan.file_name}"
+    unfinished = f"{name}-unfinished"
     key = job.key(data=job.data_key, plan=plan.digest(), settings=settings, start=start)
-    found = job.store.load_record(name, key, Candidate)
-    if found is None:
-        unfinished = f"{name}-unfinished"
-        found = finetune_candidate(
-            bench,
-            plan,
-            row,
-            job.data.calibration,
-            settings,
-            Checkpoints(
-                load=lambda: job.store.load_arrays(unfinished, key),
-                save=lambda arrays: job.store.save_arrays(unfinished, key, arrays),
-            ),
-            advance,
-            lambda line: job.stages.tell(f"{plan.id}: {line}"),
-        )
-        files = [job.folder / path for path in (found.artifact, found.masked_state_dict) if path]
-        job.store.save_json(name, key, found, files)
-        job.store.remove_arrays(unfinished)
+    checkpoints = Checkpoints(
+        load=lambda: job.store.load_arrays(unfinished, key),
+        save=lambda arrays: job.store.save_arrays(unfinished, key, arrays),
+    )
+
+    def tell(line: str) -> None:
+        job.stages.tell(f"{plan.id}: {line}")
+
+    found = _kept(
+        job,
+        name,
+        key,
+        lambda: finetune_candidate(bench, plan, row, images, settings, checkpoints, advance, tell),
+    )
+    job.store.remove_arrays(unfinished)
     return found
 
 
@@ -923,7 +910,7 @@ def _convert_all(
         return [], []
     bench = _bench_of(benches, None)
     front = [row for row in mark_pareto(candidates, dense) if row.pareto or bench.images.validation is None]
-    sources = [dense_control(bench, dense.macs, dense.params), *front]
+    sources = [dense_candidate(bench, "dense/fp32", bench.folder / "dense.onnx"), *front]
     made: list[Candidate] = []
     notes = [
         f"{' and '.join(precisions)} versions were made of the dense model and of the {len(front)} rows on the front"
@@ -936,12 +923,9 @@ def _convert_all(
             for precision in precisions:
                 name = f"candidates/{file_name(source.id)}-{precision}"
                 key = job.key(data=job.data_key, source=digest, precision=precision, target=job.target)
-                row = job.store.load_record(name, key, Candidate)
-                if row is None:
-                    side = source.input_shape[-1]
-                    row = convert_candidate(benches[side], source, precision, job.target, images[side])
-                    assert row.artifact is not None
-                    job.store.save_json(name, key, row, [job.folder / row.artifact])
+                side = source.input_shape[-1]
+                convert = partial(convert_candidate, benches[side], source, precision, job.target, images[side])
+                row = _kept(job, name, key, convert)
                 made.append(replace(row, also_named=source.also_named))
             advance(index + 1, len(sources))
     return made, notes
@@ -957,17 +941,12 @@ def _quantising_images(job: Job) -> CalibrationImages | None:
 
 
 def _dense_row(job: Job, bench: Workbench) -> DenseRow:
-    sizes = [
-        int(np.prod(value.shape.numpy()))
-        for name, value in bench.raw.model.graph.initializers.items()
-        if name in bench.raw.parameters and value.shape is not None
-    ]
     return DenseRow(
         accuracy_top1=bench.dense_accuracy,
         latency_ms=Latency(),
         peak_memory_bytes=None,
         file_bytes=(job.folder / "dense.onnx").stat().st_size,
-        params=sum(sizes),
+        params=count_parameters(bench.raw),
         macs=round(bench.structure.macs()),
     )
 
@@ -983,13 +962,14 @@ def _emulate(
     notes = [f"{transport.name} is emulated: latency and memory are not measured"]
     with job.stages.stage("emulate") as advance, tempfile.TemporaryDirectory() as scratch:
         env = environment(job.target, transport)
+        files = {side: Path(scratch) / f"images-{side}.npy" for side in benches}
+        for side, file in files.items():
+            np.save(file, benches[side].images.parity)
         for index, row in enumerate(front):
             assert row.artifact is not None
-            artifact = job.folder / row.artifact
-            bench = benches[row.input_shape[-1]]
-            images = Path(scratch) / f"images-{bench.spec.shape[-1]}.npy"
-            np.save(images, bench.images.parity)
-            found = compare_outputs(artifact, images, job.target, transport=transport, kind=bench.images.parity_kind)
+            artifact, side = job.folder / row.artifact, row.input_shape[-1]
+            kind = benches[side].images.parity_kind
+            found = compare_outputs(artifact, files[side], job.target, transport=transport, kind=kind)
             notes.append(
                 f"{row.id}, emulated: top-1 agrees with this machine's on {found.top1_agreement:.0%} of "
                 f"{found.inputs.count} inputs, largest difference {found.max_rel_err:.0e} of the output's scale"
@@ -1049,7 +1029,7 @@ def _measure(
 
 
 def _judge_on_device(
-    job: Job, benches: Benches, dense: DenseRow, candidates: list[Candidate]
+    job: Job, benches: Benches, dense: DenseRow, candidates: list[Candidate], fingerprint: str
 ) -> tuple[DenseRow, list[Candidate], str]:
     """Take every accuracy from the device: its kernels, int8 ones above all, may answer otherwise than this machine's.
 
@@ -1061,24 +1041,13 @@ def _judge_on_device(
     moved: list[float] = []
     with job.stages.stage("accuracy on the device") as advance, tempfile.TemporaryDirectory() as scratch:
         pieces = {side: _save_images(item.images, Path(scratch), side) for side, item in benches.items()}
-        fingerprint = environment(job.target, job.transport)["fingerprint"]
         reference = _device_logits(job, job.folder / "dense.onnx", pieces[bench.spec.shape[-1]], fingerprint)
         own = compare_logits(reference, bench.images.labels, None).accuracy_top1
         for index, row in enumerate(candidates):
             assert row.artifact is not None
             logits = _device_logits(job, job.folder / row.artifact, pieces[row.input_shape[-1]], fingerprint)
-            found = compare_logits(logits, bench.images.labels, reference)
-            drop = None if own is None or found.accuracy_top1 is None else 100 * (own - found.accuracy_top1)
-            moved.append(abs((found.accuracy_top1 or 0.0) - (row.accuracy_top1 or 0.0)))
-            rows.append(
-                replace(
-                    row,
-                    accuracy_top1=found.accuracy_top1,
-                    accuracy_drop=drop,
-                    agreement_top1=found.agreement_top1,
-                    kl_to_dense=found.kl_to_dense,
-                )
-            )
+            rows.append(replace(row, **judge_logits(logits, bench.images.labels, reference, own)))
+            moved.append(abs((rows[-1].accuracy_top1 or 0.0) - (row.accuracy_top1 or 0.0)))
             advance(index + 1, len(candidates))
     note = (
         f"accuracy was measured on {job.transport.name}, on {len(bench.images.labels)} validation images; the row that "
@@ -1129,8 +1098,7 @@ def _finish(
 ) -> Report:
     """Mark the front, choose, read the test images once, write the report."""
     rows = mark_pareto(_with_twins(candidates), dense)
-    if any(row.also_named for row in rows):
-        warnings += _twin_notes(candidates)
+    warnings += _twin_notes(candidates)
     missed: ConstraintError | None = None
     chosen: Chosen | None = None
     try:

@@ -92,22 +92,6 @@ def _rename(candidate: str, precision: str) -> str:
     return candidate.replace("dense", f"dense/{precision}", 1)
 
 
-def dense_control(bench: Workbench, macs: int, params: int) -> Candidate:
-    """Return the dense model as a candidate of kind "dense", for its own smaller versions."""
-    return Candidate(
-        id="dense/fp32",
-        signal="none",
-        strategy="dense",
-        kind="dense",
-        precision="fp32",
-        sparsity=0.0,
-        params=params,
-        macs=macs,
-        input_shape=tuple(bench.images.parity.shape[1:]),
-        artifact="dense.onnx",
-    )
-
-
 def _convert(
     source: Path,
     out: Path,

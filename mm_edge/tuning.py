@@ -5,13 +5,9 @@ saved masked state -> tuned state (masks hold) -> compact graph -> file -> parit
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 
-import torch
-
-from mm_edge.candidates import Plan, Workbench, read_masked_state, save_candidate
-from mm_edge.parity import torch_runner
+from mm_edge.candidates import Plan, Workbench, read_masked_state, save_trained
 from mm_edge.records import Candidate
 from mm_edge.recover.tune import Advance, tune
 
@@ -30,7 +26,5 @@ def tune_candidate(
     found = tune(bench.recovery, bench.module, plan.keep, start, seed=seed, progress=advance)
     if not found.better:
         return replace(row, stopped=found.note)
-    module = copy.deepcopy(bench.module)
-    module.load_state_dict({name: torch.from_numpy(array) for name, array in found.tensors.items()})
-    made = save_candidate(bench, plan, found.tensors, torch_runner(module), "tune", f"{plan.file_name}-tuned")
+    made = save_trained(bench, plan, found.tensors, "tune", f"{plan.file_name}-tuned")
     return replace(made, stopped=found.note)
