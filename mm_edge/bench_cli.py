@@ -260,14 +260,10 @@ def _print_audit(name: str, audit: Audit) -> None:
 def _print_pattern(name: str, layers: list[PatternTime]) -> None:
     table = _table(f"2:4 layers of {name}, fp16", ("node", "size", "dense us", "2:4 us", "speed-up", "why"))
     for row in layers:
-        size = " x ".join("?" if part is None else str(part) for part in _layer_size(row))
+        size = " x ".join("?" if part is None else str(part) for part in row.layer.size)
         times = (_number(row.dense_us, 1), _number(row.sparse_us, 1), _number(row.speedup, 2, "x"))
         table.add_row(escape(row.layer.name), size, *times, row.reason or "")
     Console().print(table)
-
-
-def _layer_size(row: PatternTime) -> tuple[int | None, int, int]:
-    return row.layer.rows, row.layer.inputs, row.layer.outputs
 
 
 def _table(title: str, headings: tuple[str, ...]) -> Table:

@@ -79,14 +79,15 @@ def compare_logits(logits: Floats, labels: Labels | None, dense_logits: Floats |
         return Evaluation(accuracy, None, None, len(logits))
     agreement = float((predicted == dense_logits.argmax(axis=1)).mean())
     usable = bool(finite.all() and np.isfinite(dense_logits).all())
-    divergence = _mean_divergence(dense_logits, logits) if usable else None
+    # Rounding can leave -1e-17 for equal logits.
+    divergence = max(0.0, float(divergence_per_row(dense_logits, logits).mean())) if usable else None
     return Evaluation(accuracy, agreement, divergence, len(logits))
 
 
-def _mean_divergence(dense: Floats, candidate: Floats) -> float:
+def divergence_per_row(dense: Floats, candidate: Floats) -> npt.NDArray[np.float64]:
+    """Return KL(dense || candidate) of every row of two sets of finite logits (n, classes), in nats."""
     log_p, log_q = _log_softmax(dense), _log_softmax(candidate)
-    per_image = (np.exp(log_p) * (log_p - log_q)).sum(axis=1)
-    return max(0.0, float(per_image.mean()))  # rounding can leave -1e-17 for equal logits
+    return np.asarray((np.exp(log_p) * (log_p - log_q)).sum(axis=1))
 
 
 def _log_softmax(logits: Floats) -> npt.NDArray[np.float64]:

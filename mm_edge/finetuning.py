@@ -27,8 +27,9 @@ from mm_edge.errors import UsageError
 from mm_edge.evaluate import compare_logits, run_onnx
 from mm_edge.graph.compact import AxisMask, mask_tensors
 from mm_edge.models import LoadedModel
+from mm_edge.progress import Advance
 from mm_edge.records import Candidate, DenseRow
-from mm_edge.recover.finetune import Advance, Checkpoints, Score, Settings, Student, finetune
+from mm_edge.recover.finetune import Checkpoints, Score, Settings, Student, finetune
 from mm_edge.select import mark_pareto
 
 

@@ -41,7 +41,7 @@ def fold_weight_arithmetic_(model: ir.Model, parameters: Iterable[str]) -> Names
     shapes = {name: shape_of(model.graph.initializers[name]) for name in names if name in model.graph.initializers}
     arrays = _compute(model, [value.name or "" for value, _ in roots])
     for (value, _), array in zip(roots, arrays, strict=True):
-        value.replace_all_uses_with(_add_constant_(model, f"{value.name}/folded", array))
+        value.replace_all_uses_with(add_constant_(model, f"{value.name}/folded", array))
     ir_passes.RemoveUnusedNodesPass()(model)
     folded: set[str] = set()
     for (value, sources), array in zip(roots, arrays, strict=True):
@@ -117,9 +117,9 @@ def _split_normalisations_(model: ir.Model, parameters: Names) -> None:
         channels = data.shape[1]
         assert isinstance(channels, int)
         column = [channels] + [1] * (len(data.shape) - 2)
-        ones = _add_constant_(model, f"{node.name}/ones", np.ones(channels, np.float32))
-        zeros = _add_constant_(model, f"{node.name}/zeros", np.zeros(channels, np.float32))
-        shape = _add_constant_(model, f"{node.name}/column", np.array(column, np.int64))
+        ones = add_constant_(model, f"{node.name}/ones", np.ones(channels, np.float32))
+        zeros = add_constant_(model, f"{node.name}/zeros", np.zeros(channels, np.float32))
+        shape = add_constant_(model, f"{node.name}/column", np.array(column, np.int64))
         node.replace_input_with(1, ones)
         node.replace_input_with(2, zeros)
         out = node.outputs[0]
@@ -151,11 +151,11 @@ def _take_name_(model: ir.Model, constant: str, array: np.ndarray, parameter: st
         return frozenset()
     value = initializers.pop(constant)
     initializers.pop(parameter, None)
-    whole = _add_constant_(model, parameter, array.reshape(shape))
+    whole = add_constant_(model, parameter, array.reshape(shape))
     if array.shape == whole.shape:
         value.replace_all_uses_with(whole)
         return frozenset([parameter])
-    target = _add_constant_(model, f"{parameter}/shape", np.array(array.shape, np.int64))
+    target = add_constant_(model, f"{parameter}/shape", np.array(array.shape, np.int64))
     view = ir.node("Reshape", [whole, target], name=f"{parameter}/view")
     view.outputs[0].name, view.outputs[0].type, view.outputs[0].shape = f"{parameter}/viewed", value.type, value.shape
     first = next(node for node in model.graph if value in node.inputs)
@@ -164,8 +164,9 @@ def _take_name_(model: ir.Model, constant: str, array: np.ndarray, parameter: st
     return frozenset([parameter])
 
 
-def _add_constant_(model: ir.Model, name: str, array: np.ndarray) -> ir.Value:
-    tensor = ir.tensor(np.ascontiguousarray(array), name=name)
+def add_constant_(model: ir.Model, name: str, array: np.ndarray) -> ir.Value:
+    """Add `array` to the graph's initialisers as `name` and return its value."""
+    tensor = ir.tensor(np.asarray(array, order="C"), name=name)  # a scalar stays one
     value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
     model.graph.register_initializer(value)
     return value

@@ -16,7 +16,7 @@ sum of two products saturates 16 bits, so weights get 7 bits there), arm64 and N
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,12 +40,12 @@ from mm_edge.int8_graph import (
     read_ready,
     weighted_layers,
 )
+from mm_edge.progress import Advance
 from mm_edge.store import write_atomically
 from mm_edge.target import Target
 from mm_edge.weights import first_line
 
 Floats = npt.NDArray[np.float32]
-Advance = Callable[[int, int], None]
 
 # Operators between the weighted ones that have 8-bit kernels, or only move bytes; leaving one out costs a round trip.
 CARRYING_OPS = tuple(

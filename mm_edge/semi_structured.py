@@ -64,6 +64,11 @@ class PatternLayer:
     inputs: int
     outputs: int
 
+    @property
+    def size(self) -> tuple[int | None, int, int]:
+        """Rows, inputs and outputs."""
+        return self.rows, self.inputs, self.outputs
+
 
 @dataclass(frozen=True)
 class Projection:

@@ -8,8 +8,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from mm_edge.candidates import Plan, Workbench, read_masked_state, save_trained
+from mm_edge.progress import Advance
 from mm_edge.records import Candidate
-from mm_edge.recover.tune import Advance, tune
+from mm_edge.recover.tune import tune
 
 
 def tune_candidate(

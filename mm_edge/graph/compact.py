@@ -15,6 +15,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from mm_edge.export import RawGraph
+from mm_edge.fold import add_constant_
 from mm_edge.graph.axes import Axis, BoolArray
 from mm_edge.graph.depth import cut_branches_
 from mm_edge.graph.groups import Structure
@@ -133,13 +134,7 @@ def _apply_edit(model: ir.Model, node: ir.Node, edit: Edit, structure: Structure
 
 
 def _set_operand(model: ir.Model, node: ir.Node, index: int, array: npt.NDArray[np.generic], name: str) -> None:
-    value = ir.Value(
-        name=name,
-        shape=ir.Shape(array.shape),
-        type=ir.TensorType(ir.tensor(array).dtype),
-        const_value=ir.tensor(array, name=name),
-    )
-    model.graph.register_initializer(value)
+    value = add_constant_(model, name, array)
     # Explicit sizes replace what only made sense with the old ones.
     for implied in ("allowzero", "num_outputs"):
         node.attributes.pop(implied, None)
@@ -151,13 +146,7 @@ def _set_operand(model: ir.Model, node: ir.Node, index: int, array: npt.NDArray[
 def _scale_output(model: ir.Model, node: ir.Node, factor: float) -> None:
     out = node.outputs[0]
     array = np.array(factor, dtype=np.float32 if out.dtype is None else out.dtype.numpy())
-    scale = ir.Value(
-        name=f"{node.name}_kept",
-        shape=ir.Shape(()),
-        type=out.type,
-        const_value=ir.tensor(array, name=f"{node.name}_kept"),
-    )
-    model.graph.register_initializer(scale)
+    scale = add_constant_(model, f"{node.name}_kept", array)
     readers = list(out.uses())
     product = ir.node("Mul", inputs=[out, scale], name=f"{node.name}_rescale")
     (scaled,) = product.outputs

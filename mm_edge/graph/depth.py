@@ -21,6 +21,7 @@ import onnx_ir.passes.common as ir_passes
 import onnxruntime
 
 from mm_edge.errors import JobError
+from mm_edge.fold import add_constant_
 from mm_edge.graph.axes import Axis, AxisTable, BoolArray
 from mm_edge.graph.groups import Structure, Sum
 from mm_edge.graph.rules import added_operands
@@ -52,10 +53,11 @@ class Branch:
 def find_branches(model: ir.Model, structure: Structure) -> tuple[Branch, ...]:
     """Return the branches of the raw graph `model` that its groups can remove, in graph order."""
     found: list[Branch] = []
+    computed = _computed(model)
     for node in model.graph:
         if node.op_type == "Add" and len(node.inputs) == 2:
             for skip, branch in ((node.inputs[0], node.inputs[1]), (node.inputs[1], node.inputs[0])):
-                inside = _private_nodes(model, node, skip, branch)
+                inside = _private_nodes(model, computed, node, skip, branch)
                 item = _branch_of(model, structure, inside) if inside else None
                 if item is not None:
                     found.append(item)
@@ -64,7 +66,7 @@ def find_branches(model: ir.Model, structure: Structure) -> tuple[Branch, ...]:
 
 
 def _private_nodes(
-    model: ir.Model, add: ir.Node, skip: ir.Value | None, branch: ir.Value | None
+    model: ir.Model, computed: set[ir.Value | None], add: ir.Node, skip: ir.Value | None, branch: ir.Value | None
 ) -> tuple[ir.Node, ...]:
     """Return the nodes that make `branch` and that nothing but `add` reads, if `skip` is all they start from."""
     if skip is None or branch is None or branch.producer() is None or branch.is_graph_output():
@@ -76,7 +78,6 @@ def _private_nodes(
         own = all(user in inside or (user is add and value is branch) for user, value in users)
         if users and own and not ends:
             inside.add(node)
-    computed = _computed(model)
     made = {value for node in inside for value in node.outputs}
     starts = {value for node in inside for value in node.inputs if value in computed and value not in made}
     return tuple(node for node in model.graph if node in inside) if starts == {skip} else ()
@@ -104,7 +105,7 @@ def _branch_of(model: ir.Model, structure: Structure, inside: tuple[ir.Node, ...
     leaves = tuple(group.leaf for group in structure.groups if set(group.tensors) <= set(own))
     empty = {leaf: np.zeros(structure.table.size(leaf), dtype=np.bool_) for leaf in leaves}
     alive = live_nodes(model, structure, empty)
-    cut = {item.node for item in structure.sums if is_emptied(structure.table, item.axis, empty)}
+    cut = _cut_sums(structure, empty)
     works = [item for item in structure.work if item.node in {node.name for node in inside}]
     if not leaves or not works or any(item.node in alive - cut for item in works):
         return None
@@ -135,9 +136,14 @@ def is_emptied(table: AxisTable, axis: Axis, keep: Keep) -> bool:
     return table.size(axis) > 0 and not table.kept(axis, dict(keep)).any()
 
 
+def _cut_sums(structure: Structure, keep: Keep) -> set[str]:
+    """Return the names of the nodes that sum over nothing any more."""
+    return {item.node for item in structure.sums if is_emptied(structure.table, item.axis, keep)}
+
+
 def live_nodes(model: ir.Model, structure: Structure, keep: Keep) -> set[str]:
     """Return the names of the raw graph's nodes that an output needs once sums over emptied groups are constant."""
-    cut = {item.node for item in structure.sums if is_emptied(structure.table, item.axis, keep)}
+    cut = _cut_sums(structure, keep)
     alive: set[str] = set()
     stack = list(model.graph.outputs)
     while stack:
@@ -145,9 +151,14 @@ def live_nodes(model: ir.Model, structure: Structure, keep: Keep) -> set[str]:
         if node is None or node.name is None or node.name in alive:
             continue
         alive.add(node.name)
-        read = [node.inputs[index] for index in added_operands(node)] if node.name in cut else node.inputs
-        stack += [value for value in read if value is not None]
+        stack += _read(node, node.name in cut)
     return alive
+
+
+def _read(node: ir.Node, cut: bool) -> list[ir.Value]:
+    """Return what a node reads; one that sums over nothing reads its bias alone."""
+    values = [node.inputs[index] for index in added_operands(node)] if cut else node.inputs
+    return [value for value in values if value is not None]
 
 
 def dead_tensors(model: ir.Model, structure: Structure, keep: Keep) -> frozenset[str]:
@@ -155,12 +166,11 @@ def dead_tensors(model: ir.Model, structure: Structure, keep: Keep) -> frozenset
     if all(kept.any() for kept in keep.values()):
         return frozenset()
     alive = live_nodes(model, structure, keep)
-    cut = {item.node for item in structure.sums if is_emptied(structure.table, item.axis, keep)}
+    cut = _cut_sums(structure, keep)
     read: set[str] = set()
     for node in model.graph:
         if node.name in alive:
-            inputs = [node.inputs[index] for index in added_operands(node)] if node.name in cut else node.inputs
-            read |= {value.name for value in inputs if value is not None and value.name is not None}
+            read |= {value.name for value in _read(node, node.name in cut) if value.name is not None}
     return frozenset(set(model.graph.initializers) - read)
 
 
@@ -200,14 +210,7 @@ def _replace_by_constant_(model: ir.Model, node: ir.Node, table: AxisTable, item
             raise JobError(f"a group cannot be emptied: the bias of {node.name} is computed at run time")
         column = (1, -1, *(1,) * (len(shape) - 2)) if node.op_type in ("Conv", "ConvTranspose") else (-1,)
         array = array + bias.const_value.numpy().reshape(column)
-    out.replace_all_uses_with(_constant(model, f"{node.name}{EMPTIED}", array))
-
-
-def _constant(model: ir.Model, name: str, array: FloatArray) -> ir.Value:
-    tensor = ir.tensor(np.ascontiguousarray(array), name=name)
-    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
-    model.graph.register_initializer(value)
-    return value
+    out.replace_all_uses_with(add_constant_(model, f"{node.name}{EMPTIED}", array))
 
 
 def _fold_constant_operands_(model: ir.Model) -> None:
@@ -223,7 +226,7 @@ def _fold_constant_operands_(model: ir.Model) -> None:
     }
     arrays = _evaluate(model, sorted(wanted, key=lambda value: value.name or ""))
     for value, array in arrays.items():
-        value.replace_all_uses_with(_constant(model, f"{value.name}{EMPTIED}", array))
+        value.replace_all_uses_with(add_constant_(model, f"{value.name}{EMPTIED}", array))
     ir_passes.RemoveUnusedNodesPass()(model)
     for name, value in model.graph.initializers.items():
         broadcasts = all(use.node.op_type in ("Add", "Sub", "Mul", "Div") for use in value.uses())

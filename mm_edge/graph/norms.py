@@ -18,6 +18,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from mm_edge.fold import add_constant_
+
 
 def restore_normalization_(model: ir.Model, node: ir.Node, kept: int, dense: int) -> None:
     """Make the LayerNormalization `node`, whose operands have lost channels, agree with one over `dense` channels."""
@@ -78,7 +80,4 @@ class _Builder:
     def constant(self, array: np.ndarray) -> ir.Value:
         """Add a constant."""
         name = f"{self._name}_constant_{len(self._model.graph.initializers)}"
-        tensor = ir.tensor(array, name=name)
-        value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
-        self._model.graph.register_initializer(value)
-        return value
+        return add_constant_(self._model, name, array)

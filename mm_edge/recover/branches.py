@@ -7,7 +7,7 @@ multiply-add: none, the cheapest, the two cheapest, ...; how many a budget takes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,14 +17,13 @@ from mm_edge.graph.compact import Keep, materialise
 from mm_edge.graph.depth import Branch
 from mm_edge.graph.groups import Structure
 from mm_edge.graph.widths import Counts, Ladder
+from mm_edge.progress import Advance
 from mm_edge.recover.context import RecoveryContext, divergence
 from mm_edge.recover.network import Frontier, Network, narrowest
 from mm_edge.recover.sensitivity import HOPELESS, Sensitivity, allocate, select_by_sensitivity
 from mm_edge.recover.solve import screen
 
 MOST_REMOVED = 3
-
-Advance = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ Every decision is by KL(dense || candidate) on calibration images that no moment
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +21,7 @@ from mm_edge.graph.axes import Axis, BoolArray
 from mm_edge.graph.compact import Keep, materialise
 from mm_edge.graph.groups import Group
 from mm_edge.graph.widths import Counts
+from mm_edge.progress import Advance
 from mm_edge.recover.context import (
     RecoveryContext,
     Tensors,
@@ -35,8 +36,6 @@ from mm_edge.recover.sensitivity import Sensitivity, first_use
 from mm_edge.recover.solve import GENTLE, screen
 from mm_edge.recover.surgeon import RIDGE, Order
 from mm_edge.recover.walk import walk
-
-Advance = Callable[[int, int], None]
 
 SELECTIONS = ("signal", "obs", "auto")
 

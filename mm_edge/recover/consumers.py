@@ -44,6 +44,10 @@ class Shift:
     tensor: str
     sign: float
 
+    def moved(self, array: Array, change: npt.NDArray[np.float64]) -> Array:
+        """Return the tensor's `array` with the `change` of the consumer's mean output in it."""
+        return (array + self.sign * change).astype(array.dtype)
+
 
 @dataclass(frozen=True)
 class Consumer:

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
+from collections.abc import Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from mm_edge.evaluate import divergence_per_row
 from mm_edge.export import RawGraph
 from mm_edge.graph.axes import Axis
 from mm_edge.graph.groups import Group, Structure
+from mm_edge.progress import Advance
 from mm_edge.recover.consumers import Consumer, read_consumers
 from mm_edge.recover.moments import DenseMoments, collect_dense
 from mm_edge.recover.network import Frontier, Network, narrowest
 from mm_edge.recover.surgeon import Order, Surgeon, order_of
 
 Tensors = dict[str, npt.NDArray[Any]]
-Advance = Callable[[int, int], None]
 
 HELD_BACK = 0.2
 HELD_BACK_MOST = 128
@@ -125,11 +126,14 @@ def answers(network: Network, frontier: Frontier, images: Iterable[int], threads
 
 def divergences(context: RecoveryContext, network: Network, frontier: Frontier) -> npt.NDArray[np.float64]:
     """Return KL(dense || network) of each held-back image, infinite where an answer is not finite."""
-    found = answers(network, frontier, context.held_back, context.threads)
+    return divergences_of(context, answers(network, frontier, context.held_back, context.threads))
+
+
+def divergences_of(context: RecoveryContext, found: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+    """Return `divergences` of answers (rows, classes) to the held-back images that were computed elsewhere."""
     if not np.isfinite(found).all():
         return np.full(len(context.held_back), np.inf)
-    log_p, log_q = _log_softmax(context.logits), _log_softmax(found)
-    per_row = (np.exp(log_p) * (log_p - log_q)).sum(axis=1)
+    per_row = divergence_per_row(context.logits, found)
     return np.asarray(per_row.reshape(len(context.held_back), -1).mean(axis=1))
 
 
@@ -144,11 +148,6 @@ def is_better(new: npt.NDArray[np.float64], old: npt.NDArray[np.float64]) -> boo
         return False
     gain = old - new
     return bool(gain.mean() > CAUTION * gain.std() / math.sqrt(len(gain)))
-
-
-def _log_softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
-    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
-    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)))
 
 
 # ---- which indices stay

@@ -41,11 +41,11 @@ from mm_edge.data import ImageSet
 from mm_edge.errors import UsageError
 from mm_edge.export import output_tensors
 from mm_edge.masks import bind_masks
+from mm_edge.progress import Advance
 from mm_edge.records import InputSpec
 
 Arrays = dict[str, npt.NDArray[Any]]
 Mask = npt.NDArray[np.bool_]
-Advance = Callable[[int, int], None]
 
 # Activations kept for a backward pass: 32 images of 224 x 224. A larger batch is accumulated.
 PIXELS_AT_ONCE = 32 * 224 * 224

@@ -67,5 +67,4 @@ def _solve_layer(context: RecoveryContext, consumer: Consumer, mask: Mask, tenso
     if consumer.shift is not None:
         name = consumer.shift.tensor
         moved = ((blocks - solved) @ moments.mean[:, :, None])[:, :, 0].reshape(-1)
-        current = tensors.get(name, context.network.arrays[name])
-        tensors[name] = (current + consumer.shift.sign * moved).astype(current.dtype)
+        tensors[name] = consumer.shift.moved(tensors.get(name, context.network.arrays[name]), moved)

@@ -14,7 +14,7 @@ The better one at a width is what a candidate uses there.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ from mm_edge.graph.axes import Axis
 from mm_edge.graph.compact import Keep, materialise
 from mm_edge.graph.groups import Group, Structure
 from mm_edge.graph.widths import Counts, Ladder
+from mm_edge.progress import Advance
 from mm_edge.recover.context import RecoveryContext, divergence, energy_order, readers_of, surgeon_order
 from mm_edge.recover.network import Frontier, Network, narrowest
 from mm_edge.recover.solve import GENTLE, screen
@@ -35,8 +36,6 @@ HOPELESS = 0.7
 LOOKAHEAD = 6
 LEAST_KEPT = 0.1
 FLOOR = 1e-6
-
-Advance = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)

@@ -104,9 +104,8 @@ def screen(context: RecoveryContext, keep: Keep, ridges: Mapping[str, float] | N
         tensors[name] = apply_mask(solved, masks[name])
         if consumer.shift is not None:
             target = consumer.shift.tensor
-            current = tensors.get(target, arrays[target])
             change = np.where(kept.rows, shift, 0.0).reshape(-1)
-            tensors[target] = (current + consumer.shift.sign * change).astype(current.dtype)
+            tensors[target] = consumer.shift.moved(tensors.get(target, arrays[target]), change)
     return tensors
 
 

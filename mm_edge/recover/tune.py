@@ -12,7 +12,7 @@ better left as they were, and the best of all checks is taken, if it is better t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -24,12 +24,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mm_edge.graph.compact import Keep, mask_tensors, materialise
-from mm_edge.recover.context import RecoveryContext, Tensors, divergences, is_better
+from mm_edge.progress import Advance
+from mm_edge.recover.context import RecoveryContext, Tensors, divergences, divergences_of, is_better
 from mm_edge.recover.network import Frontier, Network
 from mm_edge.recover.solve import kept_blocks
 from mm_edge.recover.traced import Traced, Values
 
-Advance = Callable[[int, int], None]
 Floats = npt.NDArray[np.float64]
 
 BATCH = 32
@@ -262,9 +262,8 @@ class _Tuner:
     def _divergence(self, weights: Mapping[str, Tensor], held: Sequence[tuple[Values, int]]) -> float:
         state = {**self.student, **weights}
         rows = [self.traced.run(state, given, (self.traced.output,))[self.traced.output][:n] for given, n in held]
-        logits = torch.cat(rows).double().log_softmax(-1)
-        dense = torch.from_numpy(self.context.logits).double().log_softmax(-1).reshape(logits.shape)
-        return float((dense.exp() * (dense - logits)).sum(-1).mean())
+        logits = torch.cat(rows).numpy()
+        return float(divergences_of(self.context, logits.reshape(-1, logits.shape[-1])).mean())
 
 
 def crops(images: npt.NDArray[np.float32], count: int, batch: int, generator: torch.Generator) -> Iterator[Tensor]:

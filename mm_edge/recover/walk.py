@@ -7,7 +7,7 @@ gentle ridge, the dense weights): held-back images decide.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mm_edge.graph.compact import Keep, materialise
+from mm_edge.progress import Advance
 from mm_edge.recover.consumers import Consumer, read_branch
 from mm_edge.recover.context import RecoveryContext, Tensors, divergences, is_better
 from mm_edge.recover.moments import Moments, collect_paired, is_live
@@ -22,7 +23,6 @@ from mm_edge.recover.network import Frontier, Network, narrowest
 from mm_edge.recover.solve import KeptBlocks, fit, kept_blocks
 
 Floats = npt.NDArray[np.float64]
-Advance = Callable[[int, int], None]
 Proposal = dict[str, npt.NDArray[Any]]
 
 RIDGES = {"re-solved": 0.01, "gently": 0.1, "very gently": 1.0, "dense, mean moved": np.inf}
@@ -127,9 +127,8 @@ def _solve(
     solved = np.where(live[:, :, None], solved, start)
     proposal = {consumer.weight: consumer.weight_of(solved, student.arrays[consumer.weight])}
     if consumer.shift is not None:
-        base = student.arrays[consumer.shift.tensor]
-        change = consumer.shift.sign * np.where(live, shift, 0.0).reshape(-1)
-        proposal[consumer.shift.tensor] = (base + change).astype(base.dtype)
+        name, change = consumer.shift.tensor, np.where(live, shift, 0.0).reshape(-1)
+        proposal[name] = consumer.shift.moved(student.arrays[name], change)
     return proposal
 
 
