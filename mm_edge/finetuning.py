@@ -30,6 +30,7 @@ from mm_edge.models import LoadedModel
 from mm_edge.progress import Advance
 from mm_edge.records import Candidate, DenseRow
 from mm_edge.recover.finetune import Checkpoints, Score, Settings, Student, finetune
+from mm_edge.recover.shrink import Slices, group_slices
 from mm_edge.select import mark_pareto
 
 
@@ -119,6 +120,7 @@ def finetune_candidate(
 def _student(bench: Workbench, plan: Plan, start: Tensors) -> Student:
     assert bench.module is not None
     structure = bench.structure
+    groups: tuple[Slices, ...] = ()
     if plan.keep is None:
         masks, idle = dict(plan.masks or {}), {}
     else:
@@ -128,7 +130,8 @@ def _student(bench: Workbench, plan: Plan, start: Tensors) -> Student:
             for name in bench.raw.buffers
             if name in structure.tensor_axes
         }
-    return Student(bench.module, start, masks, idle, bench.raw.parameters)
+        groups = group_slices(structure, plan.keep, bench.raw.parameters | bench.raw.buffers)
+    return Student(bench.module, start, masks, idle, bench.raw.parameters, groups)
 
 
 def _score(bench: Workbench, plan: Plan, state: Tensors) -> Score | None:

@@ -31,10 +31,12 @@ from mm_edge.recover.finetune import (
     Score,
     Settings,
     Student,
+    autocast_type,
     choose_device,
     finetune,
     rate,
 )
+from mm_edge.recover.shrink import group_slices
 from mm_edge.semi_structured import parse_pattern, project_mask, reduced_axes, require_pattern
 from mm_edge.store import RunStore
 
@@ -56,6 +58,14 @@ class Net(nn.Module):
         x = self.bn1(self.conv1(self.bn(self.stem(x)).relu())).relu()
         x = x + self.bn2(self.conv2(x)).relu()
         return self.head(self.drop(x.mean((2, 3))))
+
+
+class Dropless(Net):
+    """Without what draws other random numbers for another width."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop = nn.Identity()
 
 
 class Normless(nn.Module):
@@ -160,7 +170,8 @@ def structured(network: nn.Module) -> tuple[RawGraph, Structure, Keep, Student]:
     for name in raw.buffers & set(structure.tensor_axes):
         (idle[name],) = structure.kept(name, keep)
     start = {name: np.asarray(array * masks.get(name, True)) for name, array in state_of(network).items()}
-    return raw, structure, keep, Student(network, start, masks, idle, raw.parameters)
+    groups = group_slices(structure, keep, raw.parameters | raw.buffers)
+    return raw, structure, keep, Student(network, start, masks, idle, raw.parameters, groups)
 
 
 def test_a_structured_network_stays_exact(images: ImageSet) -> None:
@@ -178,6 +189,19 @@ def test_a_structured_network_stays_exact(images: ImageSet) -> None:
     for name, stays in student.idle.items():
         np.testing.assert_array_equal(found.tensors[name][~stays], student.start[name][~stays])
         assert not np.array_equal(found.tensors[name][stays], student.start[name][stays])
+
+
+def test_the_small_module_learns_what_the_masked_one_does(images: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two things aside: in the dense shapes the norm that is clipped counts the gradients of removed weights, and the
+    gradient of a bias before a BatchNorm is rounding, which AdamW makes a step of.
+    """
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", lambda parameters, norm: None)
+    *_, student = structured(make(Dropless))
+    student = replace(student, trainable=student.trainable - {"conv1.bias"})
+    small, large = run(student, images), run(replace(student, groups=()), images)
+    assert small.tensors is not None and large.tensors is not None
+    for name, array in small.tensors.items():
+        np.testing.assert_allclose(array, large.tensors[name], rtol=1e-3, atol=1e-4, err_msg=name)
 
 
 def test_two_of_four_holds_on_the_exported_weights(images: ImageSet) -> None:
@@ -199,9 +223,15 @@ class Killed(Exception):
     pass
 
 
-def test_killed_anywhere_and_resumed_equals_unbroken_bit_for_bit(images: ImageSet, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["masks of weights", "channels in bfloat16"])
+def test_killed_anywhere_and_resumed_equals_unbroken_bit_for_bit(
+    images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
     """21 images, batches of 8: two steps an epoch, six in all; killed after each of them, stored through the store."""
     student, always = masked(make()), replace(QUICK, checkpoint_s=0)
+    if how == "channels in bfloat16":
+        *_, student = structured(make())
+        monkeypatch.setattr(module_under_test, "autocast_type", lambda module, device: torch.bfloat16)
 
     def judge(state: Arrays) -> Score:
         return Score(float(state["bn.num_batches_tracked"]), None)
@@ -394,6 +424,54 @@ def test_too_few_images(images: ImageSet) -> None:
 def test_the_device_is_found() -> None:
     expected = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     assert choose_device().type == expected
+
+
+def test_bfloat16_is_for_wide_ungrouped_networks_on_cpus_that_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    wide, narrow = nn.Sequential(nn.Conv2d(128, 128, 3), nn.Conv2d(128, 8, 3)), make()
+    grouped = nn.Sequential(*wide, nn.Conv2d(128, 128, 3, groups=128))
+    monkeypatch.setattr(module_under_test, "_has_bfloat16", lambda: True)
+    assert autocast_type(wide, torch.device("cpu")) is torch.bfloat16
+    assert autocast_type(wide, torch.device("cuda")) is None
+    assert autocast_type(narrow, torch.device("cpu")) is None
+    assert autocast_type(grouped, torch.device("cpu")) is None
+    monkeypatch.setattr(module_under_test, "_has_bfloat16", lambda: False)
+    assert autocast_type(wide, torch.device("cpu")) is None
+
+
+def test_bfloat16_trains_fp32_weights_and_masks_hold(images: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.dtype] = []
+    monkeypatch.setattr(module_under_test, "autocast_type", lambda module, device: torch.bfloat16)
+
+    class Watched(Net):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            found = super().forward(x)
+            seen.append(found.dtype)
+            return found
+
+    student = masked(make(Watched))
+    found = run(student, images)
+    assert set(seen[1:]) == {torch.bfloat16}, "the first call counts the classes"
+    assert found.tensors is not None
+    for name, mask in student.masks.items():
+        assert found.tensors[name].dtype == np.float32
+        np.testing.assert_array_equal(found.tensors[name] != 0, mask)
+
+
+def test_an_image_is_decoded_once_while_there_is_room(images: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Counting(ImageSet):
+        def at(self, place: int) -> Any:
+            read.append(place)
+            return super().at(place)
+
+    student, counted = masked(make()), Counting(images._pool, images._members)
+    read: list[int] = []
+    kept = run(student, counted)
+    assert len(read) == len(set(read))
+    read.clear()
+    monkeypatch.setattr(module_under_test, "DECODED_BYTES", 5 * 40 * 40 * 3)
+    assert same(run(student, counted), kept)
+    times = {place: read.count(place) for place in read}
+    assert [times[place] for place in read[:5]] == [1] * 5 and max(times.values()) > 1
 
 
 def test_tied_and_integer_state_goes_through(images: ImageSet) -> None:
