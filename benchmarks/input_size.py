@@ -124,7 +124,7 @@ class Seed:
         shared = {"context_s": round(context_s, 1), "sensitivity_s": round(time.monotonic() - start - context_s, 1)}
         for fraction in WIDTHS:
             budget = fraction * self.full.structure.macs()
-            counts = allocate(self.full.structure, sensitivities, budget, self.ladders(self.full))
+            counts = allocate(self.full.structure.mac_cost, sensitivities, budget, self.ladders(self.full))
             if not all(self.path(*item).exists() for item in wanted if item[0] != "joint" and item[2] == fraction):
                 found, more = _recover(context, sensitivities, counts)
                 self.record("width", fraction, self.full, found.keep, found.tensors, {**more, **shared})

@@ -73,7 +73,7 @@ def run_seed(options: argparse.Namespace, seed: int, fractions: list[float]):
     shared = {"context_s": round(after_context - start, 1), "sensitivity_s": round(time.monotonic() - after_context, 1)}
     tuned = [float(item) for item in options.tune.split(",") if item]
     for fraction in fractions:
-        counts = allocate(structure, sensitivities, fraction * structure.macs(), ladders)
+        counts = allocate(structure.mac_cost, sensitivities, fraction * structure.macs(), ladders)
         planned = select_by_sensitivity(sensitivities, counts)
 
         def row(stage: str, keep, tensors, kl_held_back: float, seconds: float, notes) -> dict:

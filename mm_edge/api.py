@@ -19,8 +19,9 @@ from mm_edge.bench.connect import open_transport
 from mm_edge.data import open_data
 from mm_edge.errors import UsageError, unknown_name
 from mm_edge.finetuning import require_trainable
+from mm_edge.job import FROM_MOMENTS, Job, Request
 from mm_edge.models import LoadedModel, wrap_module
-from mm_edge.pipeline import FROM_MOMENTS, SAMPLES_FOLDER, Job, Request, check_request
+from mm_edge.pipeline import SAMPLES_FOLDER, check_request
 from mm_edge.pipeline import prune_export as run_pipeline
 from mm_edge.precision import PRECISIONS
 from mm_edge.progress import Stages

@@ -30,8 +30,10 @@ from mm_edge.evaluate import compare_logits, run_onnx
 from mm_edge.export import RawGraph, deploy
 from mm_edge.graph.axes import Axis
 from mm_edge.graph.compact import AxisMask, Keep, apply_mask, mask_tensors, masked_model, materialise
+from mm_edge.graph.costs import Cost
 from mm_edge.graph.depth import dead_tensors, live_nodes
 from mm_edge.graph.groups import Group, Structure
+from mm_edge.graph.reading import Work
 from mm_edge.graph.widths import (
     Counts,
     Ladder,
@@ -72,7 +74,7 @@ class Plan:
 
     Exactly one of `keep` (structured: indices per group) and `masks` (unstructured: one bool array per layer) is set.
     `side` is that of the input where it is another than the dense network's; `keep` is then by the groups there.
-    `removed` names the residual branches whose groups keep nothing.
+    `removed` names the residual branches whose groups keep nothing, `planned_by` says how it came to meet its budget.
     """
 
     assignment: Assignment
@@ -81,6 +83,7 @@ class Plan:
     masks: Mapping[str, npt.NDArray[np.bool_]] | None = None
     side: int | None = None
     removed: tuple[str, ...] = ()
+    planned_by: str | None = None
 
     @property
     def id(self) -> str:
@@ -191,13 +194,17 @@ def plan_budget(
     ladders: Sequence[Ladder],
     ranges: Mapping[str, SparsityRange],
     fraction: float,
+    cost: Cost | None = None,
 ) -> tuple[dict[str, float], Counts]:
-    """Return sparsities and widths whose multiply-adds are at most `fraction` of dense, and as near as widths allow.
+    """Return sparsities and widths whose cost is at most `fraction` of dense, and as near as widths allow.
+
+    The cost is that of multiply-adds unless another is given.
 
     The ranges are scaled as a whole, rho(a) = lo + a (hi - lo), `a` found by bisection, beyond 1 where the budget asks.
     Where the steps of the `ladders` miss the budget by more than BUDGET_SLACK they are halved, down to single indices.
     """
-    dense = structure.macs()
+    cost = structure.mac_cost if cost is None else cost
+    budget = fraction * cost.total()
     sizes = {item.leaf: item.widths[-1] for item in ladders}
 
     def sparsity(a: float) -> dict[str, float]:
@@ -209,17 +216,17 @@ def plan_budget(
     low, high = _lowest_share(ranges), _highest_share(ranges)
     for _ in range(20):
         middle = (low + high) / 2
-        if structure.macs(wanted(middle)) > fraction * dense:
+        if cost.total(wanted(middle)) > budget:
             low = middle
         else:
             high = middle
     goal = wanted(high)
     while True:
         counts = {item.leaf: item.nearest(goal[item.leaf]) for item in ladders}
-        counts = meet_budget(structure, ladders, counts, goal, fraction * dense, strict=True)
-        share = structure.macs({leaf: float(count) for leaf, count in counts.items()}) / dense
+        counts = meet_budget(cost, ladders, counts, goal, budget, strict=True)
+        spent = cost.total(counts)
         finer = tuple(item.halved() for item in ladders)
-        if fraction * (1 - BUDGET_SLACK) <= share <= fraction or finer == tuple(ladders):
+        if budget * (1 - BUDGET_SLACK) <= spent <= budget or finer == tuple(ladders):
             return sparsity(high), counts
         ladders = finer
 
@@ -238,6 +245,14 @@ def count_parameters(raw: RawGraph) -> int:
     """Count the parameters of the dense network."""
     shapes = [raw.model.graph.initializers[name].shape for name in raw.parameters]
     return sum(int(np.prod(shape.numpy())) for shape in shapes if shape is not None)
+
+
+def parameter_cost(raw: RawGraph, structure: Structure) -> Cost:
+    """Return the parameters as a cost of widths."""
+    known = sorted(raw.parameters & structure.tensor_axes.keys())
+    items = tuple(Work(name, structure.tensor_axes[name]) for name in known)
+    cost = Cost(structure.table, items)
+    return replace(cost, fixed=count_parameters(raw) - cost.total())
 
 
 def dense_candidate(bench: Workbench, name: str, artifact: Path) -> Candidate:

@@ -20,8 +20,8 @@ from mm_edge.strategies import STRATEGIES
 
 if TYPE_CHECKING:
     from mm_edge.api import Setting
+    from mm_edge.job import Request
     from mm_edge.models import LoadedModel
-    from mm_edge.pipeline import Request
     from mm_edge.records import Report
 
 SIGNALS_HELP = "Comma-separated: magnitude, gradient, product."

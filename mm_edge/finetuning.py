@@ -14,6 +14,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
+from mm_edge.budgets import is_budget
 from mm_edge.candidates import (
     Plan,
     Tensors,
@@ -58,7 +59,7 @@ def worth_training(candidates: Sequence[Candidate], dense: DenseRow) -> list[Can
         return list(candidates)
     budgets: dict[str, list[Candidate]] = {}
     for row in candidates:
-        if row.strategy.startswith("macs_"):
+        if is_budget(row.strategy):
             budgets.setdefault(row.strategy, []).append(row)
     best = {max(rows, key=_quality).id for rows in budgets.values()}
     # Rows of one budget differ by a hair in MACs, so that all of them may be on the front.

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +31,13 @@ from mm_edge.bench.session import (
     merge_doubts,
 )
 from mm_edge.bench.transport import Transport
+from mm_edge.budgets import is_budget
 from mm_edge.bundle import write_bundle
 from mm_edge.candidates import (
-    BUDGET_SLACK,
     PATTERN,
     Images,
     Plan,
     Workbench,
-    count_macs,
     count_parameters,
     dense_candidate,
     file_name,
@@ -48,9 +46,7 @@ from mm_edge.candidates import (
     make_control,
     make_ladders,
     plan_all,
-    plan_budget,
     plan_n_m,
-    recover_keep,
 )
 from mm_edge.data import DataSplits, noise_batches
 from mm_edge.device_files import add_metadata_, write_model
@@ -59,14 +55,14 @@ from mm_edge.evaluate import compare_logits, run_onnx
 from mm_edge.export import RawGraph, deploy, export_raw, raw_from_onnx
 from mm_edge.finetuning import finetune_candidate, worth_training
 from mm_edge.graph.axes import Axis
-from mm_edge.graph.compact import materialise
 from mm_edge.graph.depth import find_branches
 from mm_edge.graph.groups import Structure, read_structure
-from mm_edge.graph.widths import Counts, Ladder, group_scores, select_indices
+from mm_edge.job import BATCH, CLOSED_FORM_IMAGES, FROM_MOMENTS, Job, Place, Request, recovery_images
 from mm_edge.layers import read_layers
 from mm_edge.layers import read_weights as read_layer_weights
 from mm_edge.memory import release_memory
 from mm_edge.models import LoadedModel
+from mm_edge.planning import Rulers, ladders_at, plan_by_sensitivity, plan_scaled
 from mm_edge.precision import (
     CALIBRATION_IMAGES,
     HELD_BACK_IMAGES,
@@ -74,13 +70,11 @@ from mm_edge.precision import (
     check_precisions,
     convert_candidate,
 )
-from mm_edge.progress import Advance, Stages
+from mm_edge.progress import Advance
 from mm_edge.ranges import apply_constraints, observed_ranges, rule_ranges
 from mm_edge.records import (
-    Assignment,
     Candidate,
     Chosen,
-    Constraints,
     DenseRow,
     Latency,
     Layer,
@@ -90,91 +84,30 @@ from mm_edge.records import (
     from_json,
     to_json,
 )
-from mm_edge.recover.branches import MeasuredBranch, allocate_rest, measure_branches, offers
+from mm_edge.recover.branches import MeasuredBranch, measure_branches
 from mm_edge.recover.context import RecoveryContext, build_context
 from mm_edge.recover.finetune import Checkpoints, Settings
 from mm_edge.recover.sensitivity import Sensitivity, from_arrays, measure_sensitivities, to_arrays
 from mm_edge.report import write_report
 from mm_edge.scores import GRASP_IMAGES, Scores, gradients, hessian_gradient_products, score_weights
-from mm_edge.select import choose, mark_pareto
+from mm_edge.select import choose, judge_budget, mark_pareto
 from mm_edge.semi_structured import reduced_axes, require_support
-from mm_edge.sizes import InputSizes, SizedNetwork, auto_sizes, export_at, remake, square_side, total_stride
-from mm_edge.store import RunStore, hash_file
-from mm_edge.strategies import STRATEGIES, assign
+from mm_edge.sizes import SizedNetwork, auto_sizes, export_at, remake, square_side, total_stride
+from mm_edge.store import hash_file
+from mm_edge.strategies import assign
 from mm_edge.target import Target, matches_this_machine
+from mm_edge.timing import open_clock
 from mm_edge.tuning import tune_candidate
 
 # E2 asks for 5-10 % of the training data; beyond this many images the gradient's ranking no longer moves.
 GRADIENT_IMAGES = 1024
-# Ways to recover that start with the closed form.
-FROM_MOMENTS = ("closed-form", "tune", "finetune")
 RECOVERY_IMAGES = 128
-CLOSED_FORM_IMAGES = 500
 PARITY_IMAGES = 8
-BATCH = 32
 # Two images of 224 x 224: at 32 of them EfficientNet-Lite0 alone keeps 2.8 GB of activations, no faster an image.
 GRADIENT_PIXELS = 2 * 224 * 224
 SAMPLES_FOLDER = "samples"
 
 Array = npt.NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to do with a loaded model; the defaults are the command line's."""
-
-    signals: tuple[str, ...] = ("magnitude", "gradient", "product")
-    strategies: tuple[str, ...] = tuple(STRATEGIES)
-    ranges: str = "rules"
-    kinds: tuple[str, ...] = ("structured",)
-    recover: str = "bn"
-    epochs: int = 10
-    select: str = "signal"
-    macs: tuple[float, ...] = ()
-    input_sizes: InputSizes = None
-    keep: tuple[str, ...] = ()
-    precisions: tuple[str, ...] = ("fp32",)
-    prune_norms: bool = False
-    ort: bool = False
-    bake_preprocess: bool = False
-    constraints: Constraints = field(default_factory=Constraints)
-    accuracy_on: str = "host"
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class Job:
-    """A request with everything it is done on."""
-
-    request: Request
-    model: LoadedModel
-    data: DataSplits | None
-    target: Target
-    transport: Transport | None
-    folder: Path
-    store: RunStore
-    stages: Stages
-
-    def key(self, **parts: Any) -> dict[str, Any]:
-        """Return the key of a stage: its own `parts` and what every stage depends on."""
-        return {
-            "model": self.model.info,
-            "weights": self.model.info.sha256 or _module_digest(self.model.module),
-            "input": self.model.input,
-            "seed": self.request.seed,
-            "versions": {name: version(name) for name in ("torch", "timm", "onnxruntime", "onnxscript", "mm-edge")},
-            **parts,
-        }
-
-    def at(self, network: SizedNetwork) -> Job:
-        """Return the same job on pictures of the size `network` takes."""
-        data = None if self.data is None else self.data.prepared_for(network.model.input)
-        return replace(self, model=network.model, data=data)
-
-    @property
-    def data_key(self) -> Any:
-        """What identifies the images; it does not change as they are read."""
-        return None if self.data is None else self.data.identity
 
 
 def prune_export(job: Job) -> Report:
@@ -194,9 +127,9 @@ def prune_export(job: Job) -> Report:
     sizes, notes = _export_sizes(job, dense_network)
     warnings += notes
     places = _places(job, dense_network, sizes)
+    benches = _set_up_all(places)
     plans, notes = _plan(job, places)
     warnings += notes
-    benches = _set_up_all(places)
     bench = _bench_of(benches, None)
     controls = _make_controls(places, benches)
     candidates, failures = _make_all(job, benches, plans)
@@ -217,34 +150,6 @@ def prune_export(job: Job) -> Report:
         dense, candidates, note = _judge_on_device(job, benches, dense, candidates, env["fingerprint"])
         warnings.append(note)
     return _finish(job, benches, places, dense, candidates, env, warnings)
-
-
-@dataclass(frozen=True)
-class Place:
-    """One input size of a run.
-
-    Attributes:
-        job: the job with the model and the images of that size.
-        network: the network there.
-        dense: whether it is the size the network was given at.
-        pruned: whether candidates are pruned here; else only the control stands.
-        recovery: what the closed form works from here.
-        sensitivities: of the groups here; measured at the dense size.
-        branches: what removing each residual branch costs; at the dense size alone.
-    """
-
-    job: Job
-    network: SizedNetwork
-    dense: bool
-    pruned: bool
-    recovery: RecoveryContext | None = None
-    sensitivities: Mapping[Axis, Sensitivity] = field(default_factory=dict)
-    branches: tuple[MeasuredBranch, ...] = ()
-
-    @property
-    def side(self) -> int | None:
-        """The side that plans and ids name: None for the dense size."""
-        return None if self.dense else self.network.side
 
 
 Benches = Mapping[int, Workbench]
@@ -340,14 +245,6 @@ def read_ranges(
     return rule_ranges(layers, family)
 
 
-def _module_digest(module: torch.nn.Module | None) -> str | None:
-    """Identify a network that came from no file by its weights."""
-    if module is None:
-        return None
-    sums = [float(tensor.double().abs().sum()) for tensor in module.state_dict().values()]
-    return repr([len(sums), *sums])
-
-
 def _score(job: Job, raw: RawGraph, layers: tuple[Layer, ...]) -> tuple[Scores, dict[str, SparsityRange], list[str]]:
     weights = read_layer_weights(raw, layers)
     notes: list[str] = []
@@ -425,20 +322,17 @@ def _dense_moments(job: Job, network: SizedNetwork, most: int = CLOSED_FORM_IMAG
     if job.request.recover not in FROM_MOMENTS or job.data is None or not wanted_by:
         return None
     also = tuple(reduced_axes(network.raw.model)) if pattern else ()
-    images = _recovery_images(job.data)[:most]
+    images = recovery_images(job.data)[:most]
     with job.stages.stage("dense moments") as advance:
         return build_context(network.raw, network.structure, images, also=also, threads=2, progress=advance)
-
-
-def _recovery_images(data: DataSplits) -> Array:
-    return np.concatenate([batch for batch, _ in data.calibration.take(CLOSED_FORM_IMAGES).batches(BATCH)])
 
 
 def _sensitivities(job: Job, network: SizedNetwork, recovery: RecoveryContext | None) -> dict[Axis, Sensitivity]:
     """Measure each group's sensitivity (recipe A, point 5): which selection suits it, and what a budget takes first."""
     if recovery is None or "structured" not in job.request.kinds:
         return {}
-    structure, ladders = network.structure, _ladders(job, network)
+    structure = network.structure
+    ladders = make_ladders(structure, network.layers, job.target, job.request.precisions)
     key = job.key(
         data=job.data_key,
         images=CLOSED_FORM_IMAGES,
@@ -460,15 +354,11 @@ def _sensitivities(job: Job, network: SizedNetwork, recovery: RecoveryContext | 
 
 def _branches(job: Job, network: SizedNetwork, recovery: RecoveryContext | None) -> tuple[MeasuredBranch, ...]:
     """Measure what removing each residual branch costs, where a budget may ask for it."""
-    if recovery is None or not job.request.macs:
+    if recovery is None or not job.budgets:
         return ()
     with job.stages.stage("blocks") as advance:
         found = find_branches(network.raw.model, network.structure)
         return measure_branches(recovery, found, advance)
-
-
-def _ladders(job: Job, network: SizedNetwork) -> tuple[Ladder, ...]:
-    return make_ladders(network.structure, network.layers, job.target, job.request.precisions)
 
 
 def _plan(job: Job, places: list[Place]) -> tuple[list[Plan], list[str]]:
@@ -478,7 +368,7 @@ def _plan(job: Job, places: list[Place]) -> tuple[list[Plan], list[str]]:
     scores, bounds, notes = _score(job, raw, layers)
     strategies: list[Plan] = []
     with job.stages.stage("plan"):
-        ladders = _ladders(job, places[0].network)
+        ladders = ladders_at(places[0])
         for kind in job.request.kinds:
             ranges = apply_constraints(layers, bounds, kind == "structured")
             assignments = [item for s in scores for item in assign(job.request.strategies, s, layers, ranges)]
@@ -489,129 +379,37 @@ def _plan(job: Job, places: list[Place]) -> tuple[list[Plan], list[str]]:
             else:
                 strategies += plan_all(structure, layers, ladders, scores, assignments, (kind,))
         plans = [_move(plan, place) for place in pruned for plan in strategies]
-        ranges = apply_constraints(layers, bounds, True)
-        for fraction in job.request.macs:
-            for place in pruned:
-                found, more = _plan_budget(job, place, fraction * structure.macs(), fraction, ranges, scores)
-                plans += found
-                notes += more
-    for fraction in job.request.macs:
-        best, more = _plan_by_sensitivity(job, places, fraction)
-        plans += best
+    ranges = apply_constraints(layers, bounds, True)
+    rulers, more = _rulers(job, places[0])
+    notes += more
+    for ruler in rulers:
+        with job.stages.stage("plan budgets"):
+            found, more = plan_scaled(ruler, places, ranges, scores)
+        plans += found
+        notes += more
+    del scores
+    for ruler in rulers:
+        found, more = plan_by_sensitivity(ruler, job, places)
+        plans += found
         notes += more
     return plans, notes
+
+
+def _rulers(job: Job, dense: Place) -> tuple[list[Rulers], list[str]]:
+    """Return what every budget of the job is planned with, and what cannot be planned for."""
+    budgets = job.budgets
+    timed = any(budget.is_time for budget in budgets)
+    clock = open_clock(job.folder / "dense.onnx", job.target, job.transport, job.store) if timed else None
+    able = [budget for budget in budgets if budget.kind != "latency" or clock is not None]
+    unable = [budget for budget in budgets if budget not in able]
+    notes = [f"{item.asked}: no time is measured here, so no candidate is planned for it" for item in unable]
+    return [Rulers(job, dense, budget, clock) for budget in able], notes
 
 
 def _move(plan: Plan, place: Place) -> Plan:
     """Return a plan of the dense network for the network of another size."""
     keep = None if plan.keep is None else place.network.translate(plan.keep)
     return replace(plan, keep=keep, side=place.side)
-
-
-def _plan_budget(
-    job: Job, place: Place, budget: float, fraction: float, ranges: Mapping[str, SparsityRange], scores: Scores
-) -> tuple[list[Plan], list[str]]:
-    """Return one plan per signal that spends `budget` multiply-adds here; none where the dense network is within it."""
-    structure, ladders = place.network.structure, _ladders(job, place.network)
-    share = budget / structure.macs()
-    if share >= 1:
-        return [], []
-    sparsity, counts = plan_budget(structure, place.network.layers, ladders, ranges, share)
-    plans = [
-        Plan(
-            Assignment(signal, (f"macs_{fraction:.4g}",), sparsity),
-            "structured",
-            keep=select_indices(counts, group_scores(structure, scores[signal])),
-            side=place.side,
-        )
-        for signal in scores
-    ]
-    where = "" if place.dense else f" at {place.side} px"
-    return plans, _budget_notes(structure, ladders, counts, share, f"--macs {fraction:g}{where}")
-
-
-def _plan_by_sensitivity(job: Job, places: list[Place], fraction: float) -> tuple[list[Plan], list[str]]:
-    """Spend a budget on input size, blocks and, by measured sensitivity, width; what diverges least is the plan.
-
-    At every size that is above the budget, none to a few of the cheapest blocks are removed and the rest is taken from
-    widths. The divergence is from the dense network at its own size, on images that are held back at every size.
-    """
-    budget = fraction * places[0].network.structure.macs()
-    rivals = [
-        (place, plan)
-        for place in places
-        if place.pruned and place.sensitivities and place.network.structure.macs() > budget
-        for plan in _spend(job, place, places[0].branches, fraction, budget)
-    ]
-    costs = [count_macs(place.network.raw, place.network.structure, plan.keep or {}) for place, plan in rivals]
-    fitting = [rival for rival, cost in zip(rivals, costs, strict=True) if cost <= budget]
-    if len(fitting) < 2:
-        least = [rivals[costs.index(min(costs))][1]] if rivals else []
-        return [plan for _, plan in fitting] or least, []
-    rivals = fitting
-    with job.stages.stage(f"size, blocks or width at {fraction:g}") as advance:
-        tried: list[tuple[float, str, Plan]] = []
-        for place, plan in rivals:
-            tried.append((_divergence(job, places[0], place, plan), _describe(place, plan), plan))
-            advance(len(tried), len(rivals))
-        within = [place for place in places if not place.dense and place.network.structure.macs() <= budget]
-        controls = [(_divergence(job, places[0], place, None), f"{place.network.side} px") for place in within]
-    tried.sort(key=lambda item: item[0])
-    text = ", ".join(f"{name} {kl:.3g}" for kl, name, _ in tried)
-    note = f"--macs {fraction:g} by sensitivity: {tried[0][1]} diverges least (nats: {text})"
-    text = ", ".join(f"{name} {kl:.3g}" for kl, name in controls)
-    return [tried[0][2]], [note + (f"; the dense network within the budget: {text}" if text else "")]
-
-
-def _spend(job: Job, place: Place, measured: tuple[MeasuredBranch, ...], fraction: float, budget: float) -> list[Plan]:
-    """Return one plan per set of removed blocks."""
-    plans = []
-    for removed in offers(measured):
-        here = [replace(item, leaves=tuple(place.network.leaves[leaf] for leaf in item.leaves)) for item in removed]
-        keep = allocate_rest(place.network.structure, place.sensitivities, here, budget, _ladders(job, place.network))
-        assignment = Assignment("sensitivity", (f"macs_{fraction:.4g}",), {})
-        names = tuple(item.id for item in removed)
-        plans.append(Plan(assignment, "structured", keep=keep, side=place.side, removed=names))
-    return plans
-
-
-def _describe(place: Place, plan: Plan) -> str:
-    gone = f" without {' and '.join(plan.removed)}" if plan.removed else ""
-    return f"{place.network.side} px{gone}"
-
-
-def _divergence(job: Job, dense: Place, place: Place, plan: Plan | None) -> float:
-    """Return KL(dense || screened plan) on held-back images in nats; of the whole network without a plan."""
-    assert dense.recovery is not None and place.job.data is not None
-    name = file_name(f"dense@{place.side}") if plan is None else plan.file_name
-    what = None if plan is None else plan.digest()
-    key = place.job.key(data=job.data_key, plan=what, select=job.request.select, images=len(dense.recovery.images))
-    stored = job.store.load_json(f"rivals/{name}", key)
-    if stored is None:
-        network = place.network
-        model = network.raw.model.clone() if plan is None else _screen(job, place, plan)
-        images = _held_back_images(dense.recovery, place)
-        labels = np.zeros(len(images), np.int64)
-        logits = run_onnx(ir.to_proto(deploy(model)).SerializeToString(), [(images, labels)], 2)
-        found = compare_logits(logits, None, dense.recovery.logits).kl_to_dense
-        stored = [float("inf") if found is None else found]
-        job.store.save_json(f"rivals/{name}", key, stored)
-    return float(stored[0])
-
-
-def _held_back_images(dense: RecoveryContext, place: Place) -> Array:
-    """Return the images that decide at the dense size, as they are at the place's own."""
-    assert place.job.data is not None
-    held, own = list(dense.held_back), place.recovery
-    if own is not None and len(own.images) == len(dense.images):
-        return own.images[held]
-    return _recovery_images(place.job.data)[held]
-
-
-def _screen(job: Job, place: Place, plan: Plan) -> ir.Model:
-    assert plan.keep is not None and place.recovery is not None
-    found = recover_keep(place.recovery, plan.keep, job.request.select, place.sensitivities, walked=False)
-    return materialise(place.network.raw, place.network.structure, {**plan.keep, **found.keep}, found.tensors)
 
 
 def _pattern_notes(dense: Mapping[str, str]) -> list[str]:
@@ -623,25 +421,6 @@ def _pattern_notes(dense: Mapping[str, str]) -> list[str]:
         f"n:m: {len(names)} layers stay dense ({', '.join(names[:3])}{' ...' if len(names) > 3 else ''}): {reason}"
         for reason, names in by_reason.items()
     ]
-
-
-def _budget_notes(
-    structure: Structure, ladders: Sequence[Ladder], counts: Counts, fraction: float, asked: str
-) -> list[str]:
-    """Say so when a budget cost groups the channel multiples of the target, or was missed, and what holds the rest."""
-    notes = []
-    finer = sum(counts[item.leaf] not in item.widths for item in ladders)
-    if finer:
-        notes.append(
-            f"{asked}: {finer} of {len(ladders)} groups have widths between the target's multiples, "
-            "which alone miss the budget by more than 3 %: expect less speed than the MACs say"
-        )
-    reached = structure.macs({leaf: float(count) for leaf, count in counts.items()}) / structure.macs()
-    if not fraction * (1 - BUDGET_SLACK) <= reached <= fraction:
-        held = sorted(structure.pinned, key=lambda item: -item.size * len(item.tensors))[:3]
-        pins = "; ".join(f"{item.id}: {item.reason}" for item in held)
-        notes.append(f"{asked}: the nearest the widths reach is {reached:.3f} of the dense MACs there (pinned: {pins})")
-    return notes
 
 
 def _set_up_all(places: list[Place]) -> Benches:
@@ -763,7 +542,8 @@ def _make_all(job: Job, benches: Benches, plans: list[Plan]) -> tuple[list[Candi
                 images=RECOVERY_IMAGES,
             )
             try:
-                made.append(_kept(job, f"candidates/{plan.file_name}", key, partial(make_candidate, bench, plan)))
+                row = _kept(job, f"candidates/{plan.file_name}", key, partial(make_candidate, bench, plan))
+                made.append(replace(row, planned_by=plan.planned_by))
             except ParityError as error:
                 failures.append(str(error))
             advance(index + 1, len(plans))
@@ -795,8 +575,8 @@ def _walk_front(
 
 
 def _is_budget(row: Candidate, plan: Plan) -> bool:
-    """Whether a row is what --macs asked for: at sizes besides the dense one, the best of them by sensitivity."""
-    return "/macs_" in row.id and (plan.side is None or row.signal == "sensitivity")
+    """Whether a row is what a budget asked for: at sizes besides the dense one, the best of them by sensitivity."""
+    return is_budget(row.strategy) and (plan.side is None or row.signal == "sensitivity")
 
 
 def _train_front(
@@ -846,7 +626,12 @@ def _improve(
                 failures.append(str(error))
                 continue
         rows[row.id] = replace(
-            same[digest], id=row.id, signal=row.signal, strategy=row.strategy, also_named=row.also_named
+            same[digest],
+            id=row.id,
+            signal=row.signal,
+            strategy=row.strategy,
+            also_named=row.also_named,
+            planned_by=row.planned_by,
         )
         done(index + 1)
     return list(rows.values()), failures
@@ -926,7 +711,7 @@ def _convert_all(
                 side = source.input_shape[-1]
                 convert = partial(convert_candidate, benches[side], source, precision, job.target, images[side])
                 row = _kept(job, name, key, convert)
-                made.append(replace(row, also_named=source.also_named))
+                made.append(replace(row, also_named=source.also_named, planned_by=source.planned_by))
             advance(index + 1, len(sources))
     return made, notes
 
@@ -1128,6 +913,7 @@ def _finish(
         skipped_groups=skipped_groups(places[0].network.structure),
         warnings=tuple(dict.fromkeys(warnings)),
         seconds=dict(job.stages.seconds),
+        budgets=tuple(judge_budget(dense, rows, budget) for budget in job.budgets),
     )
     # The same records a reader gets from the file: tuples, floats and all.
     report = from_json(Report, to_json(report))

@@ -10,6 +10,7 @@ SCHEMA_VERSION history (fields are added under a raised version, never renamed):
     2  Candidate: epochs, stopped.
     3  Candidate: removed_blocks. An id may end in @SIDE, an input size other than the dense model's; candidates of kind
        "dense" named dense@SIDE are controls.
+    4  Candidate: planned_by. Report: budgets.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 T = TypeVar("T")
 
@@ -157,7 +158,8 @@ class Candidate:
 
     `file_bytes` is of the `artifact`, or of the `stored_file` where zeros were squeezed out. `accuracy_top1` is on
     validation images; `accuracy_drop` in points of dense minus this. `epochs` is how many a fine-tuned row was trained,
-    `stopped` why it ended, or what block-wise tuning came to.
+    `stopped` why it ended, or what block-wise tuning came to. `planned_by` says of a budget's row what its cost was
+    planned by, and whether that was counted or measured.
     """
 
     id: str
@@ -188,6 +190,7 @@ class Candidate:
     masked_state_dict: str | None = None
     also_named: tuple[str, ...] = ()
     removed_blocks: tuple[str, ...] = ()
+    planned_by: str | None = None
 
     @property
     def is_control(self) -> bool:
@@ -215,6 +218,15 @@ class Constraints:
 
 
 @dataclass(frozen=True)
+class BudgetOutcome:
+    """What was asked of a budget (the option), the row that won under it, or None, and the sentence that says so."""
+
+    asked: str
+    winner: str | None
+    reason: str
+
+
+@dataclass(frozen=True)
 class SkippedGroup:
     """A coupled group that keeps its full width, the layers it holds and why."""
 
@@ -238,6 +250,7 @@ class Report:
     skipped_groups: tuple[SkippedGroup, ...]
     warnings: tuple[str, ...]
     seconds: dict[str, float]
+    budgets: tuple[BudgetOutcome, ...] = ()
     schema_version: int = SCHEMA_VERSION
 
 

@@ -18,8 +18,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
+from mm_edge.budgets import Budget, constraining
 from mm_edge.errors import ConstraintError
-from mm_edge.records import Candidate, Chosen, Constraints, DenseRow
+from mm_edge.records import BudgetOutcome, Candidate, Chosen, Constraints, DenseRow
 
 FREE_DROP_POINTS = 1.0
 
@@ -94,20 +95,62 @@ def _limits(dense: DenseRow, candidates: Sequence[Candidate], asked: Constraints
     limits = []
     if (drop := asked.max_drop) is not None:
         limits.append(_Limit(f"--max-drop {drop:g}", _describe_drop, lambda c: _over(c.accuracy_drop, drop)))
-    if (latency := asked.latency_ms) is not None:
-        limits.append(_Limit(f"--latency {latency:g}", _describe_latency, lambda c: _over(c.latency_ms.p50, latency)))
-    if (speedup := asked.speedup) is not None:
-        by_macs = not _latency_measured(candidates)
-        limits.append(
-            _Limit(
-                f"--speedup {speedup:g}",
-                (lambda c: _describe_macs(dense, c)) if by_macs else _describe_speedup,
-                lambda c: _under(dense.macs / max(c.macs, 1) if by_macs else c.speedup, speedup),
-            )
-        )
-    if (size := asked.size_bytes) is not None:
-        limits.append(_Limit(f"--size {size}", _describe_size, lambda c: _over(c.file_bytes, size)))
-    return limits
+    return [*limits, *(_limit_of(dense, candidates, budget) for budget in constraining(asked))]
+
+
+def _limit_of(dense: DenseRow, candidates: Sequence[Candidate], budget: Budget) -> _Limit:
+    value = budget.value
+    if budget.kind == "latency":
+        return _Limit(budget.asked, _describe_latency, lambda c: _over(c.latency_ms.p50, value))
+    if budget.kind == "size":
+        return _Limit(budget.asked, _describe_size, lambda c: _over(c.file_bytes, value))
+    if budget.kind == "macs":
+        return _Limit(budget.asked, lambda c: _describe_macs(dense, c), lambda c: _over(c.macs, value * dense.macs))
+    by_macs = not _latency_measured(candidates)
+    return _Limit(
+        budget.asked,
+        (lambda c: _describe_macs(dense, c)) if by_macs else _describe_speedup,
+        lambda c: _under(dense.macs / max(c.macs, 1) if by_macs else c.speedup, value),
+    )
+
+
+def judge_budget(dense: DenseRow, candidates: Sequence[Candidate], budget: Budget) -> BudgetOutcome:
+    """Return which structured fp32 row is the most accurate that meets a budget, beside the best of the other kind.
+
+    Rows allocated by measured sensitivity and those of the strategies, scaled to the budget or not, compete; equal
+    accuracy goes to the smaller divergence. Where a control that meets it is more accurate still, that is said.
+    """
+    limit = _limit_of(dense, candidates, budget)
+    fitting = [c for c in candidates if c.precision == "fp32" and _met(limit.miss(c))]
+    pruned = [c for c in fitting if c.kind == "structured"]
+    if not pruned:
+        return BudgetOutcome(budget.asked, None, f"no pruned candidate meets {budget.asked}")
+    if any(c.accuracy_top1 is None for c in pruned):
+        reason = f"{len(pruned)} candidates meet {budget.asked}; accuracy was not measured, so none is called better"
+        return BudgetOutcome(budget.asked, None, reason)
+    best = max(pruned, key=_quality)
+    others = [c for c in pruned if (c.signal == "sensitivity") != (best.signal == "sensitivity")]
+    sentence = f"{best.id} won under {budget.asked} ({_describe_quality(best)})"
+    whose = "a Mix-and-Match strategy" if best.signal == "sensitivity" else "measured sensitivity"
+    if others:
+        second = max(others, key=_quality)
+        sentence += f"; the best by {whose} is {second.id} ({_describe_quality(second)})"
+    else:
+        sentence += f"; no candidate by {whose} meets it"
+    controls = [c for c in fitting if c.is_control and c.accuracy_top1 is not None and _quality(c) > _quality(best)]
+    if controls:
+        control = max(controls, key=_quality)
+        sentence += f"; {control.id}, where nothing is pruned, is better than both ({_describe_quality(control)})"
+    return BudgetOutcome(budget.asked, best.id, sentence)
+
+
+def _quality(c: Candidate) -> tuple[float, float]:
+    return (c.accuracy_top1 or 0.0, -(c.kl_to_dense if c.kl_to_dense is not None else float("inf")))
+
+
+def _describe_quality(c: Candidate) -> str:
+    kl = "" if c.kl_to_dense is None else f", KL {c.kl_to_dense:.3g}"
+    return f"top-1 {100 * (c.accuracy_top1 or 0.0):.2f} %{kl}"
 
 
 def _nearest_miss(candidates: Sequence[Candidate], limits: Sequence[_Limit], asked: str) -> str:
@@ -185,7 +228,8 @@ def _describe(dense: DenseRow, c: Candidate) -> str:
         speed = f"{_describe_speedup(c)} ({_describe_latency(c)})"
     elif c.latency_ms.p50 is not None:
         speed = _describe_latency(c)
-    return speed if c.accuracy_drop is None else f"{speed}, {_describe_drop(c)}"
+    found = speed if c.accuracy_drop is None else f"{speed}, {_describe_drop(c)}"
+    return found if c.planned_by is None else f"{found}; planned by {c.planned_by}"
 
 
 def _describe_drop(c: Candidate) -> str:

@@ -304,7 +304,7 @@ def test_a_run_without_images_says_what_it_lacks(files: Path) -> None:
 
 def test_no_candidate_that_meets_the_constraints_is_exit_1_with_the_report_kept(files: Path) -> None:
     message = refused("prune-export", files / "net.pt", *ONE, "--out", "run", "--size", "1000", code=1)
-    assert message.startswith("no candidate meets --size 1000; the nearest is magnitude/balanced/structured/fp32: ")
+    assert message.startswith("no candidate meets --size 1000; the nearest is magnitude/size_1000/structured/fp32: ")
     report = json.loads(Path("run/report.json").read_text())
     assert report["chosen"] is None
     assert message in report["warnings"]

@@ -164,10 +164,15 @@ def test_the_cheapest_blocks_by_divergence_per_multiply_add_are_offered_first() 
         MeasuredBranch(Branch(name, (), (), macs), kl)
         for name, macs, kl in (("a", 10.0, 0.2), ("b", 40.0, 0.2), ("c", 10.0, 0.1), ("d", 1.0, 0.4), ("e", 1.0, 0.5))
     ]
-    assert [[item.id for item in found] for found in offers(items)] == [[], ["b"], ["b", "c"], ["b", "c", "a"]]
-    assert offers(()) == [()]
+    assert [[item.id for item in found] for found in offers(items, lambda item: item.macs)] == [
+        [],
+        ["b"],
+        ["b", "c"],
+        ["b", "c", "a"],
+    ]
+    assert offers((), lambda item: item.macs) == [()]
     hopeless = [MeasuredBranch(Branch("a", (), (), 10.0), 5.0)]
-    assert offers(hopeless) == [()]
+    assert offers(hopeless, lambda item: item.macs) == [()]
 
 
 def test_a_removed_block_is_recovered_like_any_pruning(small: tuple[RawGraph, Structure]) -> None:
@@ -181,7 +186,7 @@ def test_a_removed_block_is_recovered_like_any_pruning(small: tuple[RawGraph, St
     assert all(math.isfinite(item.kl) and item.kl > 0 for item in measured)
     removed = [measured[1].branch]
     budget = 0.6 * structure.macs()
-    keep = allocate_rest(structure, sensitivities, removed, budget, ladders)
+    keep = allocate_rest(structure, structure.mac_cost, sensitivities, removed, budget, ladders)
     assert count_macs(raw, structure, keep) <= budget
     assert not any(keep[leaf].any() for leaf in removed[0].leaves)
     counts = {leaf: int(kept.sum()) for leaf, kept in keep.items() if kept.any()}

@@ -68,7 +68,7 @@ def done(files: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, R
 
 def test_rows_say_how_long_and_why(done: tuple[Path, Report]) -> None:
     _, report = done
-    assert report.schema_version == 3
+    assert report.schema_version == 4
     tuned = [row for row in report.candidates if row.epochs is not None]
     assert {row.kind for row in tuned} == {"structured", "unstructured"}
     assert any(row.recovered_by == "finetune" for row in tuned)

@@ -26,9 +26,9 @@ from mm_edge.api import RequestFields, Setting, make_request, run_job
 from mm_edge.data import open_data
 from mm_edge.errors import ConstraintError, UsageError
 from mm_edge.evaluate import run_onnx
+from mm_edge.job import Request
 from mm_edge.layers import read_layers
 from mm_edge.models import LoadedModel, LoadOptions, load_model, wrap_module
-from mm_edge.pipeline import Request
 from mm_edge.progress import Stages
 from mm_edge.ranges import apply_constraints, rule_ranges
 from mm_edge.records import Candidate, Constraints, Report, from_json, to_json
@@ -113,7 +113,7 @@ def test_the_report_is_what_was_asked_for_and_round_trips(done: Finished) -> Non
     document = json.loads((done.out / "report.json").read_text())
     assert from_json(Report, document) == done.report
     assert to_json(done.report) == document
-    assert document["schema_version"] == 3
+    assert document["schema_version"] == 4
     assert (document["model"]["name"], document["model"]["num_classes"]) == ("test_resnet", CLASSES)
     data = document["data"]
     assert (data["calibration"], data["validation"], data["test"]) == (24, 12, 12)
@@ -346,9 +346,12 @@ def test_constraints_choose_and_the_nearest_is_named(done: Finished, tmp_path: P
     fields = {"strategies": ("balanced", "min_conservative")}
     report = run(load_small, done.files / "images", tmp_path / "run", constraints=Constraints(speedup=1.2), **fields)
     assert report.chosen is not None
-    assert report.chosen.id == "magnitude/balanced/structured/fp32"
-    with pytest.raises(ConstraintError, match=r"^no candidate meets --speedup 9; the nearest is magnitude/balanced/"):
-        run(load_small, done.files / "images", tmp_path / "run", constraints=Constraints(speedup=9), **fields)
+    names = [f"magnitude/{name}/structured/fp32" for name in (*fields["strategies"], "speedup_1.2")]
+    assert ids(report) == names and report.chosen.id in names
+    with pytest.raises(
+        ConstraintError, match=r"^no candidate meets --speedup 900; the nearest is magnitude/speedup_900/"
+    ):
+        run(load_small, done.files / "images", tmp_path / "run", constraints=Constraints(speedup=900), **fields)
 
 
 # --- from Python ----------------------------------------------------------------------------------------------------

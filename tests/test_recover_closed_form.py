@@ -174,14 +174,14 @@ def test_allocation_meets_the_budget_with_the_measured_costs(case: Case) -> None
         for point in item.points:
             assert item.kl(point.count) == pytest.approx(max(point.kl, 1e-6), rel=1e-6)
     for fraction in (0.9, 0.7):
-        counts = allocate(case.structure, measured, fraction * case.structure.macs(), ladders)
+        counts = allocate(case.structure.mac_cost, measured, fraction * case.structure.macs(), ladders)
         macs = case.structure.macs({leaf: float(count) for leaf, count in counts.items()})
         assert macs <= fraction * case.structure.macs()
         for leaf, kept in select_by_sensitivity(measured, counts).items():
             assert kept.sum() == counts[leaf]
     stored = from_arrays(case.structure, to_arrays(case.structure, measured))
     assert list(stored) == list(measured)
-    assert allocate(case.structure, stored, 0.7 * case.structure.macs(), ladders) == counts
+    assert allocate(case.structure.mac_cost, stored, 0.7 * case.structure.macs(), ladders) == counts
     kept, again = select_by_sensitivity(measured, counts), select_by_sensitivity(stored, counts)
     assert all(np.array_equal(mask, again[leaf]) for leaf, mask in kept.items())
     assert [item.points for item in stored.values()] == [item.points for item in measured.values()]

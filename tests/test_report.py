@@ -12,6 +12,7 @@ from rich.console import Console
 
 from mm_edge.errors import JobError, UsageError
 from mm_edge.records import (
+    BudgetOutcome,
     Candidate,
     Chosen,
     Constraints,
@@ -125,7 +126,7 @@ def test_the_report_comes_back_as_written(tmp_path: Path) -> None:
 CONTRACT = {
     "": (
         "schema_version model target environment data dense candidates chosen constraints skipped_groups warnings "
-        "seconds"
+        "seconds budgets"
     ),
     "model": "name source sha256 params macs input_shape num_classes",
     "dense": "accuracy_top1 latency_ms peak_memory_bytes file_bytes params macs",
@@ -133,7 +134,7 @@ CONTRACT = {
     "candidates.0": (
         "id signal strategy kind precision sparsity params macs accuracy_top1 accuracy_drop agreement_top1 kl_to_dense "
         "latency_ms speedup speedup_ci peak_memory_bytes file_bytes parity recovered_by epochs stopped pareto artifact "
-        "masked_state_dict stored_file input_shape also_named removed_blocks"
+        "masked_state_dict stored_file input_shape also_named removed_blocks planned_by"
     ),
     "candidates.0.parity": "max_abs_err max_rel_err top1_agreement inputs",
     "chosen": "id reason accuracy_top1_test",
@@ -149,7 +150,7 @@ def test_report_json_has_the_fields_of_the_contract(tmp_path: Path) -> None:
         for step in filter(None, place.split(".")):
             value = value[int(step) if step.isdigit() else step]
         assert set(value) == set(fields.split()), place
-    assert data["schema_version"] == 3
+    assert data["schema_version"] == 4
     assert data["candidates"][0]["parity"]["inputs"] == {"count": 8, "kind": "images"}
     assert data["candidates"][0]["kl_to_dense"] is None
 
@@ -181,8 +182,8 @@ def test_reading_refuses_in_one_line(tmp_path: Path) -> None:
     file.write_text("[]")
     assert message() == f"'{file}' is not a report of mm-edge: Report: expected an object"
     data = to_json(make_report(FAST))
-    file.write_text(json.dumps({**data, "schema_version": 4}))
-    assert message() == f"'{file}' has schema_version 4 and this mm-edge reads up to 3; update mm-edge"
+    file.write_text(json.dumps({**data, "schema_version": 5}))
+    assert message() == f"'{file}' has schema_version 5 and this mm-edge reads up to 4; update mm-edge"
     file.write_text(json.dumps({**data, "dense": {**data["dense"], "macs": "many"}}))
     assert message() == f"'{file}' is not a report of mm-edge: Report.dense.macs: expected int"
     file.write_text(json.dumps({**data, "seconds": {"score": float("inf")}}))
@@ -352,3 +353,16 @@ def test_controls_are_marked_and_stay_in_every_table() -> None:
 def test_a_chosen_control_is_named_as_such() -> None:
     report = make_report(control(24, 2.5, 0.895), candidate("balanced", 1.0, 5.0))
     assert "dense@24 is 2.50x faster than dense" in write_headline(report)
+
+
+def test_who_won_under_a_budget_stands_in_the_report() -> None:
+    outcome = BudgetOutcome("--speedup 1.5", FAST.id, f"{FAST.id} won under --speedup 1.5 (top-1 89.50 %)")
+    row = dataclasses.replace(FAST, planned_by="multiply-adds in place of time, measured at 1.52x")
+    text = write_markdown(make_report(row, budgets=(outcome,)))
+    assert "## Budgets" in text and "won under --speedup 1.5 (top-1 89.50 %)" in text
+    assert "multiply-adds in place of time, measured at 1.52x" in text
+    assert "## Budgets" not in write_markdown(make_report(FAST))
+    console = Console(file=io.StringIO(), width=200)
+    print_report(make_report(row, budgets=(outcome,)), console)
+    assert isinstance(console.file, io.StringIO)
+    assert f"budget: {outcome.reason}" in console.file.getvalue()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mm_edge.budgets import Budget
 from mm_edge.errors import ConstraintError
 from mm_edge.records import Candidate, Constraints, DenseRow, Latency
-from mm_edge.select import choose, mark_pareto
+from mm_edge.select import choose, judge_budget, mark_pareto
 
 DENSE = DenseRow(
     accuracy_top1=0.90,
@@ -201,3 +204,43 @@ def test_a_row_that_was_not_measured_is_not_chosen_over_measured_ones() -> None:
     rows = [row("unmeasured", 0.9, None, 1), row("measured", 0.9, 9.0, 90)]
     assert choose(DENSE, rows, Constraints()).id == "measured"
     assert choose(DENSE, rows, Constraints(max_drop=1)).id == "measured"
+
+
+# --- which rows win under a budget ----------------------------------------------------------------------------------
+
+
+def allocated(name: str, accuracy: float | None, p50: float, kl: float, **changes: object) -> Candidate:
+    found = row(name, accuracy, p50)
+    return dataclasses.replace(found, signal="sensitivity", kl_to_dense=kl, **changes)
+
+
+def test_the_most_accurate_that_meets_a_budget_wins_and_the_best_of_the_others_is_named() -> None:
+    speed = Budget("speedup", 1.5)
+    rows = (*ROWS, allocated("a", 0.885, 6.0, 0.1), allocated("slow", 0.9, 9.0, 0.01))
+    found = judge_budget(DENSE, rows, speed)
+    assert (found.asked, found.winner) == ("--speedup 1.5", "middle")
+    assert found.reason == (
+        "middle won under --speedup 1.5 (top-1 89.00 %); the best by measured sensitivity is a (top-1 88.50 %, KL 0.1)"
+    )
+    closer = (dataclasses.replace(MIDDLE, kl_to_dense=0.2), allocated("a", 0.89, 6.0, 0.1))
+    assert judge_budget(DENSE, closer, speed).winner == "a"
+    assert judge_budget(DENSE, ROWS, speed).reason.endswith("; no candidate by measured sensitivity meets it")
+    assert judge_budget(DENSE, rows, Budget("macs", 0.4)).winner == "fast-bad"
+    assert judge_budget(DENSE, rows, Budget("size", 3000)).winner == "slow"
+    assert judge_budget(DENSE, rows, Budget("latency", 1)).reason == "no pruned candidate meets --latency 1"
+
+
+def test_a_control_that_beats_the_winner_is_named_and_without_accuracy_nothing_wins() -> None:
+    control = row("dense@6", 0.899, 5.0)
+    control = dataclasses.replace(control, kind="dense", signal="none")
+    found = judge_budget(DENSE, (*ROWS, control), Budget("speedup", 1.5))
+    assert found.winner == "middle"
+    assert found.reason.endswith("; dense@6, where nothing is pruned, is better than both (top-1 89.90 %)")
+    unknown = judge_budget(DENSE, (row("a", None, 5.0), row("b", None, 6.0)), Budget("speedup", 1.5))
+    assert unknown.winner is None
+    assert unknown.reason == "2 candidates meet --speedup 1.5; accuracy was not measured, so none is called better"
+
+
+def test_the_reason_says_what_a_budgets_row_was_planned_by() -> None:
+    planned = dataclasses.replace(MIDDLE, planned_by="multiply-adds, counted")
+    assert choose(DENSE, (planned,), Constraints(speedup=1.5)).reason.endswith("; planned by multiply-adds, counted")

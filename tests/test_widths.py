@@ -183,7 +183,7 @@ def test_a_strict_budget_is_never_passed_and_nothing_more_would_fit(chain, fract
     budget = fraction * structure.macs()
     dense = {rungs.leaf: rungs.widths[-1] for rungs in ladders}
     counts = meet_budget(
-        structure, ladders, dense, {leaf: float(size) for leaf, size in dense.items()}, budget, strict=True
+        structure.mac_cost, ladders, dense, {leaf: float(size) for leaf, size in dense.items()}, budget, strict=True
     )
     lowest = structure.macs({rungs.leaf: float(rungs.widths[0]) for rungs in ladders})
     assert structure.macs(counts) <= max(budget, lowest)

@@ -11,7 +11,7 @@ the layer before, where there is one.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -109,7 +109,7 @@ def _branch_of(model: ir.Model, structure: Structure, inside: tuple[ir.Node, ...
     works = [item for item in structure.work if item.node in {node.name for node in inside}]
     if not leaves or not works or any(item.node in alive - cut for item in works):
         return None
-    macs = sum(_work(structure, item.axes, item.constant) for item in works)
+    macs = sum(structure.mac_cost.of_item(item, {}) for item in works)
     wide = [name for name in own if len(structure.tensor_axes[name]) > 1]
     return Branch(_module(wide or own), leaves, tuple(own), macs)
 
@@ -122,13 +122,6 @@ def _module(names: list[str]) -> str:
             break
         shared.append(parts[0])
     return ".".join(shared) or names[0]
-
-
-def _work(structure: Structure, axes: Iterable[Axis], constant: int) -> float:
-    product = float(constant)
-    for axis in axes:
-        product *= structure.table.size(axis)
-    return product
 
 
 def is_emptied(table: AxisTable, axis: Axis, keep: Keep) -> bool:

@@ -19,6 +19,7 @@ import onnx_ir as ir
 from mm_edge.errors import UsageError
 from mm_edge.export import RawGraph
 from mm_edge.graph.axes import Axis, AxisTable, BoolArray, IndexArray
+from mm_edge.graph.costs import Cost
 from mm_edge.graph.reading import AttributeEdit, Axes, Edit, MeanEdit, OperandEdit, Reading, Work, is_static
 from mm_edge.graph.rules import (
     PRODUCTS,
@@ -106,13 +107,12 @@ class Structure:
 
     def macs(self, counts: dict[Axis, float] | None = None) -> float:
         """Return the multiply-adds at batch 1 with `counts` indices kept per leaf (default: dense)."""
-        total = 0.0
-        for item in self.work:
-            product = float(item.constant)
-            for axis in item.axes:
-                product *= self.table.kept_size(axis, counts or {})
-            total += product
-        return total
+        return self.mac_cost.total(counts)
+
+    @property
+    def mac_cost(self) -> Cost:
+        """The multiply-adds as a cost."""
+        return Cost(self.table, self.work)
 
 
 def read_structure(raw: RawGraph, keep: Sequence[str] = (), *, prune_norms: bool = False) -> Structure:

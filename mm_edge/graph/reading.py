@@ -61,11 +61,11 @@ Edit = OperandEdit | AttributeEdit | MeanEdit | NormEdit
 
 @dataclass(frozen=True)
 class Work:
-    """Multiply-adds of one node: the product of the kept sizes of `axes` times `constant`."""
+    """What one node costs, its multiply-adds say: the product of the kept sizes of `axes` times `constant`."""
 
     node: str
     axes: Axes
-    constant: int = 1
+    constant: float = 1
 
 
 @dataclass(frozen=True)

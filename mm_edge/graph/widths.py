@@ -28,6 +28,7 @@ import numpy.typing as npt
 
 from mm_edge.graph.axes import Axis
 from mm_edge.graph.compact import Keep
+from mm_edge.graph.costs import Cost, RunningCost
 from mm_edge.graph.groups import Group, Structure
 from mm_edge.records import Layer
 
@@ -205,11 +206,11 @@ def round_widths(
         fractions = solve_widths(structure, layers, sparsity, fixed)
     counts = {item.leaf: item.nearest(fractions[item.leaf] * sizes[item.leaf]) for item in ladders}
     wanted = {leaf: fraction * sizes[leaf] for leaf, fraction in fractions.items()}
-    return meet_budget(structure, ladders, counts, wanted, budget, strict=False)
+    return meet_budget(structure.mac_cost, ladders, counts, wanted, budget, strict=False)
 
 
 def meet_budget(
-    structure: Structure,
+    cost: Cost,
     ladders: Sequence[Ladder],
     counts: Counts,
     wanted: Mapping[Axis, float],
@@ -217,72 +218,43 @@ def meet_budget(
     *,
     strict: bool,
 ) -> Counts:
-    """Move widths up or down their ladders until the multiply-adds are as near to `budget` as they get.
+    """Move widths up or down their ladders until the `cost` is as near to `budget` as it gets.
 
-    Each move is the one that strays least from the `wanted` widths per multiply-add it brings. With `strict` the
+    Each move is the one that strays least from the `wanted` widths by what it brings. With `strict` the
     result is at or below the budget wherever the ladders reach it.
     """
-    costs = _Costs(structure, counts)
+    costs = RunningCost(cost, counts)
     while costs.total > budget:
-        move = costs.best(ladders, wanted, budget, up=False)
+        move = _best_move(costs, ladders, wanted, budget, up=False)
         if move is None or (not strict and abs(costs.total + move[2] - budget) > costs.total - budget):
             break
         costs.apply(*move[:2])
     while costs.total < budget:
-        move = costs.best(ladders, wanted, budget, up=True)
+        move = _best_move(costs, ladders, wanted, budget, up=True)
         if move is None:
             break
         costs.apply(*move[:2])
     return costs.counts
 
 
-class _Costs:
-    """Multiply-adds under changing counts, by the nodes each group takes part in."""
-
-    def __init__(self, structure: Structure, counts: Counts) -> None:
-        self.counts = dict(counts)
-        self._structure = structure
-        self._touched: dict[Axis, list[int]] = {}
-        for index, item in enumerate(structure.work):
-            for leaf in {leaf for axis in item.axes for leaf in structure.table.leaves(axis)}:
-                self._touched.setdefault(leaf, []).append(index)
-        self._cost = [self._of(index, {}) for index in range(len(structure.work))]
-        self.total = math.fsum(self._cost)
-
-    def _of(self, index: int, change: Counts) -> float:
-        item = self._structure.work[index]
-        counts: dict[Axis, float] = {**self.counts, **change}
-        return item.constant * math.prod(self._structure.table.kept_size(axis, counts) for axis in item.axes)
-
-    def change(self, leaf: Axis, width: int) -> float:
-        """Return by how much the total changes when `leaf` gets `width`."""
-        return math.fsum(self._of(index, {leaf: width}) - self._cost[index] for index in self._touched.get(leaf, []))
-
-    def best(
-        self, ladders: Sequence[Ladder], wanted: Mapping[Axis, float], budget: float, *, up: bool
-    ) -> tuple[Axis, int, float] | None:
-        """Return the least harmful step (leaf, width, change) down, or up without passing the budget."""
-        found: tuple[float, Axis, int, float] | None = None
-        for item in ladders:
-            now = self.counts[item.leaf]
-            width = item.above(now) if up else item.below(now)
-            if width is None:
-                continue
-            change = self.change(item.leaf, width)
-            if change == 0 or (up and self.total + change > budget):
-                continue
-            strayed = abs(math.log(width / wanted[item.leaf])) - abs(math.log(now / wanted[item.leaf]))
-            price = strayed / abs(change) if strayed > 0 else strayed * abs(change)
-            if found is None or price < found[0]:
-                found = (price, item.leaf, width, change)
-        return None if found is None else found[1:]
-
-    def apply(self, leaf: Axis, width: int) -> None:
-        """Make the step."""
-        self.counts[leaf] = width
-        for index in self._touched.get(leaf, []):
-            self._cost[index] = self._of(index, {})
-        self.total = math.fsum(self._cost)
+def _best_move(
+    costs: RunningCost, ladders: Sequence[Ladder], wanted: Mapping[Axis, float], budget: float, *, up: bool
+) -> tuple[Axis, int, float] | None:
+    """Return the least harmful step (leaf, width, change) down, or up without passing the budget."""
+    found: tuple[float, Axis, int, float] | None = None
+    for item in ladders:
+        now = costs.counts[item.leaf]
+        width = item.above(now) if up else item.below(now)
+        if width is None:
+            continue
+        change = costs.change(item.leaf, width)
+        if change == 0 or (up and costs.total + change > budget):
+            continue
+        strayed = abs(math.log(width / wanted[item.leaf])) - abs(math.log(now / wanted[item.leaf]))
+        price = strayed / abs(change) if strayed > 0 else strayed * abs(change)
+        if found is None or price < found[0]:
+            found = (price, item.leaf, width, change)
+    return None if found is None else found[1:]
 
 
 def group_scores(structure: Structure, scores: Mapping[str, npt.NDArray[np.floating]]) -> dict[Axis, FloatArray]:

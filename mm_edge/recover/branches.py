@@ -1,19 +1,21 @@
 """What removing a residual branch whole costs, and which to offer beside width under a budget.
 
 One branch after the other is removed alone, screened by the closed form (its constant becomes the branch's mean, what
-follows is re-solved), and run on the held-back images: KL(b). Branches are offered in the order of KL per
-multiply-add: none, the cheapest, the two cheapest, ...; how many a budget takes is decided on the screened whole.
+follows is re-solved), and run on the held-back images: KL(b). Branches are offered in the order of KL by what removing
+them saves of the budget's cost: none, the cheapest, the two cheapest, ...; how many a budget takes is decided on the
+screened whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from mm_edge.graph.axes import Axis
 from mm_edge.graph.compact import Keep, materialise
+from mm_edge.graph.costs import Cost
 from mm_edge.graph.depth import Branch
 from mm_edge.graph.groups import Structure
 from mm_edge.graph.widths import Counts, Ladder
@@ -60,9 +62,13 @@ def measure_branches(
     return tuple(found)
 
 
-def offers(measured: Sequence[MeasuredBranch]) -> list[tuple[Branch, ...]]:
-    """Return the sets of branches to try removing, none first; see the top of the file."""
-    ranked = sorted(measured, key=lambda item: item.kl / max(item.branch.macs, 1.0))
+def offers(measured: Sequence[MeasuredBranch], saved: Callable[[Branch], float]) -> list[tuple[Branch, ...]]:
+    """Return the sets of branches to try removing, none first; see the top of the file.
+
+    `saved` says what removing a branch saves; one that saves nothing is not offered.
+    """
+    worth = [(item, saved(item.branch)) for item in measured]
+    ranked = [item for item, gain in sorted(worth, key=lambda pair: pair[0].kl / max(pair[1], 1e-30)) if gain > 0]
     sets: list[tuple[Branch, ...]] = [()]
     spent = 0.0
     for item in ranked[:MOST_REMOVED]:
@@ -75,15 +81,16 @@ def offers(measured: Sequence[MeasuredBranch]) -> list[tuple[Branch, ...]]:
 
 def allocate_rest(
     structure: Structure,
+    cost: Cost,
     sensitivities: Mapping[Axis, Sensitivity],
     removed: Sequence[Branch],
-    budget_macs: float,
+    budget: float,
     ladders: Sequence[Ladder],
 ) -> Keep:
-    """Return what stays when `removed` goes and the rest of the budget is taken from widths by sensitivity."""
+    """Return what stays when `removed` goes and widths, by sensitivity, bring the `cost` to `budget`."""
     gone = empty(structure, removed)
     left = {leaf: item for leaf, item in sensitivities.items() if leaf not in gone}
     start: Counts = dict.fromkeys(gone, 0)
-    counts = allocate(structure, left, budget_macs, ladders, start)
+    counts = allocate(cost, left, budget, ladders, start)
     whole = {group.leaf: np.ones(group.size, dtype=np.bool_) for group in structure.groups}
     return {**whole, **select_by_sensitivity(left, counts), **gone}

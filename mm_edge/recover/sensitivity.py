@@ -2,10 +2,11 @@
 
 One group after the other is pruned alone, at a few widths, recovered by the closed form from the dense moments, and
 run on the held-back images: KL(g, count). Between the measured widths log KL is linear in the log of the group's
-cumulative brain-surgeon error, whose shape is known at every width. Under a budget of multiply-adds the groups then
-give up steps of their ladders, the step (or run of a few steps) with the least KL per multiply-add first:
+cumulative brain-surgeon error, whose shape is known at every width. Under a budget (of multiply-adds, parameters or
+modelled time) the groups then give up steps of their ladders, the step (or run of a few steps) with the least KL per
+cost first:
 
-    argmin_(g, c)  [KL(g, c) - KL(g, now)] / [macs(now) - macs(g at c)]
+    argmin_(g, c)  [KL(g, c) - KL(g, now)] / [cost(now) - cost(g at c)]
 
 Each group is measured with both selections: brain surgeon re-solved at the usual ridge, and |W_j|^2 re-solved gently.
 The better one at a width is what a candidate uses there.
@@ -23,6 +24,7 @@ import numpy.typing as npt
 
 from mm_edge.graph.axes import Axis
 from mm_edge.graph.compact import Keep, materialise
+from mm_edge.graph.costs import Cost, RunningCost
 from mm_edge.graph.groups import Group, Structure
 from mm_edge.graph.widths import Counts, Ladder
 from mm_edge.progress import Advance
@@ -156,28 +158,27 @@ def _measure(context: RecoveryContext, group: Group, widths: Sequence[int], fron
 
 
 def allocate(
-    structure: Structure,
+    cost: Cost,
     sensitivities: Mapping[Axis, Sensitivity],
-    budget_macs: float,
+    budget: float,
     ladders: Sequence[Ladder],
     start: Counts | None = None,
 ) -> Counts:
-    """Return counts whose multiply-adds are at most `budget_macs`, or the least the ladders allow.
+    """Return counts whose `cost` is at most `budget`, or the least the ladders allow.
 
-    Groups that were not measured stay whole. `start` continues from narrower counts than the dense ones.
+    What the last steps saved too much is given back where it helps most. Groups that were not measured stay whole.
+    `start` continues from narrower counts than the dense ones.
     """
     widths = {item.leaf: item.widths for item in ladders}
-    counts: Counts = {leaf: items[-1] for leaf, items in widths.items()} | dict(start or {})
-    macs = _Macs(structure)
-    total = macs.total(counts)
-    while total > budget_macs:
-        move = _cheapest(macs, sensitivities, widths, counts, total, budget_macs)
+    costs = RunningCost(cost, {leaf: items[-1] for leaf, items in widths.items()} | dict(start or {}))
+    while costs.total > budget:
+        move = _cheapest(costs, sensitivities, widths, budget)
         if move is None:
             break
-        leaf, count = move
-        total -= macs.saved(counts, leaf, count)
-        counts[leaf] = count
-    return counts
+        costs.apply(*move)
+    while (back := _dearest(costs, sensitivities, widths, budget, start or {})) is not None:
+        costs.apply(*back)
+    return costs.counts
 
 
 def select_by_sensitivity(sensitivities: Mapping[Axis, Sensitivity], counts: Counts) -> Keep:
@@ -190,48 +191,41 @@ def select_by_sensitivity(sensitivities: Mapping[Axis, Sensitivity], counts: Cou
 
 
 def _cheapest(
-    macs: _Macs,
-    sensitivities: Mapping[Axis, Sensitivity],
-    widths: Mapping[Axis, Sequence[int]],
-    counts: Counts,
-    total: float,
-    budget: float,
+    costs: RunningCost, sensitivities: Mapping[Axis, Sensitivity], widths: Mapping[Axis, Sequence[int]], budget: float
 ) -> tuple[Axis, int] | None:
     best: tuple[float, Axis, int] | None = None
     for leaf, item in sensitivities.items():
-        below = [width for width in widths[leaf] if LEAST_KEPT * widths[leaf][-1] <= width < counts[leaf]]
-        now = item.kl(counts[leaf])
+        now = costs.counts[leaf]
+        below = [width for width in widths[leaf] if LEAST_KEPT * widths[leaf][-1] <= width < now]
+        kl = item.kl(now)
         for count in below[::-1][:LOOKAHEAD]:
-            saved = min(macs.saved(counts, leaf, count), total - budget)
+            saved = min(-costs.change(leaf, count), costs.total - budget)
             if saved <= 0:
                 continue
-            rate = (item.kl(count) - now) / saved
+            rate = (item.kl(count) - kl) / saved
             if best is None or rate < best[0]:
                 best = (rate, leaf, count)
     return None if best is None else (best[1], best[2])
 
 
-class _Macs:
-    """Multiply-adds by the nodes each group takes part in."""
-
-    def __init__(self, structure: Structure) -> None:
-        self._structure = structure
-        self._touched: dict[Axis, list[int]] = {}
-        for index, item in enumerate(structure.work):
-            for leaf in {leaf for axis in item.axes for leaf in structure.table.leaves(axis)}:
-                self._touched.setdefault(leaf, []).append(index)
-
-    def total(self, counts: Counts) -> float:
-        return math.fsum(self._of(index, counts) for index in range(len(self._structure.work)))
-
-    def saved(self, counts: Counts, leaf: Axis, count: int) -> float:
-        after = {**counts, leaf: count}
-        return math.fsum(self._of(index, counts) - self._of(index, after) for index in self._touched.get(leaf, ()))
-
-    def _of(self, index: int, counts: Counts) -> float:
-        item = self._structure.work[index]
-        kept = {leaf: float(count) for leaf, count in counts.items()}
-        return item.constant * math.prod(self._structure.table.kept_size(axis, kept) for axis in item.axes)
+def _dearest(
+    costs: RunningCost,
+    sensitivities: Mapping[Axis, Sensitivity],
+    widths: Mapping[Axis, Sequence[int]],
+    budget: float,
+    start: Counts,
+) -> tuple[Axis, int] | None:
+    """Return the widening within `budget` that brings the divergence down most, none past where a group started."""
+    best: tuple[float, Axis, int] | None = None
+    for leaf, item in sensitivities.items():
+        now = costs.counts[leaf]
+        for count in [width for width in widths[leaf] if now < width <= start.get(leaf, width)]:
+            if costs.total + costs.change(leaf, count) > budget:
+                break
+            gain = item.kl(now) - item.kl(count)
+            if gain > 0 and (best is None or gain > best[0]):
+                best = (gain, leaf, count)
+    return None if best is None else (best[1], best[2])
 
 
 def _slope(left: tuple[float, float], right: tuple[float, float]) -> float:

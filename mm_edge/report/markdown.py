@@ -51,6 +51,7 @@ def write_markdown(report: Report) -> str:
         + "Points are top-1 against dense; a loss is negative. Speed-up is the median ratio of interleaved pairs, "
         "with its interval.",
         _write_choice(report),
+        _write_budgets(report),
         _write_training(report),
         _write_skipped(report),
         "## How this was made",
@@ -115,6 +116,16 @@ def _write_choice(report: Report) -> str:
         f"- masked weights: {_escape(chosen.masked_state_dict or 'none')}",
     ]
     return "## Choice\n\n" + "\n".join(lines)
+
+
+def _write_budgets(report: Report) -> str:
+    """Say under each budget which row won, and how the rows made for it were planned."""
+    lines = [f"- {_escape(item.reason)}" for item in report.budgets]
+    planned = [f"- {_escape(c.id)}: {_escape(c.planned_by)}" for c in report.candidates if c.planned_by is not None]
+    if not lines:
+        return ""
+    sections = ["## Budgets", "\n".join(lines)]
+    return "\n\n".join([*sections, "Planned by:", "\n".join(planned)] if planned else sections)
 
 
 def _write_warnings(report: Report) -> str:

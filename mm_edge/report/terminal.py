@@ -38,6 +38,8 @@ def print_report(report: Report, console: Console) -> None:
     console.print(Text(_write_legend(report, rows, unmeasured), style="dim"))
     if report.chosen is not None:
         _print_line(console, "chosen", f"{report.chosen.id}: {report.chosen.reason}")
+    for outcome in report.budgets:
+        _print_line(console, "budget", outcome.reason)
     for reason, groups, _ in count_skipped(report):
         _print_line(console, "full width", f"{groups} coupled group{'' if groups == 1 else 's'}: {reason}")
     for warning in report.warnings:

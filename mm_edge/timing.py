@@ -1,0 +1,93 @@
+"""How long a plan takes on the target, before anything is recovered or judged: time does not depend on the weights.
+
+A plan's graph with the dense weights is timed against the dense model, in turn, in a short measurement; the final rows
+are measured at length later. What was measured is kept per device, under the hash of all it depends on.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from mm_edge.bench.session import environment, measure_pair
+from mm_edge.bench.transport import Transport
+from mm_edge.device_files import write_model
+from mm_edge.errors import BenchError
+from mm_edge.export import deploy
+from mm_edge.store import RunStore, hash_file, hash_key
+from mm_edge.target import Target
+
+PAIRS = 60
+
+
+@dataclass(frozen=True)
+class Clock:
+    """The way to time graphs on one device.
+
+    Attributes:
+        dense: the dense model's file, which everything is compared with.
+        target: gives threads and session options.
+        transport: the way to the device.
+        fingerprint: the device's.
+        store: where times are kept.
+        pairs: how many pairs of runs one measurement takes.
+    """
+
+    dense: Path
+    target: Target
+    transport: Transport
+    fingerprint: str
+    store: RunStore
+    pairs: int = PAIRS
+
+    def share(self, key: Mapping[str, Any], make: Callable[[], ir.Model]) -> float:
+        """Return the time of the graph that `make` returns, and `key` tells apart, as a share of the dense model's.
+
+        Raises:
+            BenchError: the device could not measure.
+        """
+        return self._timed(key, make)[0]
+
+    def dense_ms(self) -> float:
+        """Return the dense model's median latency.
+
+        Raises:
+            BenchError: the device could not measure.
+        """
+        return self._timed({"model": "dense"}, None)[1]
+
+    def _timed(self, key: Mapping[str, Any], make: Callable[[], ir.Model] | None) -> tuple[float, float]:
+        """Return (share, dense milliseconds); without `make` the dense model is timed against itself."""
+        full = {
+            **key,
+            "dense": hash_file(self.dense),
+            "target": self.target,
+            "fingerprint": self.fingerprint,
+            "pairs": self.pairs,
+        }
+        name = f"timed/{hash_key(full)[:16]}"
+        stored = self.store.load_json(name, full)
+        if stored is None:
+            with tempfile.TemporaryDirectory() as folder:
+                file = self.dense
+                if make is not None:
+                    file = Path(folder) / "plan.onnx"
+                    write_model(ir.to_proto(deploy(make())), file)
+                found = measure_pair(self.dense, file, self.target, transport=self.transport, pairs=self.pairs)
+            if found.speedup is None or found.dense_latency.p50 is None:
+                raise BenchError(f"{self.transport.name} gives no times, and a budget of time was asked for")
+            stored = [1 / found.speedup, found.dense_latency.p50]
+            self.store.save_json(name, full, stored)
+        return float(stored[0]), float(stored[1])
+
+
+def open_clock(dense: Path, target: Target, transport: Transport | None, store: RunStore) -> Clock | None:
+    """Return the clock of the device behind `transport`; None where nothing is measured, or what is is no time."""
+    if transport is None or transport.source == "emulated":
+        return None
+    return Clock(dense, target, transport, str(environment(target, transport)["fingerprint"]), store)
