@@ -137,7 +137,29 @@ def test_an_infinite_ridge_moves_the_mean_only() -> None:
 
 def _moments(inputs: np.ndarray, outputs: np.ndarray) -> Moments:
     h, y = inputs - inputs.mean(0), outputs - outputs.mean(0)
-    return Moments(inputs.mean(0)[None], (h.T @ h / len(h))[None], (h.T @ y / len(h))[None], outputs.mean(0)[None])
+    second = [(part / len(h))[None] for part in (h.T @ h, h.T @ y)]
+    return Moments(inputs.mean(0)[None], *second, outputs.mean(0)[None], outputs.var(0)[None])
+
+
+@pytest.mark.parametrize("ridge", [0.01, np.inf])
+def test_outputs_are_given_back_their_spread_and_keep_their_mean(ridge: float) -> None:
+    """The wanted output is half predictable: solved it spreads too little, restored as it should; the mean holds."""
+    generator = np.random.default_rng(0)
+    weight, inputs = generator.standard_normal((1, 2, 3)), generator.standard_normal((4000, 3)) + 1.0
+    outputs = inputs @ weight[0].T + np.sqrt((weight[0] ** 2).sum(axis=1)) * generator.standard_normal((4000, 2)) + 5.0
+    moments = _moments(inputs, outputs)
+    for share, expected in ((0.0, 0.5), (0.5, 0.5**0.5), (1.0, 1.0)):
+        solved, shift = fit(weight, moments, ridge, share)
+        found = inputs @ solved[0].T + shift[0]
+        np.testing.assert_allclose(found.var(axis=0) / outputs.var(axis=0), expected, rtol=0.05)
+        np.testing.assert_allclose(found.mean(axis=0), outputs.mean(axis=0), rtol=1e-9)
+
+
+def test_the_gain_is_bounded() -> None:
+    generator = np.random.default_rng(0)
+    weight, inputs = np.full((1, 1, 3), 1e-6), generator.standard_normal((100, 3))
+    solved, _ = fit(weight, _moments(inputs, 10 * inputs[:, :1]), np.inf, 1.0)
+    np.testing.assert_allclose(solved, 2 * weight)
 
 
 def test_branches_are_followed_to_the_residual_addition(plain: Case) -> None:

@@ -105,7 +105,8 @@ def recover_closed_form(
         return Recovered(best.tensors, best.keep, _notes(best), max(0.0, float(best.kl.mean())))
     best = _swap_groups(context, options, best)
     result = walk(context, best.keep, best.tensors, progress)
-    taken = ", ".join(f"{count} {name}" for name, count in Counter(result.taken.values()).most_common())
+    ways = Counter("screened" if way is None else way.name for way in result.taken.values())
+    taken = ", ".join(f"{count} {name}" for name, count in ways.most_common())
     return Recovered(result.tensors, best.keep, (*_notes(best), f"layers walked: {taken}"), result.kl_held_back)
 
 

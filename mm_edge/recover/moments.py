@@ -33,13 +33,15 @@ ACCUMULATOR_BYTES = 3 << 29
 class Moments:
     """What one consumer reads: per group, mean (G, K) and covariance (G, K, K).
 
-    `cross` (G, K, O per group) and `wanted` (G, O per group) pair it with wanted outputs; None without.
+    `cross` (G, K, O per group), `wanted` and `spread` (both G, O per group: mean and variance) pair it with wanted
+    outputs; None without.
     """
 
     mean: Floats
     covariance: Floats
     cross: Floats | None = None
     wanted: Floats | None = None
+    spread: Floats | None = None
 
 
 class Accumulator:
@@ -68,7 +70,8 @@ class Accumulator:
             return Moments(mean, covariance)
         wanted = self._sums["y"] / self.count
         cross = self._sums["hy"] / self.count - mean[:, :, None] * wanted[:, None, :]
-        return Moments(mean, covariance, cross, wanted)
+        spread = self._sums["yy"] / self.count - wanted**2
+        return Moments(mean, covariance, cross, wanted, spread)
 
     def _flush(self) -> None:
         if not self._rows:
@@ -78,7 +81,7 @@ class Accumulator:
         if self._rows[0][1] is not None:
             y = np.concatenate([wanted for _, wanted in self._rows if wanted is not None])
             y = y.reshape(len(y), len(h), -1).transpose(1, 0, 2)  # (G, n, O per group)
-            parts |= {"y": y.sum(axis=1, dtype=np.float64), "hy": h @ y}
+            parts |= {"y": y.sum(axis=1, dtype=np.float64), "hy": h @ y, "yy": (y * y).sum(axis=1, dtype=np.float64)}
         for name, part in parts.items():
             if name in self._sums:
                 self._sums[name] += part

@@ -2,7 +2,10 @@
 
 Each consumer's inputs h come from the student as recovered so far; its wanted output is the dense block's output
 less the student's own skip connection. What the walk solved is one proposal among others (the screened weights, a
-gentle ridge, the dense weights): held-back images decide.
+gentle ridge, the dense weights, more or less of the outputs' spread restored): held-back images decide.
+
+Where the block adds to a skip connection, most of what is missing may be upstream's: restoring the spread of all of it
+through one branch would shout. Elsewhere the whole spread is restored at first.
 """
 
 from __future__ import annotations
@@ -26,14 +29,24 @@ Floats = npt.NDArray[np.float64]
 Proposal = dict[str, npt.NDArray[Any]]
 
 RIDGES = {"re-solved": 0.01, "gently": 0.1, "very gently": 1.0, "dense, mean moved": np.inf}
+SHARES = {"alone": (1.0, 1.5, 0.0), "beside a skip": (0.0, 0.5)}
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way of solving a consumer: by the name and lambda of its ridge, and the share of the spread restored."""
+
+    name: str
+    ridge: float
+    share: float
 
 
 @dataclass(frozen=True)
 class Walked:
-    """The student after the walk: what was taken per weight, and the divergence on held-back images."""
+    """The student after the walk: what was taken per weight (None: as screened), and the held-back divergence."""
 
     tensors: Tensors
-    taken: Mapping[str, str]
+    taken: Mapping[str, Way | None]
     kl_held_back: float
 
 
@@ -46,38 +59,62 @@ def walk(context: RecoveryContext, keep: Keep, screened: Tensors, progress: Adva
     fitted = Frontier(student, context.images, context.fitted)
     held = Frontier(student, context.images, context.held_back)
     best = divergences(context, student, held)
-    taken: dict[str, str] = {}
+    taken: dict[str, Way | None] = {}
     pruned = [
         item for item in _in_order(context) if not _blocks(context, item, keep).whole and student.holds(item.node)
     ]
     for done, consumer in enumerate(pruned):
         _advance_(student, consumer, context.threads, fitted, held)
-        taken[consumer.weight] = "screened"
-        for name, proposal in _proposals(context, student, consumer, keep, fitted, RIDGES).items():
-            before = {tensor: student.arrays[tensor] for tensor in proposal}
-            student.arrays.update(proposal)
-            found = divergences(context, student, held)
-            if is_better(found, best):
-                best, taken[consumer.weight] = found, name
-            else:
-                student.arrays.update(before)
+        problem = _pose(context, student, consumer, keep, fitted)
+        taken[consumer.weight], best = _decide_(context, student, problem, held, best)
         if progress is not None:
             progress(done + 1, len(pruned))
     tensors = _solve_again(context, keep, screened, taken)
     return Walked(tensors, taken, max(0.0, float(best.mean())))
 
 
-def _solve_again(context: RecoveryContext, keep: Keep, screened: Tensors, taken: Mapping[str, str]) -> Tensors:
+def _decide_(
+    context: RecoveryContext, student: Network, problem: _Problem, held: Frontier, best: Floats
+) -> tuple[Way | None, Floats]:
+    """Put the way into `student` that diverges least, if any is better than what is there; return it.
+
+    Every ridge is tried with the first share, then the other shares with the ridge that came out best.
+    """
+    before = {tensor: student.arrays[tensor] for tensor in problem.tensors}
+    first, *others = SHARES["alone" if problem.skip is None else "beside a skip"]
+    proposals = {way: problem.solve(way) for way in (Way(name, ridge, first) for name, ridge in RIDGES.items())}
+    found: dict[Way, Floats] = {}
+
+    def judge(way: Way, proposal: Proposal) -> None:
+        student.arrays.update(proposal)
+        found[way] = divergences(context, student, held)
+        student.arrays.update(before)
+
+    for way, proposal in proposals.items():
+        judge(way, proposal)
+    middle = min(found, key=lambda way: float(found[way].mean()))
+    for share in others:
+        way = replace(middle, share=share)
+        proposals[way] = problem.solve(way)
+        judge(way, proposals[way])
+    chosen = min(found, key=lambda way: float(found[way].mean()))
+    if not is_better(found[chosen], best):
+        return None, best
+    student.arrays.update(proposals[chosen])
+    return chosen, found[chosen]
+
+
+def _solve_again(context: RecoveryContext, keep: Keep, screened: Tensors, taken: Mapping[str, Way | None]) -> Tensors:
     """Return the tensors of a walk over all images in which each consumer takes what was decided for it."""
     student = Network(materialise(context.raw, context.structure, keep, screened))
     everything = Frontier(student, context.images, (*context.fitted, *context.held_back))
     changed: set[str] = set()
     for consumer in _in_order(context):
-        name = taken.get(consumer.weight, "screened")
-        if name == "screened":
+        way = taken.get(consumer.weight)
+        if way is None:
             continue
         _advance_(student, consumer, context.threads, everything)
-        (proposal,) = _proposals(context, student, consumer, keep, everything, {name: RIDGES[name]}).values()
+        proposal = _pose(context, student, consumer, keep, everything).solve(way)
         student.arrays.update(proposal)
         changed |= set(proposal)
     return _widen(context, keep, student, screened, changed)
@@ -99,15 +136,47 @@ def _blocks(context: RecoveryContext, consumer: Consumer, keep: Keep) -> KeptBlo
     return kept_blocks(context.structure, consumer, context.network.arrays[consumer.weight].shape, keep)
 
 
-def _proposals(
-    context: RecoveryContext,
-    student: Network,
-    consumer: Consumer,
-    keep: Keep,
-    images: Frontier,
-    ridges: Mapping[str, float],
-) -> dict[str, Proposal]:
-    """Return the compact tensors that each way of solving `consumer` would put in."""
+@dataclass(frozen=True)
+class _Problem:
+    """One consumer of the student, and the moments that say what its weight should be.
+
+    Attributes:
+        consumer: with as many groups as the student keeps.
+        arrays: the student's tensors that a solution changes, by name.
+        start: the dense weight's kept part, as blocks.
+        moments: what it reads, paired with what it should put out.
+        live: which outputs reach the branch's result.
+        skip: what is added to the branch, if anything.
+    """
+
+    consumer: Consumer
+    arrays: Mapping[str, npt.NDArray[Any]]
+    start: Floats
+    moments: Moments
+    live: npt.NDArray[np.bool_]
+    skip: str | None
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """The names of what a solution changes."""
+        return tuple(self.arrays)
+
+    def solve(self, way: Way) -> Proposal:
+        """Return the compact tensors that `way` would put in."""
+        shift = self.consumer.shift
+        solved, change = fit(self.start, self.moments, way.ridge, 0.0 if shift is None else way.share)
+        solved = np.where(self.live[:, :, None], solved, self.start)
+        weight = self.consumer.weight
+        proposal = {weight: self.consumer.weight_of(solved, self.arrays[weight])}
+        if shift is not None:
+            proposal[shift.tensor] = shift.moved(
+                self.arrays[shift.tensor], np.where(self.live, change, 0.0).reshape(-1)
+            )
+        return proposal
+
+
+def _pose(context: RecoveryContext, student: Network, consumer: Consumer, keep: Keep, images: Frontier) -> _Problem:
+    """Return the problem of `consumer` with the student as it is now, its moments taken over `images`."""
     kept = _blocks(context, consumer, keep)
     rows = np.zeros((consumer.groups, len(kept.outputs)), dtype=np.bool_)
     rows[np.ix_(kept.groups, kept.outputs)] = True
@@ -116,20 +185,14 @@ def _proposals(
     start = start[kept.groups][:, kept.outputs][:, :, kept.columns]
     consumer = replace(consumer, groups=len(start))
     moments = collect_paired(student, consumer, images, images.numbers, results, context.threads)
-    live = is_live(read_branch(student, consumer)).reshape(start.shape[:2])
-    return {name: _solve(student, consumer, start, moments, ridge, live) for name, ridge in ridges.items()}
+    branch = read_branch(student, consumer)
+    live = is_live(branch).reshape(start.shape[:2])
+    arrays = {name: student.arrays[name] for name in (consumer.weight, *_shifted(consumer))}
+    return _Problem(consumer, arrays, start, moments, live, branch.skip)
 
 
-def _solve(
-    student: Network, consumer: Consumer, start: Floats, moments: Moments, ridge: float, live: npt.NDArray[np.bool_]
-) -> Proposal:
-    solved, shift = fit(start, moments, ridge)
-    solved = np.where(live[:, :, None], solved, start)
-    proposal = {consumer.weight: consumer.weight_of(solved, student.arrays[consumer.weight])}
-    if consumer.shift is not None:
-        name, change = consumer.shift.tensor, np.where(live, shift, 0.0).reshape(-1)
-        proposal[name] = consumer.shift.moved(student.arrays[name], change)
-    return proposal
+def _shifted(consumer: Consumer) -> tuple[str, ...]:
+    return () if consumer.shift is None else (consumer.shift.tensor,)
 
 
 def _widen(context: RecoveryContext, keep: Keep, student: Network, screened: Tensors, changed: set[str]) -> Tensors:
