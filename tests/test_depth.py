@@ -95,6 +95,37 @@ def test_branches_are_counted_by_hand(small: tuple[RawGraph, Structure]) -> None
     }
 
 
+class NormedBlock(Block):
+    """A block that ends with a BatchNorm, which an emptied branch feeds with zeros."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__(width, inner)
+        self.last = nn.BatchNorm2d(width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.last(self.narrow(torch.relu(self.norm(self.wide(x)))))
+
+
+def test_a_branch_removed_from_a_narrower_stream_leaves_no_old_shape(caplog: pytest.LogCaptureFixture) -> None:
+    """What an emptied branch puts out is computed at the new widths; onnx_ir logs a shape that does not fit."""
+
+    class Normed(Residual):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = NormedBlock(8, 12)
+
+    torch.manual_seed(0)
+    module = Normed().eval()
+    randomise_(module)
+    raw = export_raw(module, torch.zeros(1, 3, 8, 8))
+    structure = read_structure(raw)
+    keep = {group.leaf: np.arange(group.size) % 4 > 0 for group in structure.groups}
+    keep |= {leaf: np.zeros(12, dtype=bool) for leaf in keep if len(keep[leaf]) == 12}
+    caplog.clear()
+    assert_exact(raw, structure, keep)
+    assert [record.getMessage() for record in caplog.records if record.name.startswith("onnx_ir")] == []
+
+
 @pytest.mark.parametrize("removed", [(0,), (1,), (0, 1)])
 def test_removing_blocks_is_exact_and_counted(small: tuple[RawGraph, Structure], removed: tuple[int, ...]) -> None:
     raw, structure = small

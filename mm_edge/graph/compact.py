@@ -91,9 +91,9 @@ def materialise(raw: RawGraph, structure: Structure, keep: Keep, tensors: Tensor
     nodes = {node.name: node for node in model.graph}
     for edit in structure.edits:
         _apply_edit(model, nodes[edit.node], edit, structure, keep)
+    _forget_shapes(model)
     if not all(kept.any() for kept in keep.values()):
         cut_branches_(model, structure, keep)
-    _forget_shapes(model)
     return model
 
 
