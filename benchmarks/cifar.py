@@ -9,7 +9,8 @@ default settings throughout:
 
 Accuracy is on the 10,000 test images, which neither training, recovery, early stopping nor any choice has seen. The
 runs are those of `mm-edge prune-export CKPT --arch FILE:CALLABLE --data DATA/cifar10-train.tar --signals magnitude
---macs 0.7 --recover HOW --no-bench`; only the rows of the budget are made, the strategies are left out.
+--macs 0.7 --recover HOW --no-bench`; only the rows of the budget are made, the strategies are left out. Accuracy
+is taken at each row's own input size.
 
     python benchmarks/cifar.py recovery cnn --checkpoint cnn_cifar10 --data DATA --work WORK
     python benchmarks/cifar.py finetune cnn --checkpoint cnn_cifar10 --data DATA --work WORK --epochs 4
@@ -22,6 +23,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -56,12 +58,19 @@ def run(args: argparse.Namespace, fraction: float, recover: str, **fields: Any) 
     return run_job(lambda: load_model(str(args.checkpoint), LoadOptions(arch=arch)), setting, request, stages), out
 
 
-def test_images(args: argparse.Namespace) -> ImageSet:
+def pruned_rows(report: Report) -> list[Candidate]:
+    """Return the rows that are pruned: the dense network at other sizes stands beside them, as a control."""
+    return [row for row in report.candidates if row.kind != "dense"]
+
+
+def test_images(args: argparse.Namespace) -> Callable[[tuple[int, ...]], ImageSet]:
+    """Return what gives the test images for an input of some shape."""
     spec = load_model(
         str(args.checkpoint),
         LoadOptions(arch=f"{ROOT / 'benchmarks' / 'train_cifar.py'}:make_{args.network}"),
     ).input
-    return open_data(str(args.data / "cifar10-train.tar"), spec, 10).test
+    data = open_data(str(args.data / "cifar10-train.tar"), spec, 10)
+    return lambda shape: data.prepared_for(replace(spec, shape=tuple(shape))).test
 
 
 def measure(model: Path, test: ImageSet, dense: np.ndarray | None) -> tuple[dict[str, Any], np.ndarray]:
@@ -100,10 +109,10 @@ def recovery(args: argparse.Namespace) -> dict[str, Any]:
         report, out = run(args, args.macs or 0.7, recover)
         seconds[recover] = {**report.seconds, "all": round(time.monotonic() - started, 1)}
         if logits is None:
-            dense, logits = measure(out / "dense.onnx", test, None)
+            dense, logits = measure(out / "dense.onnx", test((3, 32, 32)), None)
             rows["dense"] = {"accuracy_top1_test": dense["accuracy_top1_test"], "macs": report.dense.macs}
-        for row in report.candidates:
-            found, _ = measure(out / str(row.artifact), test, logits)
+        for row in pruned_rows(report):
+            found, _ = measure(out / str(row.artifact), test(row.input_shape), logits)
             rows[f"{row.signal}, {recover}"] = describe(row, report, found, rows["dense"]["accuracy_top1_test"])
     lost = rows["magnitude, none"]["drop_points_test"]
     back = {
@@ -120,14 +129,15 @@ def finetuned(args: argparse.Namespace) -> dict[str, Any]:
     started = time.monotonic()
     report, out = run(args, args.macs or 0.5, "finetune", epochs=args.epochs)
     seconds = {**report.seconds, "all": round(time.monotonic() - started, 1)}
-    dense, logits = measure(out / "dense.onnx", test, None)
+    dense, logits = measure(out / "dense.onnx", test((3, 32, 32)), None)
     rows: dict[str, Any] = {"dense": {"accuracy_top1_test": dense["accuracy_top1_test"], "macs": report.dense.macs}}
-    for row in report.candidates:
-        found, _ = measure(out / str(row.artifact), test, logits)
+    for row in pruned_rows(report):
+        images = test(row.input_shape)
+        found, _ = measure(out / str(row.artifact), images, logits)
         rows[row.signal] = describe(row, report, found, dense["accuracy_top1_test"])
         if row.recovered_by == "finetune":
             before = out / str(row.artifact).replace("-finetuned.onnx", "-walked.onnx")
-            found, _ = measure(before, test, logits)
+            found, _ = measure(before, images, logits)
             drop = round(100 * (dense["accuracy_top1_test"] - found["accuracy_top1_test"]), 2)
             rows[row.signal]["before"] = {**found, "drop_points_test": drop}
     return {"rows": rows, "epochs_at_most": args.epochs, "seconds": seconds}
