@@ -104,7 +104,7 @@ def run_seed(options: argparse.Namespace, seed: int, fractions: list[float]):
             yield row(stage, found.keep, found.tensors, found.kl_held_back, seconds, found.notes)
         if fraction in tuned:
             start = time.monotonic()
-            further = tune(context, loaded.module, found.keep, found.tensors, seed=seed)
+            further = tune(context, loaded.module, found.keep, found.fitted, seed=seed)
             seconds = time.monotonic() - start
             yield row("tuned", found.keep, further.tensors, further.kl_held_back, seconds, (further.note,))
 

@@ -432,7 +432,9 @@ def _solve(bench: Workbench, plan: Plan, walk_again: bool) -> tuple[Plan, Tensor
         return plan, dict(repaired.tensors) if repaired else {}, "closed-form" if repaired and repaired.layers else None
     found = recover_keep(bench.recovery, plan.keep, bench.select, bench.sensitivities, walked=walk_again)
     name = "closed-form" if walk_again else "closed-form (screened)"
-    return replace(plan, keep={**plan.keep, **found.keep}), dict(found.tensors), name
+    # Images that judge the tuning must not have been solved for.
+    tensors = found.fitted if bench.recover == "tune" else found.tensors
+    return replace(plan, keep={**plan.keep, **found.keep}), dict(tensors), name
 
 
 def recover_keep(

@@ -567,7 +567,8 @@ def _walk_front(
 
     def walk(index: int, row: Candidate, plan: Plan, screened: str) -> Candidate:
         bench = _bench_of(benches, plan.side)
-        key = job.key(data=job.data_key, plan=plan.digest(), recover="walk", select=bench.select, screened=screened)
+        step = "walk, to be tuned" if bench.recover == "tune" else "walk"
+        key = job.key(data=job.data_key, plan=plan.digest(), recover=step, select=bench.select, screened=screened)
         return _kept(job, f"walked/{plan.file_name}", key, lambda: make_candidate(bench, plan, walk_again=True))
 
     with job.stages.stage("walk the front") as advance:

@@ -78,9 +78,10 @@ def test_screening_one_selection_after_another_leaves_no_trace(case: Case) -> No
         np.testing.assert_allclose(found[name], array, atol=1e-6)
 
 
-def test_the_held_back_divergence_is_that_of_the_compact_model(case: Case) -> None:
-    found = recover_closed_form(case.context, case.keep, case.counts, walked=False)
-    network = Network(materialise(case.raw, case.structure, found.keep, found.tensors))
+@pytest.mark.parametrize("walked", [False, True])
+def test_the_held_back_divergence_is_that_of_what_was_fitted_without_those_images(case: Case, walked: bool) -> None:
+    found = recover_closed_form(case.context, case.keep, case.counts, walked=walked)
+    network = Network(materialise(case.raw, case.structure, found.keep, found.fitted))
     frontier = Frontier(network, case.images, case.context.held_back)
     assert divergence(case.context, network, frontier) == pytest.approx(found.kl_held_back, rel=1e-3)
 

@@ -46,6 +46,7 @@ class Recovered:
 
     Attributes:
         tensors: what changed, dense-shaped and masked, by name: weights, biases, running means.
+        fitted: the same before the held-back images joined the last solving; what tuning starts from, as they judge it.
         keep: the indices that stay; other ones than planned where another selection was better.
         notes: what was decided, in words.
         kl_held_back: divergence from the dense network on calibration images no moment had seen, nats; measured
@@ -53,6 +54,7 @@ class Recovered:
     """
 
     tensors: Tensors
+    fitted: Tensors
     keep: Keep
     notes: tuple[str, ...]
     kl_held_back: float | None
@@ -102,12 +104,13 @@ def recover_closed_form(
     starts = [_start(context, options, wanted, frontier) for wanted in _ways(options, measured)]
     best = min(starts, key=lambda item: float(item.kl.mean()))
     if not walked:
-        return Recovered(best.tensors, best.keep, _notes(best), max(0.0, float(best.kl.mean())))
+        return Recovered(best.tensors, best.tensors, best.keep, _notes(best), max(0.0, float(best.kl.mean())))
     best = _swap_groups(context, options, best)
     result = walk(context, best.keep, best.tensors, progress)
     ways = Counter("screened" if way is None else way.name for way in result.taken.values())
     taken = ", ".join(f"{count} {name}" for name, count in ways.most_common())
-    return Recovered(result.tensors, best.keep, (*_notes(best), f"layers walked: {taken}"), result.kl_held_back)
+    notes = (*_notes(best), f"layers walked: {taken}")
+    return Recovered(result.tensors, result.fitted, best.keep, notes, result.kl_held_back)
 
 
 _Options = dict[Axis, dict[str, BoolArray]]

@@ -76,6 +76,11 @@ class Traced:
         self._last[self.output] = len(self.nodes)
         self._computed = computed
 
+    @property
+    def operations(self) -> list[tuple[str, str]]:
+        """What is run, in order: the name of each value and the operator that makes it."""
+        return [(node.name, str(node.target)) for node in self.nodes]
+
     def live(self, position: int) -> tuple[str, ...]:
         """Return the values that depend on the input and cross `position`."""
         return tuple(
@@ -120,6 +125,11 @@ class Traced:
                 sources = (node for node in self.nodes[position].all_input_nodes if node not in self._names)
                 stack += [node.name for node in sources if node.name not in given]
         return sorted(found)
+
+
+def channels_last(value: Tensor) -> Tensor:
+    """Return `value`, if it is one of images (N, C, H, W), with its channels next to each other in memory."""
+    return value.contiguous(memory_format=torch.channels_last) if value.dim() == 4 else value
 
 
 def _size(node: fx.Node) -> int:

@@ -43,9 +43,13 @@ class Way:
 
 @dataclass(frozen=True)
 class Walked:
-    """The student after the walk: what was taken per weight (None: as screened), and the held-back divergence."""
+    """The student after the walk: what was taken per weight (None: as screened), and the held-back divergence.
+
+    `fitted` are the tensors that divergence is of; `tensors` were then solved again, held-back images included.
+    """
 
     tensors: Tensors
+    fitted: Tensors
     taken: Mapping[str, Way | None]
     kl_held_back: float
 
@@ -60,6 +64,7 @@ def walk(context: RecoveryContext, keep: Keep, screened: Tensors, progress: Adva
     held = Frontier(student, context.images, context.held_back)
     best = divergences(context, student, held)
     taken: dict[str, Way | None] = {}
+    changed: set[str] = set()
     pruned = [
         item for item in _in_order(context) if not _blocks(context, item, keep).whole and student.holds(item.node)
     ]
@@ -67,10 +72,13 @@ def walk(context: RecoveryContext, keep: Keep, screened: Tensors, progress: Adva
         _advance_(student, consumer, context.threads, fitted, held)
         problem = _pose(context, student, consumer, keep, fitted)
         taken[consumer.weight], best = _decide_(context, student, problem, held, best)
+        if taken[consumer.weight] is not None:
+            changed |= set(problem.tensors)
         if progress is not None:
             progress(done + 1, len(pruned))
+    fitted_tensors = _widen(context, keep, student, screened, changed)
     tensors = _solve_again(context, keep, screened, taken)
-    return Walked(tensors, taken, max(0.0, float(best.mean())))
+    return Walked(tensors, fitted_tensors, taken, max(0.0, float(best.mean())))
 
 
 def _decide_(
