@@ -107,7 +107,7 @@ def recover_closed_form(
         return Recovered(best.tensors, best.tensors, best.keep, _notes(best), max(0.0, float(best.kl.mean())))
     best = _swap_groups(context, options, best)
     result = walk(context, best.keep, best.tensors, progress)
-    ways = Counter("screened" if way is None else way.name for way in result.taken.values())
+    ways = Counter("left as they were" if way is None else way.name for way in result.taken.values())
     taken = ", ".join(f"{count} {name}" for name, count in ways.most_common())
     notes = (*_notes(best), f"layers walked: {taken}")
     return Recovered(result.tensors, result.fitted, best.keep, notes, result.kl_held_back)

@@ -1,8 +1,9 @@
 """The walk of E9: a pruned network recovered consumer by consumer, from its input to its output.
 
-Each consumer's inputs h come from the student as recovered so far; its wanted output is the dense block's output
-less the student's own skip connection. What the walk solved is one proposal among others (the screened weights, a
-gentle ridge, the dense weights, more or less of the outputs' spread restored): held-back images decide.
+From the first consumer that lost inputs on, each one's inputs h come from the student as recovered so far; its wanted
+output is the dense block's output less the student's own skip connection. What the walk solved is one proposal among
+others (the screened weights, a gentle ridge, the dense weights, more or less of the outputs' spread restored):
+held-back images decide.
 
 Where the block adds to a skip connection, most of what is missing may be upstream's: restoring the spread of all of it
 through one branch would shout. Elsewhere the whole spread is restored at first.
@@ -65,17 +66,15 @@ def walk(context: RecoveryContext, keep: Keep, screened: Tensors, progress: Adva
     best = divergences(context, student, held)
     taken: dict[str, Way | None] = {}
     changed: set[str] = set()
-    pruned = [
-        item for item in _in_order(context) if not _blocks(context, item, keep).whole and student.holds(item.node)
-    ]
-    for done, consumer in enumerate(pruned):
+    affected = _affected(context, student, keep)
+    for done, consumer in enumerate(affected):
         _advance_(student, consumer, context.threads, fitted, held)
         problem = _pose(context, student, consumer, keep, fitted)
         taken[consumer.weight], best = _decide_(context, student, problem, held, best)
         if taken[consumer.weight] is not None:
             changed |= set(problem.tensors)
         if progress is not None:
-            progress(done + 1, len(pruned))
+            progress(done + 1, len(affected))
     fitted_tensors = _widen(context, keep, student, screened, changed)
     tensors = _solve_again(context, keep, screened, taken)
     return Walked(tensors, fitted_tensors, taken, max(0.0, float(best.mean())))
@@ -138,6 +137,13 @@ def _advance_(student: Network, consumer: Consumer, threads: int, *frontiers: Fr
 def _in_order(context: RecoveryContext) -> list[Consumer]:
     found = [item for item in context.consumers.values() if item.node in context.dense.results]
     return sorted(found, key=lambda item: context.network.position(item.node))
+
+
+def _affected(context: RecoveryContext, student: Network, keep: Keep) -> list[Consumer]:
+    """Return, in order, the consumers from the first that lost columns on: what they read is no longer what it was."""
+    present = [item for item in _in_order(context) if student.holds(item.node)]
+    first = next((at for at, item in enumerate(present) if not _blocks(context, item, keep).whole), len(present))
+    return present[first:]
 
 
 def _blocks(context: RecoveryContext, consumer: Consumer, keep: Keep) -> KeptBlocks:
