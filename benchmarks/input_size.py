@@ -52,10 +52,10 @@ from mm_edge.sizes import export_at, remake
 from mm_edge.target import load_target, resolve_host
 
 CONTROLS = (208, 192, 176, 160)
-# Fractions of the dense multiply-adds that widths keep, and the smaller sizes they are tried at.
-WIDTHS = (0.856, 0.707)
-AS_IS = (192, 160)
-JOINT = (192,)
+# Fractions of the dense multiply-adds that widths keep, and at which of them what smaller size is tried.
+WIDTHS = (0.85, 0.8, 0.75, 0.7, 0.6)
+AS_IS = {192: (0.85, 0.7)}
+JOINT = {192: (0.85, 0.8, 0.7)}
 PAIRS = 200
 
 
@@ -112,8 +112,8 @@ class Seed:
             if not self.path("control", side, 1.0).exists():
                 self.record("control", 1.0, self.at(side), {}, {}, {})
         wanted = [("width", 224, fraction) for fraction in WIDTHS]
-        wanted += [("as is", side, fraction) for side in AS_IS for fraction in WIDTHS]
-        wanted += [("joint", side, fraction) for side in JOINT for fraction in WIDTHS]
+        wanted += [("as is", side, fraction) for side, fractions in AS_IS.items() for fraction in fractions]
+        wanted += [("joint", side, fraction) for side, fractions in JOINT.items() for fraction in fractions]
         if all(self.path(*item).exists() for item in wanted):
             return
         start = time.monotonic()
@@ -127,12 +127,15 @@ class Seed:
             counts = allocate(self.full.structure.mac_cost, sensitivities, budget, self.ladders(self.full))
             if not all(self.path(*item).exists() for item in wanted if item[0] != "joint" and item[2] == fraction):
                 found, more = _recover(context, sensitivities, counts)
-                self.record("width", fraction, self.full, found.keep, found.tensors, {**more, **shared})
-                for side in AS_IS:
+                kept = {group.id: counts[group.leaf] for group in self.full.structure.groups}
+                narrowed = {g.id: kept[g.id] for g in self.full.structure.groups if kept[g.id] < g.size}
+                more = {**more, **shared, "widths": narrowed}
+                self.record("width", fraction, self.full, found.keep, found.tensors, more)
+                for side in (side for side, fractions in AS_IS.items() if fraction in fractions):
                     at = self.at(side)
                     keep = {at.leaves[leaf]: kept for leaf, kept in found.keep.items()}
                     self.record("as is", fraction, at, keep, found.tensors, {})
-            for side in JOINT:
+            for side in (side for side, fractions in JOINT.items() if fraction in fractions):
                 if not self.path("joint", side, fraction).exists():
                     at, there = own[side]
                     here = {at.leaves[leaf]: item for leaf, item in sensitivities.items()}
