@@ -36,6 +36,7 @@ from mm_edge.target import load_target, matches_this_machine, resolve_host
 RANGES = ("rules", "observed")
 KINDS = ("structured", "n:m", "unstructured")
 ACCURACY_ON = ("host", "device")
+ALLOCATIONS = ("macs", "latency")
 RECOVERIES = ("none", "bn", "closed-form", "tune", "finetune")
 
 
@@ -50,6 +51,7 @@ class RequestFields(TypedDict, total=False):
     epochs: int
     select: str
     macs: Sequence[float]
+    allocate_by: str
     input_sizes: Sequence[int] | str | None
     keep: Sequence[str]
     precisions: Sequence[str]
@@ -157,6 +159,11 @@ def make_request(setting: Setting, **fields: Unpack[RequestFields]) -> Request:
         raise UsageError(f"--select {select} goes by the closed form's moments; give --recover closed-form with it")
     accuracy_on = fields.get("accuracy_on", ACCURACY_ON[0])
     check_names((accuracy_on,), ACCURACY_ON, "--accuracy-on")
+    limits = _check_constraints(fields.get("constraints", Constraints()))
+    allocate_by = fields.get("allocate_by", ALLOCATIONS[0])
+    check_names((allocate_by,), ALLOCATIONS, "--allocate-by")
+    if allocate_by == "latency" and limits.latency_ms is None and limits.speedup is None:
+        raise UsageError("--allocate-by latency is for budgets of time; give --speedup X or --latency MS with it")
     ranges = fields.get("ranges", RANGES[0])
     check_names((ranges,), RANGES, "--ranges")
     return Request(
@@ -168,13 +175,14 @@ def make_request(setting: Setting, **fields: Unpack[RequestFields]) -> Request:
         epochs=epochs,
         select=select,
         macs=_check_macs(fields.get("macs", ())),
+        allocate_by=allocate_by,
         input_sizes=_check_sizes(fields.get("input_sizes")),
         keep=tuple(fields.get("keep", ())),
         precisions=check_names(fields.get("precisions", PRECISIONS[:1]), PRECISIONS, "--precision"),
         prune_norms=fields.get("prune_norms", False),
         ort=fields.get("ort", False),
         bake_preprocess=fields.get("bake_preprocess", False),
-        constraints=_check_constraints(fields.get("constraints", Constraints())),
+        constraints=limits,
         accuracy_on=accuracy_on,
         seed=fields.get("seed", 0),
     )

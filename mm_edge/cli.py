@@ -146,6 +146,12 @@ def _load(model: str, options: dict[str, Any]) -> LoadedModel:
 )
 @click.option("--macs", metavar="FRACTION,...", help="Add candidates at these fractions of the dense MACs.")
 @click.option(
+    "--allocate-by",
+    default="macs",
+    show_default=True,
+    help="What budgets of time take widths by: macs, or latency, a table measured per group on the device.",
+)
+@click.option(
     "--input-sizes",
     metavar="auto|none|PX,...",
     help="Also prune at these sides of the input; auto: down to 0.7 of it.  [default: only dense controls, with data]",
@@ -219,6 +225,7 @@ def _request(setting: Setting, options: dict[str, Any]) -> Request:
         ranges=options["ranges"],
         kinds=_names(options["kinds"]),
         macs=() if options["macs"] is None else _floats(options["macs"], "--macs", "0.5,0.25"),
+        allocate_by=options["allocate_by"],
         input_sizes=None if options["input_sizes"] is None else parse_input_sizes(options["input_sizes"]),
         keep=options["keep"],
         precisions=_names(options["precision"]),

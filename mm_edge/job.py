@@ -45,6 +45,7 @@ class Request:
     epochs: int = 10
     select: str = "signal"
     macs: tuple[float, ...] = ()
+    allocate_by: str = "macs"
     input_sizes: InputSizes = None
     keep: tuple[str, ...] = ()
     precisions: tuple[str, ...] = ("fp32",)

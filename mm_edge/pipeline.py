@@ -62,7 +62,7 @@ from mm_edge.layers import read_layers
 from mm_edge.layers import read_weights as read_layer_weights
 from mm_edge.memory import release_memory
 from mm_edge.models import LoadedModel
-from mm_edge.planning import Rulers, ladders_at, plan_by_sensitivity, plan_scaled
+from mm_edge.planning import Rulers, ladders_at, model_time, plan_by_sensitivity, plan_scaled
 from mm_edge.precision import (
     CALIBRATION_IMAGES,
     HELD_BACK_IMAGES,
@@ -356,9 +356,20 @@ def _branches(job: Job, network: SizedNetwork, recovery: RecoveryContext | None)
     """Measure what removing each residual branch costs, where a budget may ask for it."""
     if recovery is None or not job.budgets:
         return ()
-    with job.stages.stage("blocks") as advance:
-        found = find_branches(network.raw.model, network.structure)
-        return measure_branches(recovery, found, advance)
+    found = find_branches(network.raw.model, network.structure)
+    key = job.key(
+        data=job.data_key,
+        images=CLOSED_FORM_IMAGES,
+        keep=job.request.keep,
+        prune_norms=job.request.prune_norms,
+        branches=[item.id for item in found],
+    )
+    stored = job.store.load_json("branches", key)
+    if stored is None:
+        with job.stages.stage("blocks") as advance:
+            stored = [item.kl for item in measure_branches(recovery, found, advance)]
+        job.store.save_json("branches", key, stored)
+    return tuple(MeasuredBranch(branch, float(kl)) for branch, kl in zip(found, stored, strict=True))
 
 
 def _plan(job: Job, places: list[Place]) -> tuple[list[Plan], list[str]]:
@@ -403,7 +414,13 @@ def _rulers(job: Job, dense: Place) -> tuple[list[Rulers], list[str]]:
     able = [budget for budget in budgets if budget.kind != "latency" or clock is not None]
     unable = [budget for budget in budgets if budget not in able]
     notes = [f"{item.asked}: no time is measured here, so no candidate is planned for it" for item in unable]
-    return [Rulers(job, dense, budget, clock) for budget in able], notes
+    time = None
+    if clock is not None and job.request.allocate_by == "latency":
+        with job.stages.stage("latency table") as advance:
+            time = model_time(job, dense, clock, advance)
+    elif job.request.allocate_by == "latency":
+        notes.append("--allocate-by latency: no time is measured here, so widths are allocated by multiply-adds")
+    return [Rulers(job, dense, budget, clock, time) for budget in able], notes
 
 
 def _move(plan: Plan, place: Place) -> Plan:
@@ -1007,5 +1024,7 @@ def check_request(request: Request, data: DataSplits | None, target: Target, mea
     limits = request.constraints
     if limits.max_drop is not None and (data is None or not len(data.validation)):
         raise UsageError("--max-drop needs accuracy, and there are no validation images; give --data PATH")
+    if request.allocate_by == "latency" and not measured:
+        raise UsageError("--allocate-by latency times the network, and nothing is measured here; give --host USER@HOST")
     if limits.latency_ms is not None and not measured:
         raise UsageError("--latency needs a measurement, and nothing is measured here; give --target host or a device")

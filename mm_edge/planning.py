@@ -7,7 +7,7 @@ calibration images that are held back. How a budget is met is in budgets.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -33,6 +33,8 @@ from mm_edge.graph.depth import Branch
 from mm_edge.graph.groups import Structure
 from mm_edge.graph.widths import Counts, Ladder, group_scores, select_indices
 from mm_edge.job import Job, Place, recovery_images
+from mm_edge.latency_table import at_another_size, fit_time, measure_table
+from mm_edge.progress import Advance
 from mm_edge.records import Assignment, SparsityRange
 from mm_edge.recover.branches import MeasuredBranch, allocate_rest, offers
 from mm_edge.recover.context import RecoveryContext
@@ -52,9 +54,10 @@ Array = npt.NDArray[np.float32]
 class Rulers:
     """The rulers of one budget at the input sizes of a run, made when they are asked for."""
 
-    def __init__(self, job: Job, dense: Place, budget: Budget, clock: Clock | None) -> None:
-        """Prepare for `budget`; `clock` is None where nothing is measured."""
+    def __init__(self, job: Job, dense: Place, budget: Budget, clock: Clock | None, time: Cost | None = None) -> None:
+        """Prepare for `budget`; `clock` is None where nothing is measured, `time` a model of it at the dense size."""
         self.budget = budget
+        self._time = time if budget.is_time else None
         self._job = job
         self._dense = dense
         self._clock = clock if budget.is_time else None
@@ -64,6 +67,11 @@ class Rulers:
     def measured(self) -> bool:
         """Whether shares are measured."""
         return self._clock is not None
+
+    @property
+    def by_table(self) -> bool:
+        """Whether plans are drawn by measured latencies."""
+        return self._time is not None
 
     def at(self, place: Place) -> Ruler:
         """Return the ruler at the input size of `place`."""
@@ -80,7 +88,12 @@ class Rulers:
             return Ruler(self._target(), structure.mac_cost, dense, whole, check, 1.0, COUNTED_WINDOW)
         timed = partial(_timed_share, self._job, self._clock, place)
         whole = 1.0 if place.dense else timed({})
-        return Ruler(self._target(), structure.mac_cost, dense, whole, timed, MEASURED_AIM, MEASURED_WINDOW)
+        cost = structure.mac_cost
+        if self._time is not None:
+            dense_cost = self._dense.network.structure.mac_cost
+            cost = self._time if place.dense else at_another_size(self._time, cost, dense_cost)
+            dense = self._time.total()
+        return Ruler(self._target(), cost, dense, whole, timed, MEASURED_AIM, MEASURED_WINDOW)
 
     def _by_bytes(self, place: Place) -> Ruler:
         file = (self._job.folder / "dense.onnx").stat().st_size
@@ -115,11 +128,20 @@ def _bytes_share(place: Place, dense: int, metadata: int, keep: Keep) -> float:
     return (_count_bytes(place, keep) + metadata) / dense
 
 
-def _timed_share(job: Job, clock: Clock, place: Place, keep: Keep) -> float:
+def _timed_share(job: Job, clock: Clock, place: Place, keep: Keep, *, quiet: bool = False) -> float:
     network = place.network
+    take = clock.quiet_share if quiet else clock.share
     widths = [int(keep[group.leaf].sum()) if group.leaf in keep else group.size for group in network.structure.groups]
     key = place.job.key(keep=job.request.keep, prune_norms=job.request.prune_norms, widths=widths)
-    return clock.share(key, lambda: materialise(network.raw, network.structure, keep))
+    return take(key, lambda: materialise(network.raw, network.structure, keep))
+
+
+def model_time(job: Job, dense: Place, clock: Clock, advance: Advance) -> Cost:
+    """Return the model of time that the latency table of the dense network's groups gives on the clock's device."""
+    structure = dense.network.structure
+    time = partial(_timed_share, job, clock, dense, quiet=True)
+    table = measure_table(structure, ladders_at(dense), time, advance)
+    return fit_time(structure.mac_cost, table)
 
 
 def places_for(budget: Budget, places: Sequence[Place]) -> list[Place]:
@@ -155,7 +177,7 @@ _UNITS = {"macs": "MACs", "size": "bytes", "speedup": "time", "latency": "time"}
 
 
 def _words(rulers: Rulers, met: Met) -> str:
-    return words_for(rulers.budget, met, measured=rulers.measured, by_table=False)
+    return words_for(rulers.budget, met, measured=rulers.measured, by_table=rulers.by_table)
 
 
 def ladders_at(place: Place) -> tuple[Ladder, ...]:
@@ -231,7 +253,7 @@ def _is_within(rulers: Rulers, place: Place) -> bool:
 
 
 def _spend(
-    rulers: Rulers, place: Place, measured: Sequence[MeasuredBranch], advance: Callable[[int, int], None]
+    rulers: Rulers, place: Place, measured: Sequence[MeasuredBranch], advance: Advance
 ) -> list[tuple[Place, Plan, Met]]:
     """Return one plan per set of removed blocks."""
     ruler, ladders = rulers.at(place), ladders_at(place)

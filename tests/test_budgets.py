@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
+from safetensors.numpy import load_file
 from tiny_graphs import structure_of, tiny
 from tiny_job import save_checkpoint, write_images
 
 from mm_edge import pipeline
 from mm_edge.api import Setting, make_request, run_job
 from mm_edge.budgets import Budget, Draft, Ruler, asked_budgets, counts_of, is_budget, meet, words_for
-from mm_edge.errors import ConstraintError
+from mm_edge.errors import ConstraintError, UsageError
 from mm_edge.export import raw_from_onnx
 from mm_edge.graph.compact import Keep
 from mm_edge.graph.costs import RunningCost
@@ -157,7 +158,9 @@ def run(files: Path, out: Path, bench: bool = False, **fields: Any) -> Report:
     return run_job(read, setting, make_request(setting, **asked), Stages())
 
 
-def test_a_size_is_met_to_the_byte_and_the_report_says_who_won(files: Path, tmp_path: Path) -> None:
+def test_a_size_is_met_to_the_byte_and_the_report_says_who_won(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     dense = run(files, tmp_path / "dense", recover="none").dense.file_bytes
     assert dense is not None
     limit = int(0.6 * dense)
@@ -172,6 +175,15 @@ def test_a_size_is_met_to_the_byte_and_the_report_says_who_won(files: Path, tmp_
     assert outcome.reason.startswith(f"{outcome.winner} won under --size {limit} (top-1 ")
     assert "Mix-and-Match" in outcome.reason or "measured sensitivity" in outcome.reason
     assert f"- {outcome.reason.split(' won ')[0]}".replace("_", "\\_") in (tmp_path / "run" / "report.md").read_text()
+
+    def refuse(*args: Any, **rest: Any) -> None:
+        raise AssertionError("measured again")
+
+    # What groups and blocks cost is measured once for all budgets.
+    monkeypatch.setattr(pipeline, "measure_branches", refuse)
+    monkeypatch.setattr(pipeline, "measure_sensitivities", refuse)
+    again = run(files, tmp_path / "run", recover="closed-form", constraints=Constraints(size_bytes=limit - 2000))
+    assert {row.strategy for row in again.candidates} == {"balanced", f"size_{limit - 2000}"}
 
 
 def test_without_a_measurement_multiply_adds_stand_in_for_time_and_it_is_said(files: Path, tmp_path: Path) -> None:
@@ -240,3 +252,29 @@ def test_nothing_is_planned_for_a_latency_where_time_is_emulated(tmp_path: Path)
     rulers, notes = pipeline._rulers(job, dense)
     assert [(item.budget, item.measured) for item in rulers] == [(Budget("speedup", 2), False)]
     assert notes == ["--latency 2: no time is measured here, so no candidate is planned for it"]
+
+
+def test_a_latency_table_is_measured_once_and_widths_are_taken_by_it(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One layer alone takes time here: the plan narrows it, and leaves most others as they are."""
+    asked: list[int] = []
+    slow = "layer4.0.conv1.weight"
+
+    def law(clock: Clock, key: Any, make: Callable[[], Any]) -> float:
+        asked.append(make().graph.initializers[slow].shape[0])
+        return 0.1 + 0.9 * asked[-1] / max(asked)
+
+    monkeypatch.setattr(Clock, "share", law)
+    monkeypatch.setattr(Clock, "quiet_share", law)
+    limits = Constraints(speedup=1.3)
+    fields: Any = {"recover": "closed-form", "constraints": limits, "macs": ()}
+    report = run(files, tmp_path, bench=True, allocate_by="latency", **fields)
+    (row,) = [row for row in report.candidates if row.signal == "sensitivity"]
+    assert row.planned_by is not None and row.planned_by.startswith("latencies of its groups, measured at ")
+    assert row.masked_state_dict is not None
+    state = load_file(tmp_path / row.masked_state_dict)
+    narrowed = {name for name, array in state.items() if array.ndim == 4 and not array.any(axis=(1, 2, 3)).all()}
+    assert slow in narrowed and len(narrowed) < len([array for array in state.values() if array.ndim == 4]) / 2
+    with pytest.raises(UsageError, match=r"^--allocate-by latency times the network, and nothing is measured here; "):
+        run(files, tmp_path / "other", allocate_by="latency", **fields)

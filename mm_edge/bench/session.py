@@ -31,6 +31,7 @@ from mm_edge.target import Target
 
 SAMPLES_VERSION = 1
 MINIMUM_PAIRS = 200
+QUIET = 20  # percent
 SECONDS_PER_IMAGE = 10.0  # the slowest a device may be before it counts as hung
 SECONDS_PER_PAIR = 20.0
 MAX_SAMPLE_NS = 3_600_000_000_000  # an hour: anything longer is not a sample
@@ -53,7 +54,8 @@ class Measurement:
     """Dense and candidate timed together.
 
     `speedup` is the median of the pair ratios dense / candidate with its 95 % interval; None when the device is
-    emulated, as are the latencies.
+    emulated, as are the latencies. `quiet_ratio` is that of the two models' QUIET percentiles: where other programs
+    run it strays less from one measurement to the next, and it is no time that anyone should expect.
     """
 
     latency: Latency
@@ -62,6 +64,7 @@ class Measurement:
     speedup_ci: tuple[float, float] | None
     samples_file: str | None
     doubts: tuple[Doubt, ...]
+    quiet_ratio: float | None = None
 
 
 @dataclass(frozen=True)
@@ -256,6 +259,7 @@ def _summarise(result: Mapping[str, Any], source: str, samples_file: Path | None
         speedup_ci=stats.bootstrap_median(ratios, result["block"]),
         samples_file=file,
         doubts=tuple(_doubts(result)),
+        quiet_ratio=float(np.percentile(dense_ns, QUIET) / np.percentile(candidate_ns, QUIET)),
     )
 
 

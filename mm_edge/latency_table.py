@@ -1,0 +1,127 @@
+"""A model of time on one device, fitted to a table: how long the network takes when one group alone is narrowed.
+
+    share(g, c)     the time with group g at c indices and all others whole, as a share of the dense network's
+    time(counts) =  1 - sum_n t_n (1 - w_n(counts) / w_n)            w_n: multiply-adds of node n, dense
+
+t_n >= 0, the share of the time that falls with the work of node n, is what the table says and, where it says little,
+what the multiply-adds p_n = w_n / sum w say:
+
+    min_t  sum_(g, c) [1 - share(g, c) - sum_n t_n (1 - w_n(g, c) / w_n)]^2 / noise^2  +  sum_n (t_n - a p_n)^2 / s_n^2
+
+with a the part of the time that falls with multiply-adds at all, fitted alone before, and s_n = a (p_n + 1 / N): a node
+of few multiply-adds may take long all the same, as depthwise convolutions do. The noise is what the fit leaves, found
+by fitting a few times: a table that a busy machine made says little, and the model stays near multiply-adds. What is
+left of the time, 1 - sum t, never falls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from mm_edge.graph.axes import Axis
+from mm_edge.graph.compact import Keep
+from mm_edge.graph.costs import Cost
+from mm_edge.graph.groups import Structure
+from mm_edge.graph.widths import Ladder
+from mm_edge.progress import Advance
+
+# The widths each group is timed at.
+PARTS = (0.5, 0.25)
+# How far a short measurement strays at least, as a share of the dense network's time.
+LEAST_NOISE = 0.003
+FITS = 4
+SWEEPS = 1000
+
+FloatArray = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class TimedWidth:
+    """One entry of the table: the time with the group of `leaf` at `count` indices, as a share of dense."""
+
+    leaf: Axis
+    count: int
+    share: float
+
+
+def measure_table(
+    structure: Structure, ladders: Sequence[Ladder], time: Callable[[Keep], float], progress: Advance | None = None
+) -> tuple[TimedWidth, ...]:
+    """Time every group that has a width to give at a few of its widths; `time` returns the share of what is kept."""
+    wanted = [(item.leaf, count) for item in ladders for count in _counts(item)]
+    table = []
+    for leaf, count in wanted:
+        table.append(TimedWidth(leaf, count, time({leaf: np.arange(structure.table.size(leaf)) < count})))
+        if progress is not None:
+            progress(len(table), len(wanted))
+    return tuple(table)
+
+
+def _counts(ladder: Ladder) -> list[int]:
+    size, below = ladder.widths[-1], ladder.widths[:-1]
+    near = [min(below, key=lambda width: abs(width - part * size)) for part in PARTS if below]
+    return list(dict.fromkeys(near))
+
+
+def fit_time(cost: Cost, table: Sequence[TimedWidth]) -> Cost:
+    """Return the time that multiply-adds `cost`, as a share of the dense network's; see the top of the file."""
+    work = np.array([cost.of_item(item, {}) for item in cost.items])
+    falls = np.array([_falls(cost, entry) for entry in table])
+    saved = np.array([1 - entry.share for entry in table])
+    prior = work / work.sum()
+    by_macs = falls @ prior
+    part = float(np.clip(saved @ by_macs / max(by_macs @ by_macs, 1e-12), 0.05, 1.0))
+    spread = part * (prior + 1 / len(prior))
+    found, noise = part * prior, float(np.std(saved - part * by_macs))
+    for _ in range(FITS):
+        noise = max(noise, LEAST_NOISE)
+        found = _non_negative(falls / noise, saved / noise, part * prior, spread)
+        noise = float(np.sqrt(np.mean((saved - falls @ found) ** 2)))
+    found /= max(1.0, found.sum())
+    items = tuple(
+        replace(item, constant=item.constant * share / dense)
+        for item, share, dense in zip(cost.items, found, work, strict=True)
+    )
+    return Cost(cost.table, items, fixed=float(1 - found.sum()))
+
+
+def _falls(cost: Cost, entry: TimedWidth) -> list[float]:
+    """Return the share of each item's work that goes with the entry's narrowing."""
+    counts = {entry.leaf: float(entry.count)}
+    return [1 - cost.of_item(item, counts) / cost.of_item(item, {}) for item in cost.items]
+
+
+def _non_negative(rows: FloatArray, goal: FloatArray, start: FloatArray, spread: FloatArray) -> FloatArray:
+    """Minimise |rows t - goal|^2 + |(t - start) / spread|^2 over t >= 0 by coordinate descent."""
+    gram = rows.T @ rows + np.diag(spread**-2)
+    right = rows.T @ goal + start * spread**-2
+    found = start.copy()
+    for _ in range(SWEEPS):
+        before = found.copy()
+        for index in range(len(found)):
+            step = (right[index] - gram[index] @ found) / gram[index, index]
+            found[index] = max(0.0, found[index] + step)
+        if np.abs(found - before).max() < 1e-9:
+            break
+    return found
+
+
+def at_another_size(time: Cost, macs: Cost, dense_macs: Cost) -> Cost:
+    """Return the model `time` of the dense network for the same network on other pictures, whose work is `macs`.
+
+    Nodes correspond by their order in the graph; where they do not, every multiply-add there takes the mean time.
+    """
+    falling = time.total() - time.fixed
+    if len(macs.items) != len(time.items):
+        each = falling / dense_macs.total()
+        items = tuple(replace(item, constant=item.constant * each) for item in macs.items)
+        return Cost(macs.table, items, time.fixed)
+    items = tuple(
+        replace(here, constant=here.constant * timed.constant / dense.constant)
+        for here, timed, dense in zip(macs.items, time.items, dense_macs.items, strict=True)
+    )
+    return Cost(macs.table, items, time.fixed)
