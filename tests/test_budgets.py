@@ -247,11 +247,17 @@ def test_nothing_is_planned_for_a_latency_where_time_is_emulated(tmp_path: Path)
     emulated: Any = SimpleNamespace(source="emulated")
     store = RunStore(tmp_path)
     budgets = asked_budgets((), Constraints(latency_ms=2, speedup=2), ("structured",))
-    job: Any = SimpleNamespace(budgets=budgets, folder=tmp_path, target=None, transport=emulated, store=store)
+    request = SimpleNamespace(allocate_by="macs")
+    parts = {"budgets": budgets, "folder": tmp_path, "target": None, "transport": emulated, "store": store}
+    job: Any = SimpleNamespace(**parts, request=request)
     dense: Any = None
     rulers, notes = pipeline._rulers(job, dense)
     assert [(item.budget, item.measured) for item in rulers] == [(Budget("speedup", 2), False)]
     assert notes == ["--latency 2: no time is measured here, so no candidate is planned for it"]
+    request.allocate_by = "latency"
+    assert pipeline._rulers(job, dense)[1][1:] == [
+        "--allocate-by latency: no time is measured here, so widths are allocated by multiply-adds"
+    ]
 
 
 def test_a_latency_table_is_measured_once_and_widths_are_taken_by_it(
