@@ -1,12 +1,13 @@
-"""Kills a run of three candidates, fine-tuned for one epoch, at random moments, and finishes it each time.
+"""Kills a run of three candidates, fine-tuned for two epochs, at random moments, and finishes it each time.
 
-A trial starts the run in a process of its own, sends it SIGKILL after a random share of what an unbroken run takes,
-opens every file that lies in the run directory then, and runs the same again until it finishes. Its report must equal
-that of an unbroken run (seconds apart), and its artifacts must be the same byte for byte. A file under its own name
-that cannot be read to its end counts as half-written.
+A trial starts the run in a process of its own, sends it SIGKILL after a random share of the processor time an unbroken
+run takes (under other load clock time would tell little of where it is), opens every file that lies in the run
+directory then, and runs the same again until it finishes. Its report must equal that of an unbroken run (seconds
+apart), and its artifacts must be the same byte for byte. A file under its own name that cannot be read to its end
+counts as half-written.
 
 The network is a few convolutions and the images are 32 pixels wide, so that a run takes seconds. Processes are forked
-from one that has imported everything: what is killed is work, not the start of Python.
+from one that has imported everything and exported once: what is killed is work, not the start of Python.
 
     python benchmarks/kill_anywhere.py --times 50
 
@@ -26,6 +27,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,7 @@ from PIL import Image
 from torch import nn
 
 from mm_edge.api import Setting, make_request, run_job
+from mm_edge.export import export_raw
 from mm_edge.models import wrap_module
 from mm_edge.progress import Stages
 from mm_edge.store import hash_file
@@ -79,11 +82,11 @@ def write_images(folder: Path) -> Path:
 
 
 def job(images: Path, out: Path) -> None:
-    """Run the whole job: three candidates, recovered in closed form, those on the front fine-tuned for one epoch."""
+    """Run the whole job: three candidates, recovered in closed form, those on the front fine-tuned for two epochs."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     setting = Setting(out=out, data=str(images), bench=False)
-    request = make_request(setting, strategies=("balanced",), recover="finetune", epochs=1)
+    request = make_request(setting, strategies=("balanced",), recover="finetune", epochs=2, input_sizes="none")
     run_job(
         lambda: wrap_module(Net(), torch.zeros(1, 3, SIDE, SIDE), name="net", mean=(0.5,), std=(0.25,)),
         setting,
@@ -112,20 +115,30 @@ def spawn(work: Callable[[], None]) -> int:
         os._exit(code)
 
 
-def finish(process: int) -> int:
-    """Wait for the end; return the exit code, negative for a signal."""
-    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+def finish(process: int) -> tuple[int, float]:
+    """Wait for the end; return the exit code, negative for a signal, and the seconds of processor time it took."""
+    _, status, usage = os.wait4(process, 0)
+    return os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime
+
+
+def busy_seconds(process: int, since: float) -> float:
+    """Return the processor time a process has taken; where no /proc tells, the clock's since `since`."""
+    try:
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return time.monotonic() - since
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def kill_after(process: int, seconds: float) -> bool:
-    """SIGKILL the process group after `seconds`; return False if it was done before."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
+    """SIGKILL the process group once it was busy for `seconds`; return False if it was done before."""
+    started = time.monotonic()
+    while busy_seconds(process, started) < seconds:
         if os.waitpid(process, os.WNOHANG)[0]:
             return False
         time.sleep(0.002)
     os.killpg(process, signal.SIGKILL)
-    return finish(process) == -signal.SIGKILL
+    return finish(process)[0] == -signal.SIGKILL
 
 
 def half_written(out: Path) -> list[str]:
@@ -170,14 +183,16 @@ def trial(images: Path, out: Path, share: float, seconds: float, unbroken: dict[
     """Kill one run after `share` of `seconds`, finish it, and compare."""
     killed = kill_after(spawn(lambda: job(images, out)), share * seconds)
     broken = half_written(out) if out.exists() else []
-    stages = sorted(path.stem for path in (out / ".mm-edge").rglob("*") if path.suffix in (".json", ".safetensors"))
-    code = finish(spawn(lambda: job(images, out))) if killed else 0
+    kept = [path for path in (out / ".mm-edge").rglob("*") if path.suffix in (".json", ".safetensors")]
+    newest = max(kept, key=lambda path: path.stat().st_mtime_ns, default=None)
+    code = finish(spawn(lambda: job(images, out)))[0] if killed else 0
     same = code == 0 and outcome(out) == unbroken
     left = [str(path.relative_to(out)) for path in out.rglob(".*.tmp")]
     return {
         "share": round(share, 4),
         "killed": killed,
-        "stages_kept": len(stages),
+        "stages_kept": len(kept),
+        "newest_stage": None if newest is None else newest.relative_to(out / ".mm-edge").parts[0].split(".")[0],
         "half_written": broken,
         "exit_code": code,
         "same": same,
@@ -188,9 +203,8 @@ def trial(images: Path, out: Path, share: float, seconds: float, unbroken: dict[
 def measure(work: Path, times: int, seed: int, record: Path) -> dict[str, Any]:
     """Return what `times` kills did, and write it to `record` after each; the shares come from `seed`."""
     images = write_images(work / "images")
-    started = time.monotonic()
-    code = finish(spawn(lambda: job(images, work / "unbroken")))
-    seconds = time.monotonic() - started
+    export_raw(Net(), torch.zeros(1, 3, SIDE, SIDE))  # the exporter imports for seconds when it is first used
+    code, seconds = finish(spawn(lambda: job(images, work / "unbroken")))
     if code:
         raise SystemExit(f"the unbroken run failed with exit code {code}")
     unbroken = outcome(work / "unbroken")
@@ -215,11 +229,12 @@ def summarise(trials: list[dict[str, Any]], unbroken: dict[str, Any], seed: int,
         "kills": kills,
         "finished_before_the_kill": sum(not item["killed"] for item in trials),
         "same_report_and_artifacts": sum(item["same"] for item in trials),
+        "killed_after_stage": dict(Counter(item["newest_stage"] or "none kept yet" for item in trials)),
         "half_written_files": sum(len(item["half_written"]) for item in trials),
         "temporary_files_left": sum(len(item["temporary_files_left"]) for item in trials),
         "candidates": len(rows),
         "fine_tuned": sum(row["epochs"] is not None for row in rows),
-        "seconds_unbroken": round(seconds, 2),
+        "cpu_seconds_unbroken": round(seconds, 2),
         "machine": f"{platform.system()} {platform.machine()}, under other load",
         "version": mm_edge.__version__,
         "trials": list(trials),
