@@ -72,7 +72,7 @@ def run(options: argparse.Namespace, seed: int, name: str, recover: str, macs: t
                 "drop_points": row.accuracy_drop,
                 "agreement": row.agreement_top1,
                 "kl": row.kl_to_dense,
-                "parity": None if row.parity is None else row.parity.max_abs_diff,
+                "parity": None if row.parity is None else row.parity.max_abs_err,
                 "removed_blocks": row.removed_blocks,
                 "recovered_by": row.recovered_by,
                 "stopped": row.stopped,
@@ -82,7 +82,7 @@ def run(options: argparse.Namespace, seed: int, name: str, recover: str, macs: t
     found = {
         "seed": seed,
         "dense_top1": dense.accuracy_top1,
-        "dense": str(out / str(dense.artifact)),
+        "dense": str(out / "dense.onnx"),
         "rows": rows,
         "seconds": {**report.seconds, "all": round(time.monotonic() - started, 1)},
         "warnings": report.warnings,
