@@ -108,6 +108,21 @@ def test_the_tail_is_frozen_and_the_start_is_cached(monkeypatch: pytest.MonkeyPa
     assert find_span(case.context, traced, keep) is None
 
 
+def test_dear_early_maps_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case("depthwise")
+    traced = Traced(case.module, (3, 16, 16), 2)
+    assert traced.work(0, 2) == 2 * 8 * 16 * 16  # stem and its BatchNorm
+    cheap = find_span(case.context, traced, case.keep)
+    assert cheap is not None and cheap.start == traced.readers["stem.weight"][0]
+    monkeypatch.setattr(module_under_test, "STEP_VALUES", traced.work(cheap.start, cheap.targets[-1]) - 1)
+    monkeypatch.setattr(module_under_test, "STEP_SHARE", 0.0)
+    later = find_span(case.context, traced, case.keep)
+    assert later is not None and cheap.start < later.start < later.targets[-1] == cheap.targets[-1]
+    assert traced.work(later.start, later.targets[-1]) <= module_under_test.STEP_VALUES
+    monkeypatch.setattr(module_under_test, "STEP_SHARE", 1.0)
+    assert find_span(case.context, traced, case.keep) == cheap
+
+
 def test_crops_have_the_images_size_and_half_are_mixed() -> None:
     images = np.stack([np.full((3, 8, 8), value, dtype=np.float32) for value in range(4)])
     made = torch.cat(list(crops(images, 10, 4, torch.Generator().manual_seed(0))))

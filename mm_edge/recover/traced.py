@@ -93,6 +93,10 @@ class Traced:
         """Return how many numbers one image has at `position`."""
         return sum(self._sizes[name] for name in self.live(position)) // self.batch
 
+    def work(self, start: int, end: int) -> int:
+        """Return how many numbers the operations from `start` to before `end` make of one image: what a step costs."""
+        return sum(self._sizes[node.name] for node in self.nodes[start:end]) // self.batch
+
     def can_cut(self, position: int) -> bool:
         """Return whether what crosses `position` are single tensors: lists of them are made and taken apart at once."""
         return all(name in self._tensors for name in self.live(position))

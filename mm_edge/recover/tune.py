@@ -35,13 +35,17 @@ from mm_edge.recover.traced import Traced, Values, channels_last
 Floats = npt.NDArray[np.float64]
 
 BATCH = 32
-STEPS = 240
+STEPS = 300
 WARM_UP = 20
-CHECK = 40
+CHECK = 75
 CROPS = 1280
 RATE = 4e-3
 TARGETS = 5
 CACHE_BYTES = 512 << 20
+# A step may make so many numbers of an image, or this share of what the whole network makes: early maps are the dear
+# ones, and the same time buys more where steps are cheap.
+STEP_VALUES = 6_000_000
+STEP_SHARE = 0.4
 SMALLEST_CROP = 0.35
 
 
@@ -131,7 +135,7 @@ def _judge(context: RecoveryContext, keep: Keep, tensors: Tensors) -> Floats:
 
 
 def find_span(context: RecoveryContext, traced: Traced, keep: Keep) -> Span | None:
-    """Return what to tune: from as early as the cached values allow to the last layer that reads what was pruned."""
+    """Return what to tune: from as early as cache and cost allow to the last layer that reads what was pruned."""
     readers = []
     for name, consumer in context.consumers.items():
         shape = context.network.arrays[name].shape
@@ -146,12 +150,17 @@ def find_span(context: RecoveryContext, traced: Traced, keep: Keep) -> Span | No
     cuts += [cut for cut in range(readers[-1] + 1, len(traced.nodes) + 1) if _is_single(traced, cut)][:1]
     cuts = sorted({cut for cut in cuts if _is_single(traced, cut)})
     starts = [cut for cut in (min(masked), *cuts) if traced.can_cut(cut)]
-    start = next((cut for cut in starts if 4 * CROPS * traced.size(cut) <= CACHE_BYTES), None)
-    if start is None or not cuts or start >= cuts[-1]:
+    start = next((cut for cut in starts if _is_affordable(traced, cut, cuts[-1])), None) if cuts else None
+    if start is None or start >= cuts[-1]:
         return None
     inside = [cut for cut in cuts if cut > start]
     chosen = np.unique(np.linspace(0, len(inside) - 1, TARGETS).round().astype(int))
     return Span(start, tuple(inside[index] for index in chosen))
+
+
+def _is_affordable(traced: Traced, start: int, end: int) -> bool:
+    limit = max(STEP_VALUES, STEP_SHARE * traced.work(0, len(traced.nodes)))
+    return 4 * CROPS * traced.size(start) <= CACHE_BYTES and traced.work(start, end) <= limit
 
 
 def _is_single(traced: Traced, position: int) -> bool:
