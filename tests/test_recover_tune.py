@@ -71,9 +71,16 @@ def test_tuning_brings_masked_weights_nearer_to_dense_and_masks_hold(case: Case)
 
 def test_the_same_seed_gives_the_same_weights() -> None:
     case = Case("plain")
-    first, second = (tune(case.context, case.module, case.keep, _masked(case), seed=3) for _ in range(2))
+    told: list[tuple[int, int]] = []
+    first = tune(case.context, case.module, case.keep, _masked(case), seed=3)
+
+    def tell(done: int, total: int) -> None:
+        told.append((done, total))
+
+    second = tune(case.context, case.module, case.keep, _masked(case), seed=3, progress=tell)
     for name, array in first.tensors.items():
         np.testing.assert_array_equal(second.tensors[name], array)
+    assert told == [(done, 66) for done in range(1, 67)]  # six batches to cache, sixty steps
 
 
 def test_what_is_no_better_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:

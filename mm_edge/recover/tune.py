@@ -13,7 +13,7 @@ weights are better left as they were, and the best of all checks is taken, if it
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -105,7 +105,7 @@ def tune(
         keep: the indices that stay, by group.
         tensors: the closed form's, solved without the held-back images.
         seed: of crops, mixtures and order.
-        progress: called with (steps done, of how many).
+        progress: called with (batches cached and steps done, of how many).
     """
     before = _judge(context, keep, tensors)
     start = float(before.mean())
@@ -188,22 +188,26 @@ class _Tuner:
         self.wanted = tuple(name for cut in span.targets for name in self.traced.live(cut))
 
     @torch.no_grad()
-    def cache(self) -> tuple[Values, Values]:
+    def cache(self, advance: Callable[[int], None]) -> tuple[Values, Values]:
         """Return the pruned network's values at the start and the dense network's at the targets, for every crop."""
         given: dict[str, list[Tensor]] = {name: [] for name in self.inputs}
         targets: dict[str, list[Tensor]] = {name: [] for name in self.wanted}
         dense = {name: channels_last(value) for name, value in self.pair.dense.state.items()}
-        for images in crops(self.context.images[list(self.context.fitted)], CROPS, BATCH, self.generator):
-            feed = {self.traced.input: channels_last(images)}
+        images = self.context.images[list(self.context.fitted)]
+        for done, batch in enumerate(crops(images, CROPS, BATCH, self.generator)):
+            feed = {self.traced.input: channels_last(batch)}
             for name, value in self.traced.run(self.student, feed, self.inputs).items():
                 given[name].append(value)
             for name, value in self.pair.dense.run(dense, feed, self.wanted).items():
                 targets[name].append(self.pair.counterpart(name, value).half())
+            advance(done + 1)
         return {n: torch.cat(v) for n, v in given.items()}, {n: torch.cat(v) for n, v in targets.items()}
 
     def run(self, progress: Advance | None) -> tuple[_Best, tuple[float, ...]]:
         """Return the best state by the held-back images, and the least divergence at every check."""
-        given, targets = self.cache()
+        advance = progress or (lambda done, total: None)
+        batches = -(-CROPS // BATCH)
+        given, targets = self.cache(lambda done: advance(done, batches + STEPS))
         scale = {name: _variance(value) for name, value in targets.items()}
         weights = {name: nn.Parameter(self.student[name].clone()) for name in self.names}
         groups = [{"params": [item], "lr": RATE * _rms(item, self.masks.get(name))} for name, item in weights.items()]
@@ -230,8 +234,7 @@ class _Tuner:
                 found = self._check(weights, held, step)
                 history.append(found.divergence)
                 best = found if found.divergence < best.divergence else best
-            if progress is not None:
-                progress(step, STEPS)
+            advance(batches + step, batches + STEPS)
         return best, tuple(history)
 
     def _loss(
