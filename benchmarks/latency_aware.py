@@ -40,7 +40,7 @@ from mm_edge.candidates import make_ladders
 from mm_edge.data import ImageSet, open_data
 from mm_edge.device_files import write_model
 from mm_edge.evaluate import compare_logits, run_onnx
-from mm_edge.export import RawGraph, deploy
+from mm_edge.export import RawGraph, deploy, read_raw
 from mm_edge.graph.compact import Keep, materialise
 from mm_edge.graph.costs import Cost
 from mm_edge.graph.groups import Structure, read_structure
@@ -48,7 +48,6 @@ from mm_edge.graph.widths import Ladder
 from mm_edge.latency_table import TimedWidth, fit_time, measure_table
 from mm_edge.layers import read_layers
 from mm_edge.models import LoadOptions, load_model
-from mm_edge.pipeline import read_raw
 from mm_edge.planning import MEASURED_AIM, MEASURED_WINDOW
 from mm_edge.recover.closed_form import recover_closed_form
 from mm_edge.recover.context import RecoveryContext, build_context

@@ -20,8 +20,9 @@ from mm_edge.data import open_data
 from mm_edge.errors import UsageError, unknown_name
 from mm_edge.finetuning import require_trainable
 from mm_edge.job import FROM_MOMENTS, Job, Request
+from mm_edge.measuring import SAMPLES_FOLDER
 from mm_edge.models import LoadedModel, wrap_module
-from mm_edge.pipeline import SAMPLES_FOLDER, check_request
+from mm_edge.pipeline import check_request
 from mm_edge.pipeline import prune_export as run_pipeline
 from mm_edge.precision import PRECISIONS
 from mm_edge.progress import Stages
@@ -41,7 +42,7 @@ RECOVERIES = ("none", "bn", "closed-form", "tune", "finetune")
 
 
 class RequestFields(TypedDict, total=False):
-    """The fields of pipeline.Request by keyword; what is left out has the command line's default."""
+    """The fields of job.Request by keyword; what is left out has the command line's default."""
 
     signals: Sequence[str]
     strategies: Sequence[str]
@@ -115,7 +116,7 @@ def prune_export(
         host: USER@HOST of the device to measure on.
         bench: whether to measure.
         resume: reuse the stages a run in `out` has finished.
-        request: fields of pipeline.Request, e.g. strategies=("balanced",), constraints=Constraints(max_drop=1).
+        request: fields of job.Request, e.g. strategies=("balanced",), constraints=Constraints(max_drop=1).
 
     Raises:
         UsageError: something was refused before scoring.

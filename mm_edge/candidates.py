@@ -153,6 +153,15 @@ class Workbench:
     sensitivities: Mapping[Axis, Sensitivity] = field(default_factory=dict)
 
 
+# Workbenches by the side of their input, the dense one first.
+Benches = Mapping[int, Workbench]
+
+
+def bench_of(benches: Benches, side: int | None) -> Workbench:
+    """Return the workbench of a plan's size: the first is the dense one."""
+    return next(iter(benches.values())) if side is None else benches[side]
+
+
 def channel_multiple(group: Group, layers: Sequence[Layer], target: Target, precisions: Sequence[str]) -> int:
     """Return the channel multiple `target` wants for a group: the largest any of its layers wants in any precision."""
     reached = set(group.tensors)

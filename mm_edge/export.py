@@ -28,6 +28,7 @@ from torch import nn
 
 from mm_edge.errors import ExportError, ModelError
 from mm_edge.fold import fold_weight_arithmetic_
+from mm_edge.models import LoadedModel
 
 FOLDING_ROUNDS = 4
 FOLDED_BYTES = 1 << 24
@@ -152,6 +153,16 @@ def fold_constants(model: ir.Model, keep: Iterable[str]) -> None:
     _split_shared_constants(model, names)
     for position, node in enumerate(model.graph):
         node.name = f"{node.op_type}_{position}"
+
+
+def read_raw(model: LoadedModel) -> RawGraph:
+    """Export the model once, or read the user's own .onnx."""
+    if model.module is None:
+        assert model.onnx_path is not None
+        raw = raw_from_onnx(model.onnx_path)
+    else:
+        raw = export_raw(model.module, torch.zeros(1, *model.input.shape))
+    return raw
 
 
 def infer_shapes(model: ir.Model) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from mm_edge.export import read_raw
 from mm_edge.graph.groups import read_structure
 from mm_edge.layers import read_layers
 from mm_edge.models import LoadedModel
-from mm_edge.pipeline import read_raw
 from mm_edge.ranges import apply_constraints, rule_ranges
 from mm_edge.records import to_json
 

@@ -8,61 +8,41 @@ a changed flag redoes only what it touches.
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
-import torch
 
-from mm_edge.bench.session import (
-    MINIMUM_PAIRS,
-    Measurement,
-    compare_outputs,
-    environment,
-    evaluate_in_pieces,
-    measure_memory,
-    measure_pair,
-    merge_doubts,
-)
-from mm_edge.bench.transport import Transport
 from mm_edge.budgets import is_budget
 from mm_edge.bundle import write_bundle
 from mm_edge.candidates import (
     PATTERN,
+    Benches,
     Images,
     Plan,
     Workbench,
+    bench_of,
     count_parameters,
     dense_candidate,
     file_name,
-    judge_logits,
     make_candidate,
     make_control,
-    make_ladders,
-    plan_all,
-    plan_n_m,
 )
 from mm_edge.data import DataSplits, noise_batches
 from mm_edge.device_files import add_metadata_, write_model
 from mm_edge.errors import ConstraintError, ParityError, UsageError
 from mm_edge.evaluate import compare_logits, run_onnx
-from mm_edge.export import RawGraph, deploy, export_raw, raw_from_onnx
+from mm_edge.export import deploy
 from mm_edge.finetuning import finetune_candidate, worth_training
-from mm_edge.graph.axes import Axis
-from mm_edge.graph.depth import find_branches
-from mm_edge.graph.groups import Structure, read_structure
-from mm_edge.job import BATCH, CLOSED_FORM_IMAGES, FROM_MOMENTS, Job, Place, Request, recovery_images
-from mm_edge.layers import read_layers
-from mm_edge.layers import read_weights as read_layer_weights
-from mm_edge.memory import release_memory
-from mm_edge.models import LoadedModel
-from mm_edge.planning import Rulers, ladders_at, model_time, plan_by_sensitivity, plan_scaled
+from mm_edge.graph.groups import Structure
+from mm_edge.job import BATCH, FROM_MOMENTS, Job, Place, Request
+from mm_edge.measuring import how_to_measure, judge_on_device, measure_all
+from mm_edge.places import export_dense, export_sizes, lay_out_places
+from mm_edge.planning import make_plans
 from mm_edge.precision import (
     CALIBRATION_IMAGES,
     HELD_BACK_IMAGES,
@@ -71,41 +51,26 @@ from mm_edge.precision import (
     convert_candidate,
 )
 from mm_edge.progress import Advance
-from mm_edge.ranges import apply_constraints, observed_ranges, rule_ranges
 from mm_edge.records import (
     Candidate,
     Chosen,
     DenseRow,
     Latency,
-    Layer,
     Report,
     SkippedGroup,
-    SparsityRange,
     from_json,
     to_json,
 )
-from mm_edge.recover.branches import MeasuredBranch, measure_branches
-from mm_edge.recover.context import RecoveryContext, build_context
 from mm_edge.recover.finetune import Checkpoints, Settings
-from mm_edge.recover.sensitivity import Sensitivity, from_arrays, measure_sensitivities, to_arrays
 from mm_edge.report import write_report
-from mm_edge.scores import GRASP_IMAGES, Scores, gradients, hessian_gradient_products, score_weights
 from mm_edge.select import choose, judge_budget, mark_pareto
-from mm_edge.semi_structured import reduced_axes, require_support
-from mm_edge.sizes import SizedNetwork, auto_sizes, export_at, remake, square_side, total_stride
+from mm_edge.semi_structured import require_support
 from mm_edge.store import hash_file
-from mm_edge.strategies import assign
-from mm_edge.target import Target, matches_this_machine
-from mm_edge.timing import open_clock
+from mm_edge.target import Target
 from mm_edge.tuning import tune_candidate
 
-# E2 asks for 5-10 % of the training data; beyond this many images the gradient's ranking no longer moves.
-GRADIENT_IMAGES = 1024
 RECOVERY_IMAGES = 128
 PARITY_IMAGES = 8
-# Two images of 224 x 224: at 32 of them EfficientNet-Lite0 alone keeps 2.8 GB of activations, no faster an image.
-GRADIENT_PIXELS = 2 * 224 * 224
-SAMPLES_FOLDER = "samples"
 
 Array = npt.NDArray[np.float32]
 
@@ -120,17 +85,17 @@ def prune_export(job: Job) -> Report:
     """
     warnings = [*job.model.warnings]
     with job.stages.stage("export"):
-        dense_network = _export_dense(job)
+        dense_network = export_dense(job)
     structure = dense_network.structure
     if not structure.groups and "structured" in job.request.kinds:
         warnings.append("no group of this network can lose channels; see 'mm-edge inspect' for the reasons")
-    sizes, notes = _export_sizes(job, dense_network)
+    sizes, notes = export_sizes(job, dense_network)
     warnings += notes
-    places = _places(job, dense_network, sizes)
+    places = lay_out_places(job, dense_network, sizes)
     benches = _set_up_all(places)
-    plans, notes = _plan(job, places)
+    plans, notes = make_plans(job, places)
     warnings += notes
-    bench = _bench_of(benches, None)
+    bench = bench_of(benches, None)
     controls = _make_controls(places, benches)
     candidates, failures = _make_all(job, benches, plans)
     warnings += failures
@@ -143,301 +108,13 @@ def prune_export(job: Job) -> Report:
     smaller, failures = _convert_all(job, benches, places, dense, candidates)
     candidates += smaller
     warnings += failures
-    dense, candidates, env, notes = _measure(job, benches, dense, candidates)
+    dense, candidates, env, notes = measure_all(job, benches, dense, candidates)
     warnings += notes
     env = {**env, "accuracy_on": job.request.accuracy_on}
     if job.request.accuracy_on == "device":
-        dense, candidates, note = _judge_on_device(job, benches, dense, candidates, env["fingerprint"])
+        dense, candidates, note = judge_on_device(job, benches, dense, candidates, env["fingerprint"])
         warnings.append(note)
     return _finish(job, benches, places, dense, candidates, env, warnings)
-
-
-Benches = Mapping[int, Workbench]
-
-
-def _export_dense(job: Job) -> SizedNetwork:
-    raw = read_raw(job.model)
-    structure = read_structure(raw, job.request.keep, prune_norms=job.request.prune_norms)
-    layers = tuple(layer for layer in read_layers(raw) if layer.fqn in raw.weights)
-    leaves = {group.leaf: group.leaf for group in structure.groups}
-    return SizedNetwork(job.model.input.shape[-1], job.model, raw, structure, layers, leaves)
-
-
-def _export_sizes(job: Job, dense: SizedNetwork) -> tuple[list[SizedNetwork], list[str]]:
-    """Make the network again at every other size: those asked for, else those that controls are taken at.
-
-    Raises:
-        UsageError: the network cannot take a size that was asked for.
-    """
-    asked = job.request.input_sizes
-    validated = job.data is not None and len(job.data.validation) > 0
-    if asked == "none" or (asked is None and not validated):
-        return [], []
-    found: list[SizedNetwork] = []
-    try:
-        if isinstance(asked, tuple):
-            sides = asked
-        else:
-            sides = auto_sizes(square_side(job.model, "auto"), total_stride(job.model, dense.raw))
-        with job.stages.stage("input sizes") as advance:
-            for side in sides:
-                if side != dense.side:
-                    model = remake(job.model, side)
-                    keep, norms = job.request.keep, job.request.prune_norms
-                    found.append(export_at(model, dense.structure, keep, prune_norms=norms))
-                advance(len(found), len(sides))
-    except UsageError as error:
-        if isinstance(asked, tuple):
-            raise
-        return found, [f"no other input sizes: {error}"]
-    stride = total_stride(job.model, dense.raw)
-    notes = [
-        f"--input-sizes {item.side} is no multiple of the network's stride, {stride}: it costs more than it saves"
-        for item in found
-        if item.side % stride
-    ]
-    return found, notes
-
-
-def _places(job: Job, dense: SizedNetwork, sizes: list[SizedNetwork]) -> list[Place]:
-    """Lay out the input sizes, the dense one first, with what recovery needs at each."""
-    asked = job.request.input_sizes
-    recovery = _dense_moments(job, dense)
-    sensitivities = _sensitivities(job, dense, recovery)
-    wanted = asked if isinstance(asked, tuple) else (dense.side,)
-    branches = _branches(job, dense, recovery)
-    places = [Place(job, dense, True, dense.side in wanted, recovery, sensitivities, branches)]
-    for network in sizes:
-        place = Place(job.at(network), network, False, asked is not None)
-        if recovery is not None and place.pruned:
-            # No moment here may come from images that are held back there.
-            moments = _dense_moments(place.job, network, len(recovery.images))
-            if moments is not None and moments.held_back == recovery.held_back:
-                # The network to come near to is the one given, not what it says of smaller pictures.
-                moments = replace(moments, logits=recovery.logits)
-            known = {leaf: replace(item, leaf=network.leaves[leaf]) for leaf, item in sensitivities.items()}
-            place = replace(place, recovery=moments, sensitivities=network.translate(known))
-        places.append(place)
-    return places
-
-
-def read_raw(model: LoadedModel) -> RawGraph:
-    """Export the model once, or read the user's own .onnx."""
-    if model.module is None:
-        assert model.onnx_path is not None
-        raw = raw_from_onnx(model.onnx_path)
-    else:
-        raw = export_raw(model.module, torch.zeros(1, *model.input.shape))
-    return raw
-
-
-def read_ranges(
-    job_ranges: str,
-    layers: tuple[Layer, ...],
-    family: str,
-    weights: Mapping[str, Array],
-    gradient: Mapping[str, Array] | None = None,
-    products: Mapping[str, Array] | None = None,
-) -> dict[str, SparsityRange]:
-    """Return the ranges from either source, before constraints."""
-    if job_ranges == "observed":
-        return observed_ranges(layers, weights, gradient, products)
-    return rule_ranges(layers, family)
-
-
-def _score(job: Job, raw: RawGraph, layers: tuple[Layer, ...]) -> tuple[Scores, dict[str, SparsityRange], list[str]]:
-    weights = read_layer_weights(raw, layers)
-    notes: list[str] = []
-    gradient: dict[str, Array] = {}
-    signals = job.request.signals
-    if signals != ("magnitude",) or job.request.ranges == "observed":
-        gradient, note = _gradients(job)
-        notes += note
-        if not gradient:
-            signals = ("magnitude",)
-    with job.stages.stage("scores"):
-        scores = score_weights(weights, gradient, signals)
-    products = _products(job, layers) if job.request.ranges == "observed" and gradient else None
-    bounds = read_ranges(job.request.ranges, layers, job.model.family, weights, gradient or None, products)
-    return scores, bounds, notes
-
-
-def _gradients(job: Job) -> tuple[dict[str, Array], list[str]]:
-    """One gradient pass over the calibration images, kept for the next run."""
-    if job.model.module is None:
-        return {}, ["a network given as .onnx has no gradients: signal magnitude only"]
-    if job.data is None or not len(job.data.calibration):
-        return {}, ["no calibration images: signal magnitude only; give --data PATH for the other signals"]
-    key = job.key(data=job.data_key, images=GRADIENT_IMAGES)
-    stored = job.store.load_arrays("gradients", key)
-    if stored is None:
-        images = job.data.calibration.take(GRADIENT_IMAGES)
-        with job.stages.stage("gradients") as advance:
-            found = gradients(job.model.module, _Batches(images, _gradient_batch(job.model)), job.request.seed, advance)
-        stored = found.values
-        job.store.save_arrays("gradients", key, stored)
-        release_memory()
-    return stored, []
-
-
-def _products(job: Job, layers: tuple[Layer, ...]) -> dict[str, Array]:
-    """GraSP's Hessian-gradient products, kept for the next run."""
-    assert job.model.module is not None and job.data is not None
-    key = job.key(data=job.data_key, images=GRASP_IMAGES)
-    stored = job.store.load_arrays("hessian_gradients", key)
-    if stored is None:
-        images = _Batches(job.data.calibration.take(GRASP_IMAGES), _gradient_batch(job.model))
-        names = [layer.fqn for layer in layers]
-        with job.stages.stage("hessian-gradient products") as advance:
-            stored = hessian_gradient_products(job.model.module, images, names, job.request.seed, advance)
-        job.store.save_arrays("hessian_gradients", key, stored)
-    return stored
-
-
-class _Batches:
-    """Calibration images as the batches of tensors that scoring reads."""
-
-    def __init__(self, images: Any, size: int) -> None:
-        self._images = images
-        self._size = size
-
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-        for images, labels in self._images.batches(self._size):
-            yield torch.from_numpy(images), torch.from_numpy(labels)
-
-    def __len__(self) -> int:
-        return -(-len(self._images) // self._size)
-
-
-def _gradient_batch(model: LoadedModel) -> int:
-    """Return how many images a backward pass holds at once: GRADIENT_PIXELS bounds the activations kept for it."""
-    _, height, width = model.input.shape
-    return max(1, min(BATCH, GRADIENT_PIXELS // (height * width)))
-
-
-def _dense_moments(job: Job, network: SizedNetwork, most: int = CLOSED_FORM_IMAGES) -> RecoveryContext | None:
-    """Run the dense network once over calibration images: what the closed form needs for every candidate."""
-    pattern = "n:m" in job.request.kinds
-    wanted_by = pattern or ("structured" in job.request.kinds and network.structure.groups)
-    if job.request.recover not in FROM_MOMENTS or job.data is None or not wanted_by:
-        return None
-    also = tuple(reduced_axes(network.raw.model)) if pattern else ()
-    images = recovery_images(job.data)[:most]
-    with job.stages.stage("dense moments") as advance:
-        return build_context(network.raw, network.structure, images, also=also, threads=2, progress=advance)
-
-
-def _sensitivities(job: Job, network: SizedNetwork, recovery: RecoveryContext | None) -> dict[Axis, Sensitivity]:
-    """Measure each group's sensitivity (recipe A, point 5): which selection suits it, and what a budget takes first."""
-    if recovery is None or "structured" not in job.request.kinds:
-        return {}
-    structure = network.structure
-    ladders = make_ladders(structure, network.layers, job.target, job.request.precisions)
-    key = job.key(
-        data=job.data_key,
-        images=CLOSED_FORM_IMAGES,
-        keep=job.request.keep,
-        prune_norms=job.request.prune_norms,
-        widths=[item.widths for item in ladders],
-    )
-    stored = job.store.load_arrays("sensitivities", key)
-    if stored is not None:
-        found = from_arrays(structure, stored)
-        # The costly part of them; selections ask for it again.
-        recovery.orders.update({leaf: item.surgeon for leaf, item in found.items()})
-        return found
-    with job.stages.stage("sensitivities") as advance:
-        found = measure_sensitivities(recovery, ladders, advance)
-    job.store.save_arrays("sensitivities", key, to_arrays(structure, found))
-    return found
-
-
-def _branches(job: Job, network: SizedNetwork, recovery: RecoveryContext | None) -> tuple[MeasuredBranch, ...]:
-    """Measure what removing each residual branch costs, where a budget may ask for it."""
-    if recovery is None or not job.budgets:
-        return ()
-    found = find_branches(network.raw.model, network.structure)
-    key = job.key(
-        data=job.data_key,
-        images=CLOSED_FORM_IMAGES,
-        keep=job.request.keep,
-        prune_norms=job.request.prune_norms,
-        branches=[item.id for item in found],
-    )
-    stored = job.store.load_json("branches", key)
-    if stored is None:
-        with job.stages.stage("blocks") as advance:
-            stored = [item.kl for item in measure_branches(recovery, found, advance)]
-        job.store.save_json("branches", key, stored)
-    return tuple(MeasuredBranch(branch, float(kl)) for branch, kl in zip(found, stored, strict=True))
-
-
-def _plan(job: Job, places: list[Place]) -> tuple[list[Plan], list[str]]:
-    """Score and plan. The scores are several times the model's size, and are let go once the plans are made."""
-    raw, structure, layers = places[0].network.raw, places[0].network.structure, places[0].network.layers
-    pruned = [place for place in places if place.pruned]
-    scores, bounds, notes = _score(job, raw, layers)
-    strategies: list[Plan] = []
-    with job.stages.stage("plan"):
-        ladders = ladders_at(places[0])
-        for kind in job.request.kinds:
-            ranges = apply_constraints(layers, bounds, kind == "structured")
-            assignments = [item for s in scores for item in assign(job.request.strategies, s, layers, ranges)]
-            if kind == "n:m":
-                found, dense = plan_n_m(raw, layers, scores, assignments)
-                strategies += found
-                notes += _pattern_notes(dense)
-            else:
-                strategies += plan_all(structure, layers, ladders, scores, assignments, (kind,))
-        plans = [_move(plan, place) for place in pruned for plan in strategies]
-    ranges = apply_constraints(layers, bounds, True)
-    rulers, more = _rulers(job, places[0])
-    notes += more
-    for ruler in rulers:
-        with job.stages.stage("plan budgets"):
-            found, more = plan_scaled(ruler, places, ranges, scores)
-        plans += found
-        notes += more
-    del scores
-    for ruler in rulers:
-        found, more = plan_by_sensitivity(ruler, job, places)
-        plans += found
-        notes += more
-    return plans, notes
-
-
-def _rulers(job: Job, dense: Place) -> tuple[list[Rulers], list[str]]:
-    """Return what every budget of the job is planned with, and what cannot be planned for."""
-    budgets = job.budgets
-    timed = any(budget.is_time for budget in budgets)
-    clock = open_clock(job.folder / "dense.onnx", job.target, job.transport, job.store) if timed else None
-    able = [budget for budget in budgets if budget.kind != "latency" or clock is not None]
-    unable = [budget for budget in budgets if budget not in able]
-    notes = [f"{item.asked}: no time is measured here, so no candidate is planned for it" for item in unable]
-    time = None
-    if clock is not None and job.request.allocate_by == "latency":
-        with job.stages.stage("latency table") as advance:
-            time = model_time(job, dense, clock, advance)
-    elif job.request.allocate_by == "latency":
-        notes.append("--allocate-by latency: no time is measured here, so widths are allocated by multiply-adds")
-    return [Rulers(job, dense, budget, clock, time) for budget in able], notes
-
-
-def _move(plan: Plan, place: Place) -> Plan:
-    """Return a plan of the dense network for the network of another size."""
-    keep = None if plan.keep is None else place.network.translate(plan.keep)
-    return replace(plan, keep=keep, side=place.side)
-
-
-def _pattern_notes(dense: Mapping[str, str]) -> list[str]:
-    """Say once per reason which layers stay dense under an n:m pattern."""
-    by_reason: dict[str, list[str]] = {}
-    for fqn, reason in dense.items():
-        by_reason.setdefault(reason, []).append(fqn)
-    return [
-        f"n:m: {len(names)} layers stay dense ({', '.join(names[:3])}{' ...' if len(names) > 3 else ''}): {reason}"
-        for reason, names in by_reason.items()
-    ]
 
 
 def _set_up_all(places: list[Place]) -> Benches:
@@ -474,11 +151,6 @@ def _make_controls(places: list[Place], benches: Benches) -> list[Candidate]:
             name = f"candidates/{file_name(f'dense@{side}')}"
             made.append(_kept(job, name, key, partial(make_control, benches[side], side)))
     return made
-
-
-def _bench_of(benches: Benches, side: int | None) -> Workbench:
-    """Return the workbench of a plan's size: the first is the dense one."""
-    return next(iter(benches.values())) if side is None else benches[side]
 
 
 def _set_up(place: Place) -> Workbench:
@@ -550,7 +222,7 @@ def _make_all(job: Job, benches: Benches, plans: list[Plan]) -> tuple[list[Candi
     with job.stages.stage("candidates") as advance:
         advance(0, len(plans))
         for index, plan in enumerate(plans):
-            bench = _bench_of(benches, plan.side)
+            bench = bench_of(benches, plan.side)
             key = job.key(
                 data=job.data_key,
                 plan=plan.digest(),
@@ -583,7 +255,7 @@ def _walk_front(
     front = [row for row in marked if row.kind == "structured" and (row.pareto or _is_budget(row, by_id[row.id]))]
 
     def walk(index: int, row: Candidate, plan: Plan, screened: str) -> Candidate:
-        bench = _bench_of(benches, plan.side)
+        bench = bench_of(benches, plan.side)
         step = "walk, to be tuned" if bench.recover == "tune" else "walk"
         key = job.key(data=job.data_key, plan=plan.digest(), recover=step, select=bench.select, screened=screened)
         return _kept(job, f"walked/{plan.file_name}", key, lambda: make_candidate(bench, plan, walk_again=True))
@@ -612,7 +284,7 @@ def _train_front(
     def improve(index: int, row: Candidate, plan: Plan, start: str) -> Candidate:
         own = next(place.job for place in places if place.side == plan.side)
         move = partial(_share, advance, index, len(chosen))
-        return train(own, _bench_of(benches, plan.side), plan, row, start, move)
+        return train(own, bench_of(benches, plan.side), plan, row, start, move)
 
     with job.stages.stage("tune" if job.request.recover == "tune" else "fine-tune") as advance:
         return _improve(job, candidates, chosen, {plan.id: plan for plan in plans}, improve)
@@ -711,7 +383,7 @@ def _convert_all(
     precisions = [precision for precision in job.request.precisions if precision != "fp32"]
     if not precisions:
         return [], []
-    bench = _bench_of(benches, None)
+    bench = bench_of(benches, None)
     front = [row for row in mark_pareto(candidates, dense) if row.pareto or bench.images.validation is None]
     sources = [dense_candidate(bench, "dense/fp32", bench.folder / "dense.onnx"), *front]
     made: list[Candidate] = []
@@ -754,142 +426,6 @@ def _dense_row(job: Job, bench: Workbench) -> DenseRow:
     )
 
 
-def _emulate(
-    job: Job, benches: Benches, transport: Transport, dense: DenseRow, candidates: list[Candidate]
-) -> tuple[DenseRow, list[Candidate], dict[str, Any], list[str]]:
-    """Compare outputs on the emulated core with this machine's; its times and memory are not the device's: null.
-
-    An emulated inference takes seconds, so only the rows on the front go through.
-    """
-    front = [row for row in mark_pareto(candidates, dense) if row.pareto or len(candidates) == 1] or candidates[:1]
-    notes = [f"{transport.name} is emulated: latency and memory are not measured"]
-    with job.stages.stage("emulate") as advance, tempfile.TemporaryDirectory() as scratch:
-        env = environment(job.target, transport)
-        files = {side: Path(scratch) / f"images-{side}.npy" for side in benches}
-        for side, file in files.items():
-            np.save(file, benches[side].images.parity)
-        for index, row in enumerate(front):
-            assert row.artifact is not None
-            artifact, side = job.folder / row.artifact, row.input_shape[-1]
-            kind = benches[side].images.parity_kind
-            found = compare_outputs(artifact, files[side], job.target, transport=transport, kind=kind)
-            notes.append(
-                f"{row.id}, emulated: top-1 agrees with this machine's on {found.top1_agreement:.0%} of "
-                f"{found.inputs.count} inputs, largest difference {found.max_rel_err:.0e} of the output's scale"
-            )
-            advance(index + 1, len(front))
-    return dense, candidates, {**env, "packages": job.key()["versions"]}, notes
-
-
-def _measure(
-    job: Job, benches: Benches, dense: DenseRow, candidates: list[Candidate]
-) -> tuple[DenseRow, list[Candidate], dict[str, Any], list[str]]:
-    """Time every candidate against the dense model, and take each one's memory in a process of its own."""
-    transport = job.transport
-    if transport is None:
-        return dense, candidates, {"controller": job.key()["versions"]}, []
-    if transport.source == "emulated":
-        return _emulate(job, benches, transport, dense, candidates)
-    timings: list[Measurement] = []
-    measured: list[Candidate] = []
-    dense_file = job.folder / "dense.onnx"
-    with job.stages.stage("measure") as advance:
-        env = environment(job.target, transport)
-        fingerprint = env["fingerprint"]
-        memory = _memory(job, dense_file, transport, fingerprint)
-        dense_latencies: list[Latency] = []
-        for index, candidate in enumerate(candidates):
-            assert candidate.artifact is not None
-            artifact = job.folder / candidate.artifact
-            samples = job.folder / SAMPLES_FOLDER / f"{artifact.stem}.json"
-            timing = measure_pair(
-                dense_file,
-                artifact,
-                job.target,
-                transport=transport,
-                pairs=MINIMUM_PAIRS,
-                raw_samples=samples,
-                fingerprint=fingerprint,
-            )
-            timings.append(timing)
-            dense_latencies.append(timing.dense_latency)
-            measured.append(
-                replace(
-                    candidate,
-                    latency_ms=timing.latency,
-                    speedup=timing.speedup,
-                    speedup_ci=timing.speedup_ci,
-                    peak_memory_bytes=_memory(job, artifact, transport, fingerprint),
-                )
-            )
-            advance(index + 1, len(candidates))
-    # Every pair timed the dense model anew; the one in the middle stands for it, so that drift does not pick the row.
-    timed = sorted((item for item in dense_latencies if item.p50 is not None), key=lambda item: item.p50 or 0.0)
-    middle = timed[len(timed) // 2] if timed else Latency()
-    dense = replace(dense, latency_ms=middle, peak_memory_bytes=memory)
-    env = {**env, "packages": job.key()["versions"]}
-    return dense, measured, env, [*(str(text) for text in env.get("doubts", [])), *merge_doubts(timings)]
-
-
-def _judge_on_device(
-    job: Job, benches: Benches, dense: DenseRow, candidates: list[Candidate], fingerprint: str
-) -> tuple[DenseRow, list[Candidate], str]:
-    """Take every accuracy from the device: its kernels, int8 ones above all, may answer otherwise than this machine's.
-
-    Agreement and divergence are with the dense model on the device too.
-    """
-    bench = _bench_of(benches, None)
-    assert job.transport is not None and bench.images.labels is not None
-    rows: list[Candidate] = []
-    moved: list[float] = []
-    with job.stages.stage("accuracy on the device") as advance, tempfile.TemporaryDirectory() as scratch:
-        pieces = {side: _save_images(item.images, Path(scratch), side) for side, item in benches.items()}
-        reference = _device_logits(job, job.folder / "dense.onnx", pieces[bench.spec.shape[-1]], fingerprint)
-        own = compare_logits(reference, bench.images.labels, None).accuracy_top1
-        for index, row in enumerate(candidates):
-            assert row.artifact is not None
-            logits = _device_logits(job, job.folder / row.artifact, pieces[row.input_shape[-1]], fingerprint)
-            rows.append(replace(row, **judge_logits(logits, bench.images.labels, reference, own)))
-            moved.append(abs((rows[-1].accuracy_top1 or 0.0) - (row.accuracy_top1 or 0.0)))
-            advance(index + 1, len(candidates))
-    note = (
-        f"accuracy was measured on {job.transport.name}, on {len(bench.images.labels)} validation images; the row that "
-        f"differs most from this machine's figure differs by {100 * max(moved, default=0.0):.2f} points"
-    )
-    return replace(dense, accuracy_top1=own), rows, note
-
-
-def _save_images(images: Images, folder: Path, side: int) -> list[Path]:
-    """Write the validation images as the files that a device is sent, a batch each."""
-    assert images.validation is not None
-    pieces: list[Path] = []
-    for number, (batch, _) in enumerate(images.validation()):
-        pieces.append(folder / f"images-{side}-{number:05d}.npy")
-        np.save(pieces[-1], batch)
-    return pieces
-
-
-def _device_logits(job: Job, model: Path, pieces: Sequence[Path], fingerprint: str) -> Array:
-    """Return the device's answers for the validation images, from an earlier run where nothing has changed."""
-    assert job.transport is not None
-    key = job.key(data=job.data_key, artifact=hash_file(model), target=job.target, fingerprint=fingerprint)
-    stored = job.store.load_arrays(f"device_logits/{model.stem}", key)
-    if stored is None:
-        stored = {"logits": evaluate_in_pieces(model, pieces, job.target, transport=job.transport)}
-        job.store.save_arrays(f"device_logits/{model.stem}", key, stored)
-    return stored["logits"]
-
-
-def _memory(job: Job, model: Path, transport: Transport, fingerprint: str) -> int | None:
-    key = {"model": hash_file(model), "target": job.target, "fingerprint": fingerprint}
-    stored = job.store.load_json(f"memory/{model.stem}", key)
-    if stored is None:
-        stored = [measure_memory(model, job.target, transport=transport)]
-        job.store.save_json(f"memory/{model.stem}", key, stored)
-    value: int | None = stored[0]
-    return value
-
-
 def _finish(
     job: Job,
     benches: Benches,
@@ -918,7 +454,7 @@ def _finish(
     if job.data is not None:
         warnings += job.data.warnings
     if job.transport is None:
-        warnings.append(_how_to_measure(job.target))
+        warnings.append(how_to_measure(job.target))
     report = Report(
         model=replace(job.model.info, macs=dense.macs, params=dense.params),
         target=to_json(job.target),
@@ -987,16 +523,6 @@ def _test_accuracy(job: Job, bench: Workbench, row: Candidate) -> float | None:
     with job.stages.stage("test"):
         logits = run_onnx(job.folder / row.artifact, job.data.test.batches(BATCH), bench.threads)
         return compare_logits(logits, job.data.test.labels, None).accuracy_top1
-
-
-def _how_to_measure(target: Target) -> str:
-    if matches_this_machine(target):
-        return "latency is not measured: --no-bench was given; run the same command without it to measure"
-    return (
-        f"latency is not measured: this machine is not {target.name} and no device was given; give --host USER@HOST, "
-        f"or copy dense.onnx and the artifacts to one and run there: "
-        f"mm-edge bench dense.onnx ARTIFACT.onnx --target {target.name}"
-    )
 
 
 def skipped_groups(structure: Structure) -> tuple[SkippedGroup, ...]:

@@ -1,6 +1,6 @@
-"""Plans for budgets: the strategies' ranges scaled to them, and the allocation by measured sensitivity.
+"""What to remove for every candidate: the strategies of all signals, and what budgets ask for.
 
-For every budget and input size the ranges are scaled as a whole, one plan per signal. One more plan, `sensitivity`,
+A strategy's plan is made at the dense size and moved to the others. For every budget and input size the ranges are scaled as a whole, one plan per signal. One more plan, `sensitivity`,
 spends the budget on input size, whole blocks and widths together, whatever diverges least from the dense network on
 calibration images that are held back. How a budget is met is in budgets.py.
 """
@@ -8,6 +8,7 @@ calibration images that are held back. How a budget is met is in budgets.py.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -22,7 +23,9 @@ from mm_edge.candidates import (
     file_name,
     make_ladders,
     parameter_cost,
+    plan_all,
     plan_budget,
+    plan_n_m,
     recover_keep,
 )
 from mm_edge.evaluate import compare_logits, run_onnx
@@ -35,11 +38,14 @@ from mm_edge.graph.widths import Counts, Ladder, group_scores, select_indices
 from mm_edge.job import Job, Place, recovery_images
 from mm_edge.latency_table import at_another_size, fit_time, measure_table
 from mm_edge.progress import Advance
+from mm_edge.ranges import apply_constraints
 from mm_edge.records import Assignment, SparsityRange
 from mm_edge.recover.branches import MeasuredBranch, allocate_rest, offers
 from mm_edge.recover.context import RecoveryContext
 from mm_edge.scores import Scores
-from mm_edge.timing import Clock
+from mm_edge.scoring import score_network
+from mm_edge.strategies import assign
+from mm_edge.timing import Clock, open_clock
 
 # Counted budgets are used to the last step. Time is measured again later, and no two measurements agree to 1 %.
 COUNTED_WINDOW = (1 - BUDGET_SLACK, 1.0)
@@ -329,3 +335,71 @@ def _screen(job: Job, place: Place, plan: Plan) -> ir.Model:
     assert plan.keep is not None and place.recovery is not None
     found = recover_keep(place.recovery, plan.keep, job.request.select, place.sensitivities, walked=False)
     return materialise(place.network.raw, place.network.structure, {**plan.keep, **found.keep}, found.tensors)
+
+
+def make_plans(job: Job, places: list[Place]) -> tuple[list[Plan], list[str]]:
+    """Score and plan. The scores are several times the model's size, and are let go once the plans are made."""
+    raw, structure, layers = places[0].network.raw, places[0].network.structure, places[0].network.layers
+    pruned = [place for place in places if place.pruned]
+    scores, bounds, notes = score_network(job, raw, layers)
+    strategies: list[Plan] = []
+    with job.stages.stage("plan"):
+        ladders = ladders_at(places[0])
+        for kind in job.request.kinds:
+            ranges = apply_constraints(layers, bounds, kind == "structured")
+            assignments = [item for s in scores for item in assign(job.request.strategies, s, layers, ranges)]
+            if kind == "n:m":
+                found, dense = plan_n_m(raw, layers, scores, assignments)
+                strategies += found
+                notes += _pattern_notes(dense)
+            else:
+                strategies += plan_all(structure, layers, ladders, scores, assignments, (kind,))
+        plans = [_move(plan, place) for place in pruned for plan in strategies]
+    ranges = apply_constraints(layers, bounds, True)
+    rulers, more = rulers_of(job, places[0])
+    notes += more
+    for ruler in rulers:
+        with job.stages.stage("plan budgets"):
+            found, more = plan_scaled(ruler, places, ranges, scores)
+        plans += found
+        notes += more
+    del scores
+    for ruler in rulers:
+        found, more = plan_by_sensitivity(ruler, job, places)
+        plans += found
+        notes += more
+    return plans, notes
+
+
+def rulers_of(job: Job, dense: Place) -> tuple[list[Rulers], list[str]]:
+    """Return what every budget of the job is planned with, and what cannot be planned for."""
+    budgets = job.budgets
+    timed = any(budget.is_time for budget in budgets)
+    clock = open_clock(job.folder / "dense.onnx", job.target, job.transport, job.store) if timed else None
+    able = [budget for budget in budgets if budget.kind != "latency" or clock is not None]
+    unable = [budget for budget in budgets if budget not in able]
+    notes = [f"{item.asked}: no time is measured here, so no candidate is planned for it" for item in unable]
+    time = None
+    if clock is not None and job.request.allocate_by == "latency":
+        with job.stages.stage("latency table") as advance:
+            time = model_time(job, dense, clock, advance)
+    elif job.request.allocate_by == "latency":
+        notes.append("--allocate-by latency: no time is measured here, so widths are allocated by multiply-adds")
+    return [Rulers(job, dense, budget, clock, time) for budget in able], notes
+
+
+def _move(plan: Plan, place: Place) -> Plan:
+    """Return a plan of the dense network for the network of another size."""
+    keep = None if plan.keep is None else place.network.translate(plan.keep)
+    return replace(plan, keep=keep, side=place.side)
+
+
+def _pattern_notes(dense: Mapping[str, str]) -> list[str]:
+    """Say once per reason which layers stay dense under an n:m pattern."""
+    by_reason: dict[str, list[str]] = {}
+    for fqn, reason in dense.items():
+        by_reason.setdefault(reason, []).append(fqn)
+    return [
+        f"n:m: {len(names)} layers stay dense ({', '.join(names[:3])}{' ...' if len(names) > 3 else ''}): {reason}"
+        for reason, names in by_reason.items()
+    ]

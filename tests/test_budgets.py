@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from tiny_graphs import structure_of, tiny
 from tiny_job import save_checkpoint, write_images
 
-from mm_edge import pipeline
+from mm_edge import places, planning
 from mm_edge.api import Setting, make_request, run_job
 from mm_edge.budgets import Budget, Draft, Ruler, asked_budgets, counts_of, is_budget, meet, words_for
 from mm_edge.errors import ConstraintError, UsageError
@@ -180,8 +180,8 @@ def test_a_size_is_met_to_the_byte_and_the_report_says_who_won(
         raise AssertionError("measured again")
 
     # What groups and blocks cost is measured once for all budgets.
-    monkeypatch.setattr(pipeline, "measure_branches", refuse)
-    monkeypatch.setattr(pipeline, "measure_sensitivities", refuse)
+    monkeypatch.setattr(places, "measure_branches", refuse)
+    monkeypatch.setattr(places, "measure_sensitivities", refuse)
     again = run(files, tmp_path / "run", recover="closed-form", constraints=Constraints(size_bytes=limit - 2000))
     assert {row.strategy for row in again.candidates} == {"balanced", f"size_{limit - 2000}"}
 
@@ -251,11 +251,11 @@ def test_nothing_is_planned_for_a_latency_where_time_is_emulated(tmp_path: Path)
     parts = {"budgets": budgets, "folder": tmp_path, "target": None, "transport": emulated, "store": store}
     job: Any = SimpleNamespace(**parts, request=request)
     dense: Any = None
-    rulers, notes = pipeline._rulers(job, dense)
+    rulers, notes = planning.rulers_of(job, dense)
     assert [(item.budget, item.measured) for item in rulers] == [(Budget("speedup", 2), False)]
     assert notes == ["--latency 2: no time is measured here, so no candidate is planned for it"]
     request.allocate_by = "latency"
-    assert pipeline._rulers(job, dense)[1][1:] == [
+    assert planning.rulers_of(job, dense)[1][1:] == [
         "--allocate-by latency: no time is measured here, so widths are allocated by multiply-adds"
     ]
 

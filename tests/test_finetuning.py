@@ -13,10 +13,10 @@ import timm
 import torch
 from tiny_job import CLASSES, SIDE, save_checkpoint, write_images
 
-from mm_edge import pipeline
 from mm_edge.api import Setting, make_request, run_job
 from mm_edge.data import open_data
 from mm_edge.errors import UsageError
+from mm_edge.export import read_raw
 from mm_edge.finetuning import worth_training
 from mm_edge.layers import read_layers
 from mm_edge.models import LoadedModel, LoadOptions, load_model
@@ -101,7 +101,7 @@ def test_unstructured_zeros_are_those_asked_for_within_one_weight_a_layer(
     (row,) = [row for row in report.candidates if row.kind == "unstructured"]
     assert row.recovered_by == "finetune" and row.artifact is not None
     model = load(files)
-    layers = read_layers(pipeline.read_raw(model))
+    layers = read_layers(read_raw(model))
     ranges = apply_constraints(layers, rule_ranges(layers, model.family), False)
     wanted = assign(("max_aggressive",), "magnitude", layers, ranges)[0].sparsity
     graph = onnx.load(out / row.artifact).graph

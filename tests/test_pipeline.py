@@ -21,11 +21,12 @@ from tiny_job import CLASSES, SIDE, write_images
 from torch import nn
 
 import mm_edge
-from mm_edge import api, pipeline
+from mm_edge import api, measuring, pipeline
 from mm_edge.api import RequestFields, Setting, make_request, run_job
 from mm_edge.data import open_data
 from mm_edge.errors import ConstraintError, UsageError
 from mm_edge.evaluate import run_onnx
+from mm_edge.export import read_raw
 from mm_edge.job import Request
 from mm_edge.layers import read_layers
 from mm_edge.models import LoadedModel, LoadOptions, load_model, wrap_module
@@ -173,7 +174,7 @@ def test_sparsity_is_counted_in_the_artifact(done: Finished) -> None:
 
 def test_unstructured_zeros_are_those_asked_for_within_one_weight_a_layer(done: Finished) -> None:
     model = load(done.files)
-    layers = read_layers(pipeline.read_raw(model))
+    layers = read_layers(read_raw(model))
     ranges = apply_constraints(layers, rule_ranges(layers, model.family), False)
     for signal in ("magnitude", "gradient", "product"):
         wanted = assign(("balanced",), signal, layers, ranges)[0].sparsity
@@ -303,7 +304,7 @@ def test_a_target_that_is_not_here_has_no_latency_and_says_how_to_measure(
     files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(api, "matches_this_machine", lambda target: False)
-    monkeypatch.setattr(pipeline, "matches_this_machine", lambda target: False)
+    monkeypatch.setattr(measuring, "matches_this_machine", lambda target: False)
     report = run(load_small, files / "images", tmp_path / "run", {"target": "arm64", "bench": True})
     assert report.target["name"] == "arm64"
     assert {row.latency_ms.p50 for row in (report.dense, *report.candidates)} == {None}

@@ -21,12 +21,11 @@ from mm_edge.data import open_data
 from mm_edge.device_files import read_metadata
 from mm_edge.errors import UsageError
 from mm_edge.evaluate import run_onnx
-from mm_edge.export import deploy
+from mm_edge.export import deploy, read_raw
 from mm_edge.graph.compact import mask_tensors, masked_model, materialise
 from mm_edge.graph.groups import read_structure
 from mm_edge.models import LoadedModel, LoadOptions, load_model, wrap_module
 from mm_edge.parity import compare, onnx_runner, torch_runner
-from mm_edge.pipeline import read_raw
 from mm_edge.progress import Stages
 from mm_edge.records import Report
 from mm_edge.sizes import auto_sizes, check_input_sizes, export_at, parse_input_sizes, remake, total_stride
