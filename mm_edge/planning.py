@@ -1,8 +1,9 @@
 """What to remove for every candidate: the strategies of all signals, and what budgets ask for.
 
-A strategy's plan is made at the dense size and moved to the others. For every budget and input size the ranges are scaled as a whole, one plan per signal. One more plan, `sensitivity`,
-spends the budget on input size, whole blocks and widths together, whatever diverges least from the dense network on
-calibration images that are held back. How a budget is met is in budgets.py.
+A strategy's plan is made at the dense size and moved to the others. For every budget and input size the ranges are
+scaled as a whole, one plan per signal. One more plan, `sensitivity`, spends the budget on input size, whole blocks and
+widths together, whatever diverges least from the dense network on calibration images that are held back. How a budget
+is met is in budgets.py.
 """
 
 from __future__ import annotations
