@@ -3,16 +3,18 @@
     python benchmarks/lite0.py CHECKPOINT IMAGES.tar --work FOLDER [--seeds 0,1,2] [--tune 0.7]
     python benchmarks/lite0.py CHECKPOINT IMAGES.tar --work FOLDER --report [--measure]
 
-Per seed the images are split in half: one half to calibrate, unlabelled, the other to evaluate. The rows are those that
-`mm-edge prune-export CHECKPOINT --data IMAGES.tar --split 0.5,0.5,0 --seed SEED --recover closed-form` makes with
+Per seed the images are split in half: one half to calibrate, unlabelled, the other to evaluate. As `--macs` of
+`mm-edge prune-export --split 0.5,0.5,0 --recover closed-form` does, every budget is spent on widths with none to three
+residual blocks removed, whichever diverges least on held-back calibration images; the winner is walked.
 
-    full    --macs 0.85,0.80,0.70,0.60                                  width and blocks at 224 pixels
-    sizes   --macs 0.75,0.63,0.59,0.52 --input-sizes 224,192,160        input size too; with the dense controls
-    tune    --macs TUNED --recover tune                                 the same networks, tuned block by block
+    control   the dense network on smaller pictures
+    full      at 224 pixels
+    sized     at 192 pixels, compared with 224
+    tuned     the network of `full`, tuned block by block
 
-the ten strategies left out. Runs are kept in FOLDER: one that was stopped goes on. --report gathers what FOLDER holds
-into benchmarks/results/lite0.json; with --measure every network is first timed against the dense one, inferences in
-turn, one thread (do that on a quiet machine).
+Networks and rows are kept in FOLDER, so that a run that was stopped goes on. --report gathers them into
+benchmarks/results/lite0.json; with --measure every network is first timed against the dense one, inferences in turn,
+one thread (do that on a quiet machine).
 """
 
 from __future__ import annotations
@@ -21,115 +23,229 @@ import argparse
 import json
 import platform
 import time
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import mm_edge
-
-# isort: split
 import numpy as np
+import onnx_ir as ir
 import onnxruntime
-from rich.console import Console
+from safetensors.numpy import load_file, save_file
 
-from mm_edge.api import Setting, make_request, run_job
 from mm_edge.bench.session import measure_pair
 from mm_edge.bench.transport import LocalTransport
+from mm_edge.candidates import make_ladders, recover_keep
+from mm_edge.data import DataSplits, open_data
+from mm_edge.evaluate import compare_logits, run_onnx
+from mm_edge.export import RawGraph, deploy
+from mm_edge.graph.compact import Keep, materialise
+from mm_edge.graph.depth import Branch, find_branches
+from mm_edge.graph.groups import Structure, read_structure
+from mm_edge.layers import read_layers
 from mm_edge.models import LoadOptions, load_model
-from mm_edge.progress import Stages
+from mm_edge.pipeline import read_raw
+from mm_edge.recover.branches import allocate_rest, measure_branches, offers
+from mm_edge.recover.context import RecoveryContext, build_context
+from mm_edge.recover.sensitivity import from_arrays, measure_sensitivities, to_arrays
+from mm_edge.recover.tune import tune
+from mm_edge.sizes import export_at, remake
 from mm_edge.target import load_target, resolve_host
 
 RESULTS = Path(__file__).resolve().parent / "results" / "lite0.json"
-FULL = (0.85, 0.8, 0.7, 0.6)
-SIZED = (0.75, 0.63, 0.59, 0.52)
-SIDES = (224, 192, 160)
+FULL = (0.6, 0.7, 0.75, 0.8, 0.85)
+SIZED = (0.63, 0.59, 0.52)
+SMALLER = 192
+CONTROLS = (192, 176, 160)
 PAIRS = 200
 
 
-def run(options: argparse.Namespace, seed: int, name: str, recover: str, macs: tuple[float, ...], sizes: Any) -> None:
-    """Do one job and keep what its report says in FOLDER, unless it is there."""
-    kept = options.work / f"{name}-{seed}.json"
-    if kept.exists():
-        return
-    out = options.work / f"run-{seed}"
-    setting = Setting(out=out, data=options.images, bench=False, split=(0.5, 0.5, 0.0))
-    fields: dict[str, Any] = {"signals": ("magnitude",), "macs": macs, "input_sizes": sizes, "seed": seed}
-    request = replace(make_request(setting, recover=recover, **fields), strategies=())
-    stages = Stages(Console(stderr=True))
-    started = time.monotonic()
-    report = run_job(lambda: load_model(options.checkpoint, LoadOptions()), setting, request, stages)
-    dense = report.dense
-    rows = []
-    for row in report.candidates:
-        if row.signal != "sensitivity" and not row.is_control:
-            continue
-        rows.append(
-            {
-                "id": row.id,
-                "side": row.input_shape[-1],
-                "macs": round(row.macs / dense.macs, 4),
-                "top1": row.accuracy_top1,
-                "drop_points": row.accuracy_drop,
-                "agreement": row.agreement_top1,
-                "kl": row.kl_to_dense,
-                "parity": None if row.parity is None else row.parity.max_abs_err,
-                "removed_blocks": row.removed_blocks,
-                "recovered_by": row.recovered_by,
-                "stopped": row.stopped,
-                "artifact": str(out / str(row.artifact)),
-            }
-        )
-    found = {
-        "seed": seed,
-        "dense_top1": dense.accuracy_top1,
-        "dense": str(out / "dense.onnx"),
-        "rows": rows,
-        "seconds": {**report.seconds, "all": round(time.monotonic() - started, 1)},
-        "warnings": report.warnings,
-    }
-    kept.write_text(json.dumps(found, indent=1))
-    for item in rows:
-        print(json.dumps({key: item[key] for key in ("id", "macs", "drop_points", "agreement", "kl")}), flush=True)
+@dataclass(frozen=True)
+class At:
+    """The network at one input size: its graph, its images, and how its leaves are called at 224 pixels."""
+
+    side: int
+    raw: RawGraph
+    structure: Structure
+    ladders: Any
+    data: DataSplits
+    leaves: Mapping[Any, Any]
 
 
-def measure(found: dict[str, Any]) -> None:
-    """Time every row of a run against its dense network."""
+class Seed:
+    """One split of the images."""
+
+    def __init__(self, options: argparse.Namespace, seed: int) -> None:
+        self.options, self.seed = options, seed
+        self.model = load_model(options.checkpoint, LoadOptions())
+        self.target = resolve_host(load_target("host"))
+        raw = read_raw(self.model)
+        structure, layers = read_structure(raw), read_layers(raw)
+        data = open_data(options.images, self.model.input, self.model.info.num_classes, (0.5, 0.5, 0.0), seed)
+        ladders = make_ladders(structure, layers, self.target)
+        self.full = At(224, raw, structure, ladders, data, {group.leaf: group.leaf for group in structure.groups})
+        self.labels = data.validation.labels
+        self.answers = run_onnx(_bytes(raw.model.clone()), data.validation.batches(50), 1)
+
+    def run(self) -> None:
+        self.record("dense", 1.0, self.full, {}, {}, {})
+        for side in CONTROLS:
+            if not self.path("control", side, 1.0).exists():
+                self.record("control", 1.0, self.at(side), {}, {}, {})
+        wanted = [self.path("full", 224, fraction) for fraction in FULL]
+        wanted += [self.path("sized", SMALLER, fraction) for fraction in SIZED]
+        wanted += [self.path("tuned", 224, fraction) for fraction in self.options.tune]
+        if all(path.exists() for path in wanted):
+            return
+        started = time.monotonic()
+        context = build_context(self.full.raw, self.full.structure, _calibration(self.full))
+        sensitivities = self.sensitivities(context)
+        branches = measure_branches(context, find_branches(self.full.raw.model, self.full.structure))
+        shared = {"shared_seconds": round(time.monotonic() - started, 1)}
+        for fraction in FULL:
+            tuned = fraction in self.options.tune and not self.path("tuned", 224, fraction).exists()
+            if not self.path("full", 224, fraction).exists() or tuned:
+                self.make("full", fraction, self.full, context, sensitivities, branches, shared)
+        smaller = self.at(SMALLER)
+        own = replace(build_context(smaller.raw, smaller.structure, _calibration(smaller)), logits=context.logits)
+        for fraction in SIZED:
+            if not self.path("sized", SMALLER, fraction).exists():
+                here, _ = self.search(self.full, context, sensitivities, branches, fraction)
+                self.make("sized", fraction, smaller, own, sensitivities, branches, {"kl_screened_at_224": here})
+
+    def search(
+        self, at: At, context: RecoveryContext, sensitivities: Any, branches: Any, fraction: float
+    ) -> tuple[float, tuple[Keep, Any, list[str]]]:
+        """Return the least divergence of the screened networks, and the network."""
+        own = {at.leaves[leaf]: item for leaf, item in sensitivities.items()}
+        tried = []
+        for removed in offers(branches, lambda branch: branch.macs):
+            gone = [
+                Branch(item.id, tuple(at.leaves[leaf] for leaf in item.leaves), item.tensors, item.macs)
+                for item in removed
+            ]
+            budget = fraction * self.full.structure.macs()
+            keep = allocate_rest(at.structure, at.structure.mac_cost, own, gone, budget, at.ladders)
+            found = recover_keep(context, keep, "auto", own, walked=False)
+            tried.append((found.kl_held_back or 0.0, (keep, own, [item.id for item in removed])))
+        return min(tried, key=lambda item: item[0])
+
+    def make(
+        self,
+        kind: str,
+        fraction: float,
+        at: At,
+        context: RecoveryContext,
+        sensitivities: Any,
+        branches: Any,
+        more: dict[str, Any],
+    ) -> None:
+        """Spend a budget, walk the winner, keep it; and tune it where that is asked for."""
+        started = time.monotonic()
+        screened, (keep, own, removed) = self.search(at, context, sensitivities, branches, fraction)
+        searched = time.monotonic()
+        found = recover_keep(context, keep, "auto", own, walked=True)
+        keep = {**keep, **found.keep}
+        more = {
+            **more,
+            "removed_blocks": removed,
+            "search_seconds": round(searched - started, 1),
+            "walk_seconds": round(time.monotonic() - searched, 1),
+            "kl_screened": screened,
+            "kl_held_back": found.kl_held_back,
+            "notes": found.notes,
+        }
+        self.record(kind, fraction, at, keep, found.tensors, more)
+        if kind == "full" and fraction in self.options.tune:
+            started = time.monotonic()
+            tuned = tune(context, self.model.module, keep, found.fitted, seed=self.seed)
+            more = {"tune_seconds": round(time.monotonic() - started, 1), "note": tuned.note}
+            self.record("tuned", fraction, at, keep, tuned.tensors, more)
+
+    def sensitivities(self, context: RecoveryContext) -> Any:
+        path = self.options.work / f"sensitivities-{self.seed}.safetensors"
+        if path.exists():
+            return from_arrays(self.full.structure, load_file(path))
+        found = measure_sensitivities(context, self.full.ladders)
+        save_file(to_arrays(self.full.structure, found), path)
+        return found
+
+    def at(self, side: int) -> At:
+        model = remake(self.model, side)
+        sized = export_at(model, self.full.structure)
+        ladders = make_ladders(sized.structure, sized.layers, self.target)
+        data = self.full.data.prepared_for(model.input)
+        return At(side, sized.raw, sized.structure, ladders, data, sized.leaves)
+
+    def path(self, kind: str, side: int, fraction: float) -> Path:
+        return self.options.work / f"row-{self.seed}-{kind}-{side}-{fraction:.3f}.json"
+
+    def record(self, kind: str, fraction: float, at: At, keep: Any, tensors: Any, more: dict[str, Any]) -> None:
+        path = self.path(kind, at.side, fraction)
+        if path.exists():
+            return
+        artifact = path.with_suffix(".onnx")
+        artifact.write_bytes(_bytes(materialise(at.raw, at.structure, keep, tensors)))
+        result = compare_logits(run_onnx(artifact, at.data.validation.batches(50), 1), self.labels, self.answers)
+        dense = compare_logits(self.answers, self.labels, None)
+        macs = at.structure.macs({leaf: float(kept.sum()) for leaf, kept in keep.items()})
+        row = {
+            "seed": self.seed,
+            "kind": kind,
+            "side": at.side,
+            "budget": fraction,
+            "macs": round(macs / self.full.structure.macs(), 4),
+            "top1": result.accuracy_top1,
+            "drop_points": round(100 * (dense.accuracy_top1 - result.accuracy_top1), 2),
+            "agreement": result.agreement_top1,
+            "kl": round(result.kl_to_dense, 4),
+            "artifact": artifact.name,
+            **more,
+        }
+        path.write_text(json.dumps(row))
+        print(json.dumps(row), flush=True)
+
+
+def measure(options: argparse.Namespace, row: dict[str, Any]) -> None:
+    """Time a row's network against the dense one of its seed."""
     target = replace(resolve_host(load_target("host")), threads=1)
+    dense = options.work / f"row-{row['seed']}-dense-224-1.000.onnx"
     with LocalTransport() as transport:
-        for row in found["rows"]:
-            timed = measure_pair(Path(found["dense"]), Path(row["artifact"]), target, transport=transport, pairs=PAIRS)
-            row["speedup"], row["speedup_ci"] = timed.speedup, timed.speedup_ci
-            print(found["seed"], row["id"], row["macs"], row["drop_points"], timed.speedup, flush=True)
+        found = measure_pair(dense, options.work / row["artifact"], target, transport=transport, pairs=PAIRS)
+    row["speedup"], row["speedup_ci"] = found.speedup, found.speedup_ci
 
 
 def report(options: argparse.Namespace) -> None:
-    """Gather the runs of FOLDER, with means over the seeds."""
-    runs: dict[str, list[dict[str, Any]]] = {}
-    for path in sorted(options.work.glob("*-[0-9].json")):
-        found = json.loads(path.read_text())
-        if options.measure:
-            measure(found)
-            path.write_text(json.dumps(found, indent=1))
-        for row in found["rows"]:
-            row.pop("artifact")
-        found.pop("dense")
-        runs.setdefault(path.stem.rpartition("-")[0], []).append(found)
-    means: dict[str, Any] = {}
-    for name, parts in runs.items():
-        for identity in dict.fromkeys(row["id"] for part in parts for row in part["rows"]):
-            rows = [row for part in parts for row in part["rows"] if row["id"] == identity]
-            keys = ("macs", "drop_points", "agreement", "kl", "speedup")
-            mean = {key: _mean([row.get(key) for row in rows]) for key in keys}
-            means[f"{name}: {identity}"] = {**mean, "seeds": len(rows)}
+    """Gather the rows, with means over the seeds, into RESULTS."""
+    rows = []
+    for path in sorted(options.work.glob("row-*.json")):
+        row = json.loads(path.read_text())
+        if options.measure and row["kind"] != "dense":
+            measure(options, row)
+            path.write_text(json.dumps(row))
+        rows.append(row)
+    means = []
+    for key in sorted({(row["kind"], row["side"], row["budget"]) for row in rows}):
+        same = [row for row in rows if (row["kind"], row["side"], row["budget"]) == key]
+        names = ("macs", "top1", "drop_points", "agreement", "kl", "speedup", "walk_seconds", "tune_seconds")
+        found = {name: _mean([row.get(name) for row in same]) for name in names}
+        means.append({"kind": key[0], "side": key[1], "budget": key[2], "seeds": len(same), **found})
+        print(json.dumps(means[-1]))
     host = {"machine": platform.machine(), "onnxruntime": onnxruntime.__version__, "threads": 1}
-    RESULTS.write_text(json.dumps({"host": host, "means": means, "runs": runs}, indent=1) + "\n")
-    for name, mean in means.items():
-        print(name, mean)
+    RESULTS.write_text(json.dumps({"host": host, "means": means, "rows": rows}, indent=1) + "\n")
 
 
 def _mean(values: list[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return round(float(np.mean(known)), 4) if known and len(known) == len(values) else None
+
+
+def _calibration(at: At) -> np.ndarray:
+    return np.concatenate([batch for batch, _ in at.data.calibration.batches(50)])
+
+
+def _bytes(model: ir.Model) -> bytes:
+    return ir.to_proto(deploy(model)).SerializeToString()
 
 
 def main() -> None:
@@ -138,25 +254,18 @@ def main() -> None:
     parser.add_argument("images")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--parts", default="full,sizes")
-    parser.add_argument("--tune", default="", help="budgets to tune too")
+    parser.add_argument("--tune", default="", help="budgets of `full` to tune too")
     parser.add_argument("--report", action="store_true")
     parser.add_argument("--measure", action="store_true")
     options = parser.parse_args()
+    options.tune = tuple(float(item) for item in options.tune.split(",") if item)
     options.work.mkdir(parents=True, exist_ok=True)
     if options.report:
         report(options)
         return
-    tuned = tuple(float(item) for item in options.tune.split(",") if item)
-    for seed in (int(item) for item in options.seeds.split(",")):
-        if "full" in options.parts:
-            run(options, seed, "full", "closed-form", FULL, "none")
-        if "sizes" in options.parts:
-            run(options, seed, "sizes", "closed-form", SIZED, SIDES)
-        if tuned:
-            run(options, seed, "tune", "tune", tuned, "none")
+    for seed in options.seeds.split(","):
+        Seed(options, int(seed)).run()
 
 
 if __name__ == "__main__":
-    print(f"mm-edge {mm_edge.__version__}", flush=True)
     main()
