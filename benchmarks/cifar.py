@@ -6,6 +6,8 @@ default settings throughout:
     recovery   30 % fewer MACs; not recovered, BatchNorm re-estimated, closed form: which part of what pruning lost is
                back, for the plan of the same ranges and for the one allocated by measured sensitivity
     finetune   50 % fewer MACs, the closed form, then fine-tuning under the masks for a few epochs
+    sizes      30 and 45 % fewer MACs, spent on input size, blocks and width, beside the dense network at smaller
+               sizes; every row timed against the dense one, inferences in turn, one thread
 
 Accuracy is on the 10,000 test images, which neither training, recovery, early stopping nor any choice has seen. The
 runs are those of `mm-edge prune-export CKPT --arch FILE:CALLABLE --data DATA/cifar10-train.tar --signals magnitude
@@ -13,6 +15,7 @@ runs are those of `mm-edge prune-export CKPT --arch FILE:CALLABLE --data DATA/ci
 is taken at each row's own input size.
 
     python benchmarks/cifar.py recovery cnn --checkpoint cnn_cifar10 --data DATA --work WORK
+    python benchmarks/cifar.py sizes cnn --checkpoint cnn_cifar10 --data DATA --work WORK
     python benchmarks/cifar.py finetune cnn --checkpoint cnn_cifar10 --data DATA --work WORK --epochs 4
 
 Each part goes under its network's name into benchmarks/results/cifar.json.
@@ -36,22 +39,30 @@ import torch
 from rich.console import Console
 
 from mm_edge.api import Setting, make_request, run_job
+from mm_edge.bench.session import measure_pair
+from mm_edge.bench.transport import LocalTransport
 from mm_edge.data import ImageSet, open_data
 from mm_edge.evaluate import compare_logits, run_onnx
 from mm_edge.models import LoadOptions, load_model
 from mm_edge.progress import Stages
 from mm_edge.records import Candidate, Report
+from mm_edge.target import load_target, resolve_host
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "cifar.json"
+SIDES = (32, 28, 24)
+SIZED = (0.7, 0.55)
 RECOVERIES = ("none", "bn", "closed-form")
 
 
-def run(args: argparse.Namespace, fraction: float, recover: str, **fields: Any) -> tuple[Report, Path]:
+def run(
+    args: argparse.Namespace, fraction: float | tuple[float, ...], recover: str, **fields: Any
+) -> tuple[Report, Path]:
     """Run the job for one budget; return its report and folder."""
     out = args.work / args.network
     setting = Setting(out=out, data=str(args.data / "cifar10-train.tar"), bench=False)
-    request = make_request(setting, signals=("magnitude",), macs=(fraction,), recover=recover, **fields)
+    fractions = fraction if isinstance(fraction, tuple) else (fraction,)
+    request = make_request(setting, signals=("magnitude",), macs=fractions, recover=recover, **fields)
     request = replace(request, strategies=())  # only what the budget asks for: the others are not reported here
     arch = f"{ROOT / 'benchmarks' / 'train_cifar.py'}:make_{args.network}"
     stages = Stages(Console(stderr=True))
@@ -143,9 +154,27 @@ def finetuned(args: argparse.Namespace) -> dict[str, Any]:
     return {"rows": rows, "epochs_at_most": args.epochs, "seconds": seconds}
 
 
+def sized(args: argparse.Namespace) -> dict[str, Any]:
+    """What input size, blocks and width keep under two budgets, and the dense network on smaller pictures."""
+    test = test_images(args)
+    report, out = run(args, SIZED, "closed-form", input_sizes=SIDES)
+    dense, logits = measure(out / "dense.onnx", test((3, 32, 32)), None)
+    top1 = dense["accuracy_top1_test"]
+    rows: dict[str, Any] = {"dense": {"accuracy_top1_test": top1, "macs": report.dense.macs}}
+    target = replace(resolve_host(load_target("host")), threads=1)
+    with LocalTransport() as transport:
+        for row in report.candidates:
+            artifact = out / str(row.artifact)
+            found, _ = measure(artifact, test(row.input_shape), logits)
+            timed = measure_pair(out / "dense.onnx", artifact, target, transport=transport, pairs=200)
+            speed = {"speedup": timed.speedup, "speedup_ci": timed.speedup_ci, "removed_blocks": row.removed_blocks}
+            rows[row.id] = {**describe(row, report, found, top1), **speed}
+    return {"rows": rows, "seconds": report.seconds, "warnings": report.warnings}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("recovery", "finetune"))
+    parser.add_argument("part", choices=tuple(PARTS))
     parser.add_argument("network", choices=("cnn", "vit"))
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
@@ -154,7 +183,7 @@ def main() -> None:
     parser.add_argument("--macs", type=float, help="another budget than the part's own")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    found = recovery(args) if args.part == "recovery" else finetuned(args)
+    found = PARTS[args.part](args)
     found["version"] = mm_edge.__version__
     found["machine"] = "one core of two, shared with other jobs: seconds are of that"
     known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
@@ -162,6 +191,8 @@ def main() -> None:
     RESULTS.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
     print(json.dumps(found, indent=1))
 
+
+PARTS = {"recovery": recovery, "finetune": finetuned, "sizes": sized}
 
 if __name__ == "__main__":
     main()
