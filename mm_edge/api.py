@@ -140,12 +140,12 @@ def prune_export(
 
 
 def make_request(setting: Setting, **fields: Unpack[RequestFields]) -> Request:
-    """Return the checked request; without `recover`, BatchNorm is re-estimated where there are images.
+    """Return the checked request; without `recover`, it is the closed form where there are images.
 
     Raises:
         UsageError: a name is unknown, or a value is out of its bounds.
     """
-    recover = fields.get("recover", "none" if setting.data is None else "bn")
+    recover = fields.get("recover", "none" if setting.data is None else "closed-form")
     check_names((recover,), RECOVERIES, "--recover")
     if recover != "none" and setting.data is None:
         raise UsageError(f"--recover {recover} needs calibration images; give --data PATH")

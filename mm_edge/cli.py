@@ -138,7 +138,9 @@ def _load(model: str, options: dict[str, Any]) -> LoadedModel:
     "--kinds", default="structured", show_default=True, help="Comma-separated: structured, n:m (2:4), unstructured."
 )
 @click.option(
-    "--recover", default=None, help="none, bn, closed-form, tune or finetune.  [default: bn with data, else none]"
+    "--recover",
+    default=None,
+    help="none, bn, closed-form, tune or finetune.  [default: closed-form with data, else none]",
 )
 @click.option("--epochs", type=int, metavar="N", help="Longest fine-tuning, in passes over the calibration images.")
 @click.option(

@@ -41,9 +41,9 @@ class Request:
     strategies: tuple[str, ...] = tuple(STRATEGIES)
     ranges: str = "rules"
     kinds: tuple[str, ...] = ("structured",)
-    recover: str = "bn"
+    recover: str = "closed-form"
     epochs: int = 10
-    select: str = "signal"
+    select: str = "auto"
     macs: tuple[float, ...] = ()
     allocate_by: str = "macs"
     input_sizes: InputSizes = None

@@ -55,7 +55,7 @@ def made(tmp_path_factory) -> tuple[Path, Report]:
     """The demo network pruned for a Raspberry Pi 5."""
     out = tmp_path_factory.mktemp("made")
     setting = Setting(out=out, target="raspberry-pi-5", data=str(demo.IMAGES), bench=False)
-    request = make_request(setting, signals=("magnitude",), strategies=("balanced",), input_sizes="none")
+    request = make_request(setting, signals=("magnitude",), strategies=("balanced",), input_sizes="none", recover="bn")
     return out, run_job(load, setting, request, Stages())
 
 

@@ -253,7 +253,7 @@ def test_a_whole_job_on_a_board_whose_connection_breaks_half_way(server, tmp_pat
     out = tmp_path / "run"
     setting = Setting(out=out, target="raspberry-pi-5", data=str(demo.IMAGES), host="board")
     strategies = ("min_conservative", "balanced", "max_aggressive")
-    request = make_request(setting, signals=("magnitude",), strategies=strategies, accuracy_on="device")
+    request = make_request(setting, signals=("magnitude",), strategies=strategies, accuracy_on="device", recover="bn")
 
     def cut() -> None:
         while not list(out.glob("samples/*.json")):

@@ -150,7 +150,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(files: Path, out: Path, bench: bool = False, **fields: Any) -> Report:
     setting = Setting(out=out, data=str(files / "images"), bench=bench)
-    asked: Any = {"signals": ("magnitude",), "strategies": ("balanced",), "input_sizes": "none", **fields}
+    usual: Any = {"signals": ("magnitude",), "strategies": ("balanced",), "input_sizes": "none", "recover": "bn"}
+    asked: Any = {**usual, **fields}
 
     def read() -> LoadedModel:
         return load_model(str(files / "net.pt"), LoadOptions(input_size=(3, 32, 32)))

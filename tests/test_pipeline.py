@@ -68,6 +68,8 @@ def run(
     """Run the job without measuring; one signal, strategy and input size unless told otherwise."""
     where = replace(Setting(out=out, data=str(images), bench=False), **(setting or {}))
     asked: Any = {"signals": ("magnitude",), "strategies": ("balanced",), "input_sizes": "none", **fields}
+    if where.data is not None:
+        asked.setdefault("recover", "bn")
     return run_job(load, where, make_request(where, **asked), Stages())
 
 

@@ -184,7 +184,7 @@ def test_images_of_another_size_are_the_same_images_and_share_what_is_known_of_t
 
 def run(folder: Path, out: Path, **fields: Any) -> Report:
     setting = Setting(out=out, data=str(folder / "images"), bench=False)
-    asked: Any = {"signals": ("magnitude",), "strategies": ("balanced",), **fields}
+    asked: Any = {"signals": ("magnitude",), "strategies": ("balanced",), "recover": "bn", **fields}
 
     def read() -> LoadedModel:
         return load_model(str(folder / "net.pt"), LoadOptions(input_size=(3, SIDE, SIDE)))
