@@ -38,13 +38,12 @@ from mm_edge.bench.transport import LocalTransport
 from mm_edge.candidates import make_ladders, recover_keep
 from mm_edge.data import DataSplits, open_data
 from mm_edge.evaluate import compare_logits, run_onnx
-from mm_edge.export import RawGraph, deploy
+from mm_edge.export import RawGraph, deploy, read_raw
 from mm_edge.graph.compact import Keep, materialise
 from mm_edge.graph.depth import Branch, find_branches
 from mm_edge.graph.groups import Structure, read_structure
 from mm_edge.layers import read_layers
 from mm_edge.models import LoadOptions, load_model
-from mm_edge.pipeline import read_raw
 from mm_edge.recover.branches import allocate_rest, measure_branches, offers
 from mm_edge.recover.context import RecoveryContext, build_context
 from mm_edge.recover.sensitivity import from_arrays, measure_sensitivities, to_arrays
