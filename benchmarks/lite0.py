@@ -56,7 +56,7 @@ FULL = (0.6, 0.7, 0.75, 0.8, 0.85)
 SIZED = (0.63, 0.59, 0.52)
 SMALLER = 192
 CONTROLS = (192, 176, 160)
-PAIRS = 200
+PAIRS = 120
 
 
 @dataclass(frozen=True)
