@@ -20,6 +20,7 @@ import argparse
 import json
 import platform
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -41,10 +42,11 @@ from mm_edge.data import ImageSet, open_data
 from mm_edge.device_files import write_model
 from mm_edge.evaluate import compare_logits, run_onnx
 from mm_edge.export import RawGraph, deploy, read_raw
+from mm_edge.graph.axes import Axis
 from mm_edge.graph.compact import Keep, materialise
 from mm_edge.graph.costs import Cost
 from mm_edge.graph.groups import Structure, read_structure
-from mm_edge.graph.widths import Ladder
+from mm_edge.graph.widths import Ladder, lead
 from mm_edge.latency_table import TimedWidth, fit_time, measure_table
 from mm_edge.layers import read_layers
 from mm_edge.models import LoadOptions, load_model
@@ -52,6 +54,7 @@ from mm_edge.planning import MEASURED_AIM, MEASURED_WINDOW
 from mm_edge.recover.closed_form import recover_closed_form
 from mm_edge.recover.context import RecoveryContext, build_context
 from mm_edge.recover.sensitivity import (
+    Sensitivity,
     allocate,
     from_arrays,
     measure_sensitivities,
@@ -87,10 +90,7 @@ class Network:
 
     def share(self, clock: Clock, keep: Keep, *, quiet: bool = False) -> float:
         """Return the measured time of what is kept as a share of the dense network's."""
-        groups = self.structure.groups
-        widths = [int(keep[group.leaf].sum()) if group.leaf in keep else group.size for group in groups]
-        take = clock.quiet_share if quiet else clock.share
-        return take({"widths": widths}, lambda: materialise(self.raw, self.structure, keep))
+        return clock.share({}, self.raw, self.structure, keep, quiet=quiet)
 
 
 def main() -> None:
@@ -140,7 +140,7 @@ def compare(network: Network, target: Target, shares: list[float]) -> dict[str, 
     """Return the rows of both allocations, and how well either model tells time."""
     structure = network.structure
     context = build_context(network.raw, structure, network.calibration)
-    sensitivities = read_sensitivities(network, context)
+    sensitivities = read_sensitivities(network.folder / "sensitivities.safetensors", context, network.ladders)
     answers = run_onnx(network.dense, network.judged.batches(BATCH), 1)
     with LocalTransport() as transport:
         clock = open_clock(network.dense, target, transport, RunStore(network.folder))
@@ -170,12 +170,12 @@ def compare(network: Network, target: Target, shares: list[float]) -> dict[str, 
     return result
 
 
-def read_sensitivities(network: Network, context: RecoveryContext) -> Any:
-    path = network.folder / "sensitivities.safetensors"
+def read_sensitivities(path: Path, context: RecoveryContext, ladders: Sequence[Ladder]) -> dict[Axis, Sensitivity]:
+    """Return the sensitivities kept at `path`; measured and kept where there are none."""
     if path.exists():
-        return from_arrays(network.structure, load_file(path))
-    found = measure_sensitivities(context, network.ladders)
-    save_file(to_arrays(network.structure, found), path)
+        return from_arrays(context.structure, load_file(path))
+    found = measure_sensitivities(context, ladders)
+    save_file(to_arrays(context.structure, found), path)
     return found
 
 
@@ -197,7 +197,7 @@ def judge_models(network: Network, costs: dict[str, Cost], timed: Any) -> dict[s
     for _ in range(RANDOM_PLANS):
         least = rng.uniform(0.3, 0.9)
         counts = {item.leaf: item.nearest(rng.uniform(least, 1.0) * item.widths[-1]) for item in network.ladders}
-        keep = {leaf: np.arange(network.structure.table.size(leaf)) < count for leaf, count in counts.items()}
+        keep = lead(network.structure, counts)
         measured.append(timed(keep, quiet=True))
         for name, cost in costs.items():
             modelled[name].append(cost.total(counts) / cost.total())

@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import onnxruntime
-from safetensors.numpy import load_file, save_file
+from latency_aware import read_sensitivities
 
 from mm_edge.bench.session import measure_pair
 from mm_edge.bench.transport import LocalTransport
@@ -40,13 +40,13 @@ from mm_edge.data import DataSplits, open_data
 from mm_edge.evaluate import compare_logits, run_onnx
 from mm_edge.export import RawGraph, deploy, read_raw
 from mm_edge.graph.compact import Keep, materialise
-from mm_edge.graph.depth import Branch, find_branches
+from mm_edge.graph.depth import find_branches, renamed
 from mm_edge.graph.groups import Structure, read_structure
+from mm_edge.job import recovery_images
 from mm_edge.layers import read_layers
 from mm_edge.models import LoadOptions, load_model
 from mm_edge.recover.branches import allocate_rest, measure_branches, offers
 from mm_edge.recover.context import RecoveryContext, build_context
-from mm_edge.recover.sensitivity import from_arrays, measure_sensitivities, to_arrays
 from mm_edge.recover.tune import tune
 from mm_edge.sizes import export_at, remake
 from mm_edge.target import load_target, resolve_host
@@ -97,8 +97,9 @@ class Seed:
         if all(path.exists() for path in wanted):
             return
         started = time.monotonic()
-        context = build_context(self.full.raw, self.full.structure, _calibration(self.full))
-        sensitivities = self.sensitivities(context)
+        context = build_context(self.full.raw, self.full.structure, recovery_images(self.full.data))
+        kept = self.options.work / f"sensitivities-{self.seed}.safetensors"
+        sensitivities = read_sensitivities(kept, context, self.full.ladders)
         branches = measure_branches(context, find_branches(self.full.raw.model, self.full.structure))
         shared = {"shared_seconds": round(time.monotonic() - started, 1)}
         for fraction in FULL:
@@ -106,7 +107,9 @@ class Seed:
             if not self.path("full", 224, fraction).exists() or tuned:
                 self.make("full", fraction, self.full, context, sensitivities, branches, shared)
         smaller = self.at(SMALLER)
-        own = replace(build_context(smaller.raw, smaller.structure, _calibration(smaller)), logits=context.logits)
+        own = replace(
+            build_context(smaller.raw, smaller.structure, recovery_images(smaller.data)), logits=context.logits
+        )
         for fraction in SIZED:
             if not self.path("sized", SMALLER, fraction).exists():
                 here, _ = self.search(self.full, context, sensitivities, branches, fraction)
@@ -119,10 +122,7 @@ class Seed:
         own = {at.leaves[leaf]: item for leaf, item in sensitivities.items()}
         tried = []
         for removed in offers(branches, lambda branch: branch.macs):
-            gone = [
-                Branch(item.id, tuple(at.leaves[leaf] for leaf in item.leaves), item.tensors, item.macs)
-                for item in removed
-            ]
+            gone = [renamed(item, at.leaves) for item in removed]
             budget = fraction * self.full.structure.macs()
             keep = allocate_rest(at.structure, at.structure.mac_cost, own, gone, budget, at.ladders)
             found = recover_keep(context, keep, "auto", own, walked=False)
@@ -160,14 +160,6 @@ class Seed:
             tuned = tune(context, self.model.module, keep, found.fitted, seed=self.seed)
             more = {"tune_seconds": round(time.monotonic() - started, 1), "note": tuned.note}
             self.record("tuned", fraction, at, keep, tuned.tensors, more)
-
-    def sensitivities(self, context: RecoveryContext) -> Any:
-        path = self.options.work / f"sensitivities-{self.seed}.safetensors"
-        if path.exists():
-            return from_arrays(self.full.structure, load_file(path))
-        found = measure_sensitivities(context, self.full.ladders)
-        save_file(to_arrays(self.full.structure, found), path)
-        return found
 
     def at(self, side: int) -> At:
         model = remake(self.model, side)
@@ -237,10 +229,6 @@ def report(options: argparse.Namespace) -> None:
 def _mean(values: list[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return round(float(np.mean(known)), 4) if known and len(known) == len(values) else None
-
-
-def _calibration(at: At) -> np.ndarray:
-    return np.concatenate([batch for batch, _ in at.data.calibration.batches(50)])
 
 
 def _bytes(model: ir.Model) -> bytes:

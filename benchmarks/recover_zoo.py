@@ -1,9 +1,9 @@
 """What each recovery brings back on one tiny network of many families: is the closed form safe as the default?
 
-    python benchmarks/recover_zoo.py IMAGES.tar [--models test_*] [--out FILE.json]
+    python benchmarks/recover_zoo.py IMAGES.tar --work FOLDER [--models test_*] [--out FILE.json]
 
 timm's `test_*` networks, their weights drawn at random (hubs cannot be reached here) and BatchNorm's statistics taken
-on images, lose 30 % of their multiply-adds (`balanced` by magnitude, scaled). Divergence from the dense network, in
+on noise, lose 30 % of their multiply-adds (`balanced` by magnitude, scaled). Divergence from the dense network, in
 nats on images that no recovery has seen: pruned as it is, BatchNorm re-estimated, closed form. And whether the compact
 graph answers as the masked one does, of which the exactness of every artifact depends.
 """
@@ -33,7 +33,7 @@ RECOVERIES = ("none", "bn", "closed-form")
 
 
 def write_checkpoint(name: str, folder: Path, images: torch.Tensor) -> Path:
-    """Draw weights for `name`, take BatchNorm's statistics on `images`, write a checkpoint."""
+    """Draw weights for `name`, take BatchNorm's statistics on `images`, and write a checkpoint."""
     torch.manual_seed(0)
     network = timm.create_model(name, num_classes=10)
     network.train()

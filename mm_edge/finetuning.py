@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-import numpy as np
 import onnx_ir as ir
 import torch
 
@@ -32,7 +31,7 @@ from mm_edge.progress import Advance
 from mm_edge.records import Candidate, DenseRow
 from mm_edge.recover.finetune import Checkpoints, Score, Settings, Student, finetune
 from mm_edge.recover.shrink import Slices, group_slices
-from mm_edge.select import mark_pareto
+from mm_edge.select import mark_pareto, quality
 
 
 def require_trainable(model: LoadedModel, recover: str = "finetune") -> None:
@@ -61,7 +60,7 @@ def worth_training(candidates: Sequence[Candidate], dense: DenseRow) -> list[Can
     for row in candidates:
         if is_budget(row.strategy):
             budgets.setdefault(row.strategy, []).append(row)
-    best = {max(rows, key=_quality).id for rows in budgets.values()}
+    best = {max(rows, key=quality).id for rows in budgets.values()}
     # Rows of one budget differ by a hair in MACs, so that all of them may be on the front.
     beaten = {row.id for rows in budgets.values() for row in rows} - best
     front: set[str] = set()
@@ -74,13 +73,9 @@ def worth_training(candidates: Sequence[Candidate], dense: DenseRow) -> list[Can
     return [row for row in candidates if row.id in (front | best) - beaten]
 
 
-def _quality(row: Candidate) -> tuple[float, float]:
-    return (row.accuracy_top1 or 0.0, -(row.kl_to_dense if row.kl_to_dense is not None else np.inf))
-
-
 def _denser_and_worse(row: Candidate, other: Candidate) -> bool:
     """Return whether `other` beats `row`: no less sparse, no less good, and better in one."""
-    mine, theirs = (row.sparsity, *_quality(row)), (other.sparsity, *_quality(other))
+    mine, theirs = (row.sparsity, *quality(row)), (other.sparsity, *quality(other))
     no_worse = theirs[0] >= mine[0] and theirs[1:] >= mine[1:]
     return no_worse and mine != theirs
 

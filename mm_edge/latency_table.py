@@ -26,7 +26,7 @@ from mm_edge.graph.axes import Axis
 from mm_edge.graph.compact import Keep
 from mm_edge.graph.costs import Cost
 from mm_edge.graph.groups import Structure
-from mm_edge.graph.widths import Ladder
+from mm_edge.graph.widths import Ladder, lead
 from mm_edge.progress import Advance
 
 # The widths each group is timed at.
@@ -55,7 +55,7 @@ def measure_table(
     wanted = [(item.leaf, count) for item in ladders for count in _counts(item)]
     table = []
     for leaf, count in wanted:
-        table.append(TimedWidth(leaf, count, time({leaf: np.arange(structure.table.size(leaf)) < count})))
+        table.append(TimedWidth(leaf, count, time(lead(structure, {leaf: count}))))
         if progress is not None:
             progress(len(table), len(wanted))
     return tuple(table)

@@ -25,19 +25,10 @@ from mm_edge.bench.session import (
     merge_doubts,
 )
 from mm_edge.bench.transport import Transport
-from mm_edge.candidates import (
-    Benches,
-    Images,
-    bench_of,
-    judge_logits,
-)
+from mm_edge.candidates import Benches, Images, bench_of, judge_logits
 from mm_edge.evaluate import compare_logits
 from mm_edge.job import Job
-from mm_edge.records import (
-    Candidate,
-    DenseRow,
-    Latency,
-)
+from mm_edge.records import Candidate, DenseRow, Latency
 from mm_edge.select import mark_pareto
 from mm_edge.store import hash_file
 from mm_edge.target import Target, matches_this_machine

@@ -6,10 +6,9 @@ load -> export once -> export again at other sizes -> dense moments, sensitiviti
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
-from mm_edge.candidates import (
-    make_ladders,
-)
+from mm_edge.candidates import make_ladders
 from mm_edge.errors import UsageError
 from mm_edge.export import read_raw
 from mm_edge.graph.axes import Axis
@@ -109,13 +108,7 @@ def _sensitivities(job: Job, network: SizedNetwork, recovery: RecoveryContext | 
         return {}
     structure = network.structure
     ladders = make_ladders(structure, network.layers, job.target, job.request.precisions)
-    key = job.key(
-        data=job.data_key,
-        images=CLOSED_FORM_IMAGES,
-        keep=job.request.keep,
-        prune_norms=job.request.prune_norms,
-        widths=[item.widths for item in ladders],
-    )
+    key = _key_of_measured(job, widths=[item.widths for item in ladders])
     stored = job.store.load_arrays("sensitivities", key)
     if stored is not None:
         found = from_arrays(structure, stored)
@@ -128,18 +121,20 @@ def _sensitivities(job: Job, network: SizedNetwork, recovery: RecoveryContext | 
     return found
 
 
+def _key_of_measured(job: Job, **parts: Any) -> dict[str, Any]:
+    """Return the key of what is measured by the closed form, group by group or block by block."""
+    request = job.request
+    return job.key(
+        data=job.data_key, images=CLOSED_FORM_IMAGES, keep=request.keep, prune_norms=request.prune_norms, **parts
+    )
+
+
 def _branches(job: Job, network: SizedNetwork, recovery: RecoveryContext | None) -> tuple[MeasuredBranch, ...]:
     """Measure what removing each residual branch costs, where a budget may ask for it."""
     if recovery is None or not job.budgets:
         return ()
     found = find_branches(network.raw.model, network.structure)
-    key = job.key(
-        data=job.data_key,
-        images=CLOSED_FORM_IMAGES,
-        keep=job.request.keep,
-        prune_norms=job.request.prune_norms,
-        branches=[item.id for item in found],
-    )
+    key = _key_of_measured(job, branches=[item.id for item in found])
     stored = job.store.load_json("branches", key)
     if stored is None:
         with job.stages.stage("blocks") as advance:

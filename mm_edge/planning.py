@@ -33,9 +33,9 @@ from mm_edge.evaluate import compare_logits, run_onnx
 from mm_edge.export import deploy
 from mm_edge.graph.compact import Keep, materialise
 from mm_edge.graph.costs import Cost
-from mm_edge.graph.depth import Branch
+from mm_edge.graph.depth import Branch, renamed
 from mm_edge.graph.groups import Structure
-from mm_edge.graph.widths import Counts, Ladder, group_scores, select_indices
+from mm_edge.graph.widths import Counts, Ladder, group_scores, lead, select_indices
 from mm_edge.job import Job, Place, recovery_images
 from mm_edge.latency_table import at_another_size, fit_time, measure_table
 from mm_edge.progress import Advance
@@ -137,10 +137,8 @@ def _bytes_share(place: Place, dense: int, metadata: int, keep: Keep) -> float:
 
 def _timed_share(job: Job, clock: Clock, place: Place, keep: Keep, *, quiet: bool = False) -> float:
     network = place.network
-    take = clock.quiet_share if quiet else clock.share
-    widths = [int(keep[group.leaf].sum()) if group.leaf in keep else group.size for group in network.structure.groups]
-    key = place.job.key(keep=job.request.keep, prune_norms=job.request.prune_norms, widths=widths)
-    return take(key, lambda: materialise(network.raw, network.structure, keep))
+    key = place.job.key(keep=job.request.keep, prune_norms=job.request.prune_norms)
+    return clock.share(key, network.raw, network.structure, keep, quiet=quiet)
 
 
 def model_time(job: Job, dense: Place, clock: Clock, advance: Advance) -> Cost:
@@ -199,7 +197,7 @@ def _draw_scaled(
     structure = place.network.structure
     part = aim * ruler.dense / ruler.cost.total()
     sparsity, counts = plan_budget(structure, place.network.layers, ladders, ranges, part, ruler.cost)
-    return Draft({leaf: np.arange(structure.table.size(leaf)) < count for leaf, count in counts.items()}, sparsity)
+    return Draft(lead(structure, counts), sparsity)
 
 
 def budget_notes(
@@ -264,7 +262,7 @@ def _spend(
 ) -> list[tuple[Place, Plan, Met]]:
     """Return one plan per set of removed blocks."""
     ruler, ladders = rulers.at(place), ladders_at(place)
-    here = {item.branch.id: _branch_at(place, item.branch) for item in measured}
+    here = {item.branch.id: renamed(item.branch, place.network.leaves) for item in measured}
     sets = offers(measured, lambda branch: _saved(ruler.cost, here[branch.id]))
     plans = []
     for removed in sets:
@@ -277,13 +275,6 @@ def _spend(
         plans.append((place, plan, met))
         advance(len(plans), len(sets))
     return plans
-
-
-def _branch_at(place: Place, branch: Branch) -> Branch:
-    """Return a branch of the dense network as the one at another size."""
-    if place.dense:
-        return branch
-    return Branch(branch.id, tuple(place.network.leaves[leaf] for leaf in branch.leaves), branch.tensors, branch.macs)
 
 
 def _saved(cost: Cost, branch: Branch) -> float:

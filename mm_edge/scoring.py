@@ -15,10 +15,7 @@ from mm_edge.layers import read_weights as read_layer_weights
 from mm_edge.memory import release_memory
 from mm_edge.models import LoadedModel
 from mm_edge.ranges import observed_ranges, rule_ranges
-from mm_edge.records import (
-    Layer,
-    SparsityRange,
-)
+from mm_edge.records import Layer, SparsityRange
 from mm_edge.scores import GRASP_IMAGES, Scores, gradients, hessian_gradient_products, score_weights
 
 # E2 asks for 5-10 % of the training data; beyond this many images the gradient's ranking no longer moves.

@@ -128,23 +128,24 @@ def judge_budget(dense: DenseRow, candidates: Sequence[Candidate], budget: Budge
     if any(c.accuracy_top1 is None for c in pruned):
         reason = f"{len(pruned)} candidates meet {budget.asked}; accuracy was not measured, so none is called better"
         return BudgetOutcome(budget.asked, None, reason)
-    best = max(pruned, key=_quality)
+    best = max(pruned, key=quality)
     others = [c for c in pruned if (c.signal == "sensitivity") != (best.signal == "sensitivity")]
     sentence = f"{best.id} won under {budget.asked} ({_describe_quality(best)})"
     whose = "a Mix-and-Match strategy" if best.signal == "sensitivity" else "measured sensitivity"
     if others:
-        second = max(others, key=_quality)
+        second = max(others, key=quality)
         sentence += f"; the best by {whose} is {second.id} ({_describe_quality(second)})"
     else:
         sentence += f"; no candidate by {whose} meets it"
-    controls = [c for c in fitting if c.is_control and c.accuracy_top1 is not None and _quality(c) > _quality(best)]
+    controls = [c for c in fitting if c.is_control and c.accuracy_top1 is not None and quality(c) > quality(best)]
     if controls:
-        control = max(controls, key=_quality)
+        control = max(controls, key=quality)
         sentence += f"; {control.id}, where nothing is pruned, is better than both ({_describe_quality(control)})"
     return BudgetOutcome(budget.asked, best.id, sentence)
 
 
-def _quality(c: Candidate) -> tuple[float, float]:
+def quality(c: Candidate) -> tuple[float, float]:
+    """Return what ranks rows by: accuracy, and where it is equal the smaller divergence from dense."""
     return (c.accuracy_top1 or 0.0, -(c.kl_to_dense if c.kl_to_dense is not None else float("inf")))
 
 

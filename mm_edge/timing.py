@@ -18,7 +18,9 @@ from mm_edge.bench.session import environment, measure_pair
 from mm_edge.bench.transport import Transport
 from mm_edge.device_files import write_model
 from mm_edge.errors import BenchError
-from mm_edge.export import deploy
+from mm_edge.export import RawGraph, deploy
+from mm_edge.graph.compact import Keep, materialise
+from mm_edge.graph.groups import Structure
 from mm_edge.store import RunStore, hash_file, hash_key
 from mm_edge.target import Target
 
@@ -45,21 +47,22 @@ class Clock:
     store: RunStore
     pairs: int = PAIRS
 
-    def share(self, key: Mapping[str, Any], make: Callable[[], ir.Model]) -> float:
-        """Return the time of the graph that `make` returns, and `key` tells apart, as a share of the dense model's.
+    def share(self, key: Mapping[str, Any], raw: RawGraph, structure: Structure, keep: Keep, *, quiet: bool) -> float:
+        """Return the time of what `keep` leaves of a network, as a share of the dense model's.
+
+        Args:
+            key: what tells the network apart; the widths are added.
+            raw: the network.
+            structure: its coupled groups.
+            keep: the indices that stay, by group.
+            quiet: of undisturbed runs: less noise where small differences are compared, no time to expect.
 
         Raises:
             BenchError: the device could not measure.
         """
-        return self._timed(key, make)[0]
-
-    def quiet_share(self, key: Mapping[str, Any], make: Callable[[], ir.Model]) -> float:
-        """Return the same of undisturbed runs: less noise where small differences are compared, no time to expect.
-
-        Raises:
-            BenchError: the device could not measure.
-        """
-        return self._timed(key, make)[2]
+        widths = [int(keep[group.leaf].sum()) if group.leaf in keep else group.size for group in structure.groups]
+        found = self._timed({**key, "widths": widths}, lambda: materialise(raw, structure, keep))
+        return found[2 if quiet else 0]
 
     def dense_ms(self) -> float:
         """Return the dense model's median latency.

@@ -13,14 +13,13 @@ import onnx_ir as ir
 import pytest
 from safetensors.numpy import load_file
 from tiny_graphs import structure_of, tiny
-from tiny_job import save_checkpoint, write_images
 
 from mm_edge import places, planning
 from mm_edge.api import Setting, make_request, run_job
 from mm_edge.budgets import Budget, Draft, Ruler, asked_budgets, counts_of, is_budget, meet, words_for
 from mm_edge.errors import ConstraintError, UsageError
-from mm_edge.export import raw_from_onnx
-from mm_edge.graph.compact import Keep
+from mm_edge.export import RawGraph, raw_from_onnx
+from mm_edge.graph.compact import Keep, materialise
 from mm_edge.graph.costs import RunningCost
 from mm_edge.graph.groups import Structure, read_structure
 from mm_edge.models import LoadedModel, LoadOptions, load_model
@@ -140,14 +139,6 @@ def test_what_the_report_says_of_a_plan(chain: Structure) -> None:
 # --- the whole job ----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("files")
-    save_checkpoint(folder / "net.pt")
-    write_images(folder / "images")
-    return folder
-
-
 def run(files: Path, out: Path, bench: bool = False, **fields: Any) -> Report:
     setting = Setting(out=out, data=str(files / "images"), bench=bench)
     usual: Any = {"signals": ("magnitude",), "strategies": ("balanced",), "input_sizes": "none", "recover": "bn"}
@@ -204,9 +195,9 @@ def test_time_is_measured_on_the_plan_and_corrected(
     asked: list[float] = []
     dense_macs = []
 
-    def law(clock: Clock, key: Any, make: Callable[[], Any]) -> float:
+    def law(clock: Clock, key: Any, raw: RawGraph, structure: Structure, keep: Keep, *, quiet: bool) -> float:
         path = tmp_path / "plan.onnx"
-        ir.save(make(), path)
+        ir.save(materialise(raw, structure, keep), path)
         macs = read_structure(raw_from_onnx(path)).macs()
         if not dense_macs:
             dense_macs.append(read_structure(raw_from_onnx(clock.dense)).macs())
@@ -268,12 +259,11 @@ def test_a_latency_table_is_measured_once_and_widths_are_taken_by_it(
     asked: list[int] = []
     slow = "layer4.0.conv1.weight"
 
-    def law(clock: Clock, key: Any, make: Callable[[], Any]) -> float:
-        asked.append(make().graph.initializers[slow].shape[0])
+    def law(clock: Clock, key: Any, raw: RawGraph, structure: Structure, keep: Keep, *, quiet: bool) -> float:
+        asked.append(materialise(raw, structure, keep).graph.initializers[slow].shape[0])
         return 0.1 + 0.9 * asked[-1] / max(asked)
 
     monkeypatch.setattr(Clock, "share", law)
-    monkeypatch.setattr(Clock, "quiet_share", law)
     limits = Constraints(speedup=1.3)
     fields: Any = {"recover": "closed-form", "constraints": limits, "macs": ()}
     report = run(files, tmp_path, bench=True, allocate_by="latency", **fields)

@@ -50,6 +50,11 @@ class Branch:
     macs: float
 
 
+def renamed(branch: Branch, leaves: Mapping[Axis, Axis]) -> Branch:
+    """Return a branch as that of the same network at another input size, whose `leaves` are called otherwise."""
+    return replace(branch, leaves=tuple(leaves[leaf] for leaf in branch.leaves))
+
+
 def find_branches(model: ir.Model, structure: Structure) -> tuple[Branch, ...]:
     """Return the branches of the raw graph `model` that its groups can remove, in graph order."""
     found: list[Branch] = []

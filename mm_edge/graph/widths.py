@@ -257,6 +257,11 @@ def _best_move(
     return None if found is None else found[1:]
 
 
+def lead(structure: Structure, counts: Mapping[Axis, int]) -> Keep:
+    """Return the first indices of every group: for what depends on how many stay and not on which."""
+    return {leaf: np.arange(structure.table.size(leaf)) < count for leaf, count in counts.items()}
+
+
 def group_scores(structure: Structure, scores: Mapping[str, npt.NDArray[np.floating]]) -> dict[Axis, FloatArray]:
     """Return each group's channel scores: the sum over its weight slices of their normalised scores (E1-E3).
 

@@ -87,6 +87,10 @@ class Span:
     start: int
     targets: tuple[int, ...]
 
+    def compared(self, traced: Traced) -> tuple[str, ...]:
+        """Return the names of the values at the targets."""
+        return tuple(name for cut in self.targets for name in traced.live(cut))
+
 
 def tune(
     context: RecoveryContext,
@@ -116,8 +120,7 @@ def tune(
     masks = mask_tensors(context.structure, keep)
     arrays = {name: tensors.get(name, value.numpy()) for name, value in dense.state.items()}
     whole = {name: apply_mask(array, masks.get(name)) for name, array in arrays.items()}
-    targets = tuple(name for cut in span.targets for name in dense.live(cut))
-    pair = make_pair(context, module, dense, keep, whole, targets)
+    pair = make_pair(context, module, dense, keep, whole, span.compared(dense))
     tuner = _Tuner(context, pair, {name: mask.dense() for name, mask in masks.items()}, span, seed)
     best, history = tuner.run(progress)
     moved = {name: pair.shrunk.put(name, value.numpy().copy(), whole[name]) for name, value in best.weights.items()}
@@ -185,7 +188,7 @@ class _Tuner:
             if any(span.start <= position < end for position in self.traced.readers.get(name, ()))
         )
         self.inputs = self.traced.live(span.start)
-        self.wanted = tuple(name for cut in span.targets for name in self.traced.live(cut))
+        self.wanted = span.compared(self.traced)
 
     @torch.no_grad()
     def cache(self, advance: Callable[[int], None]) -> tuple[Values, Values]:

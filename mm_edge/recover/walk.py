@@ -72,7 +72,7 @@ def walk(context: RecoveryContext, keep: Keep, screened: Tensors, progress: Adva
         problem = _pose(context, student, consumer, keep, fitted)
         taken[consumer.weight], best = _decide_(context, student, problem, held, best)
         if taken[consumer.weight] is not None:
-            changed |= set(problem.tensors)
+            changed |= set(problem.arrays)
         if progress is not None:
             progress(done + 1, len(affected))
     fitted_tensors = _widen(context, keep, student, screened, changed)
@@ -87,28 +87,29 @@ def _decide_(
 
     Every ridge is tried with the first share, then the other shares with the ridge that came out best.
     """
-    before = {tensor: student.arrays[tensor] for tensor in problem.tensors}
     first, *others = SHARES["alone" if problem.skip is None else "beside a skip"]
-    proposals = {way: problem.solve(way) for way in (Way(name, ridge, first) for name, ridge in RIDGES.items())}
-    found: dict[Way, Floats] = {}
+    tried: dict[Way, tuple[Proposal, Floats]] = {}
 
-    def judge(way: Way, proposal: Proposal) -> None:
+    def judge(way: Way) -> None:
+        proposal = problem.solve(way)
         student.arrays.update(proposal)
-        found[way] = divergences(context, student, held)
-        student.arrays.update(before)
+        tried[way] = proposal, divergences(context, student, held)
 
-    for way, proposal in proposals.items():
-        judge(way, proposal)
-    middle = min(found, key=lambda way: float(found[way].mean()))
+    def least() -> Way:
+        return min(tried, key=lambda way: float(tried[way][1].mean()))
+
+    for name, ridge in RIDGES.items():
+        judge(Way(name, ridge, first))
+    middle = least()
     for share in others:
-        way = replace(middle, share=share)
-        proposals[way] = problem.solve(way)
-        judge(way, proposals[way])
-    chosen = min(found, key=lambda way: float(found[way].mean()))
-    if not is_better(found[chosen], best):
+        judge(replace(middle, share=share))
+    chosen = least()
+    proposal, found = tried[chosen]
+    if not is_better(found, best):
+        student.arrays.update(problem.arrays)
         return None, best
-    student.arrays.update(proposals[chosen])
-    return chosen, found[chosen]
+    student.arrays.update(proposal)
+    return chosen, found
 
 
 def _solve_again(context: RecoveryContext, keep: Keep, screened: Tensors, taken: Mapping[str, Way | None]) -> Tensors:
@@ -170,11 +171,6 @@ class _Problem:
     live: npt.NDArray[np.bool_]
     skip: str | None
 
-    @property
-    def tensors(self) -> tuple[str, ...]:
-        """The names of what a solution changes."""
-        return tuple(self.arrays)
-
     def solve(self, way: Way) -> Proposal:
         """Return the compact tensors that `way` would put in."""
         shift = self.consumer.shift
@@ -201,12 +197,9 @@ def _pose(context: RecoveryContext, student: Network, consumer: Consumer, keep: 
     moments = collect_paired(student, consumer, images, images.numbers, results, context.threads)
     branch = read_branch(student, consumer)
     live = is_live(branch).reshape(start.shape[:2])
-    arrays = {name: student.arrays[name] for name in (consumer.weight, *_shifted(consumer))}
+    changed = [consumer.weight] if consumer.shift is None else [consumer.weight, consumer.shift.tensor]
+    arrays = {name: student.arrays[name] for name in changed}
     return _Problem(consumer, arrays, start, moments, live, branch.skip)
-
-
-def _shifted(consumer: Consumer) -> tuple[str, ...]:
-    return () if consumer.shift is None else (consumer.shift.tensor,)
 
 
 def _widen(context: RecoveryContext, keep: Keep, student: Network, screened: Tensors, changed: set[str]) -> Tensors:
