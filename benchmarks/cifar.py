@@ -18,7 +18,7 @@ is taken at each row's own input size.
     python benchmarks/cifar.py sizes cnn --checkpoint cnn_cifar10 --data DATA --work WORK
     python benchmarks/cifar.py finetune cnn --checkpoint cnn_cifar10 --data DATA --work WORK --epochs 4
 
-Each part goes under its network's name into benchmarks/results/cifar.json.
+Each part goes under its network's name into benchmarks/results/cifar.json, or --results.
 """
 
 from __future__ import annotations
@@ -181,14 +181,16 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--macs", type=float, help="another budget than the part's own")
+    parser.add_argument("--machine", default="one core of two, shared with other jobs", help="what seconds are of")
+    parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     torch.set_num_threads(1)
     found = PARTS[args.part](args)
     found["version"] = mm_edge.__version__
-    found["machine"] = "one core of two, shared with other jobs: seconds are of that"
-    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    found["machine"] = f"{args.machine}: seconds are of that"
+    known = json.loads(args.results.read_text()) if args.results.exists() else {}
     known.setdefault(args.network, {})[args.part] = found
-    RESULTS.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
+    args.results.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
     print(json.dumps(found, indent=1))
 
 
