@@ -1,6 +1,6 @@
 """EfficientNet-Lite0 without labels and without training: what width, blocks and input size keep under a budget.
 
-    python benchmarks/lite0.py CHECKPOINT IMAGES.tar --work FOLDER [--seeds 0,1,2] [--tune 0.7]
+    python benchmarks/lite0.py CHECKPOINT IMAGES.tar --work FOLDER [--seeds 0,1,2] [--tune 0.7,0.52]
     python benchmarks/lite0.py CHECKPOINT IMAGES.tar --work FOLDER --report [--measure]
 
 Per seed the images are split in half: one half to calibrate, unlabelled, the other to evaluate. As `--macs` of
@@ -10,7 +10,7 @@ residual blocks removed, whichever diverges least on held-back calibration image
     control   the dense network on smaller pictures
     full      at 224 pixels
     sized     at 192 pixels, compared with 224
-    tuned     the network of `full`, tuned block by block
+    tuned     the networks of the budgets that --tune names, tuned block by block
 
 Networks and rows are kept in FOLDER, so that a run that was stopped goes on. --report gathers them into
 benchmarks/results/lite0.json; with --measure every network is first timed against the dense one, inferences in turn,
@@ -45,6 +45,7 @@ from mm_edge.graph.groups import Structure, read_structure
 from mm_edge.job import recovery_images
 from mm_edge.layers import read_layers
 from mm_edge.models import LoadOptions, load_model
+from mm_edge.parallel import cores
 from mm_edge.recover.branches import allocate_rest, measure_branches, offers
 from mm_edge.recover.context import RecoveryContext, build_context
 from mm_edge.recover.tune import tune
@@ -84,7 +85,7 @@ class Seed:
         ladders = make_ladders(structure, layers, self.target)
         self.full = At(224, raw, structure, ladders, data, {group.leaf: group.leaf for group in structure.groups})
         self.labels = data.validation.labels
-        self.answers = run_onnx(_bytes(raw.model.clone()), data.validation.batches(50), 1)
+        self.answers = run_onnx(_bytes(raw.model.clone()), data.validation.batches(50), cores())
 
     def run(self) -> None:
         self.record("dense", 1.0, self.full, {}, {}, {})
@@ -93,27 +94,33 @@ class Seed:
                 self.record("control", 1.0, self.at(side), {}, {}, {})
         wanted = [self.path("full", 224, fraction) for fraction in FULL]
         wanted += [self.path("sized", SMALLER, fraction) for fraction in SIZED]
-        wanted += [self.path("tuned", 224, fraction) for fraction in self.options.tune]
+        wanted += [self.path("tuned", 224, fraction) for fraction in FULL if fraction in self.options.tune]
+        wanted += [self.path("tuned", SMALLER, fraction) for fraction in SIZED if fraction in self.options.tune]
         if all(path.exists() for path in wanted):
             return
         started = time.monotonic()
-        context = build_context(self.full.raw, self.full.structure, recovery_images(self.full.data))
+        context = build_context(self.full.raw, self.full.structure, recovery_images(self.full.data), threads=cores())
         kept = self.options.work / f"sensitivities-{self.seed}.safetensors"
         sensitivities = read_sensitivities(kept, context, self.full.ladders)
         branches = measure_branches(context, find_branches(self.full.raw.model, self.full.structure))
         shared = {"shared_seconds": round(time.monotonic() - started, 1)}
         for fraction in FULL:
-            tuned = fraction in self.options.tune and not self.path("tuned", 224, fraction).exists()
-            if not self.path("full", 224, fraction).exists() or tuned:
+            if self.lacks("full", 224, fraction):
                 self.make("full", fraction, self.full, context, sensitivities, branches, shared)
         smaller = self.at(SMALLER)
         own = replace(
-            build_context(smaller.raw, smaller.structure, recovery_images(smaller.data)), logits=context.logits
+            build_context(smaller.raw, smaller.structure, recovery_images(smaller.data), threads=cores()),
+            logits=context.logits,
         )
         for fraction in SIZED:
-            if not self.path("sized", SMALLER, fraction).exists():
+            if self.lacks("sized", SMALLER, fraction):
                 here, _ = self.search(self.full, context, sensitivities, branches, fraction)
                 self.make("sized", fraction, smaller, own, sensitivities, branches, {"kl_screened_at_224": here})
+
+    def lacks(self, kind: str, side: int, fraction: float) -> bool:
+        """Return whether a row is missing, or its tuned one that is asked for."""
+        kinds = (kind, "tuned") if fraction in self.options.tune else (kind,)
+        return not all(self.path(name, side, fraction).exists() for name in kinds)
 
     def search(
         self, at: At, context: RecoveryContext, sensitivities: Any, branches: Any, fraction: float
@@ -155,7 +162,7 @@ class Seed:
             "notes": found.notes,
         }
         self.record(kind, fraction, at, keep, found.tensors, more)
-        if kind == "full" and fraction in self.options.tune:
+        if fraction in self.options.tune:
             started = time.monotonic()
             tuned = tune(context, self.model.module, keep, found.fitted, seed=self.seed)
             more = {"tune_seconds": round(time.monotonic() - started, 1), "note": tuned.note}
@@ -177,7 +184,7 @@ class Seed:
             return
         artifact = path.with_suffix(".onnx")
         artifact.write_bytes(_bytes(materialise(at.raw, at.structure, keep, tensors)))
-        result = compare_logits(run_onnx(artifact, at.data.validation.batches(50), 1), self.labels, self.answers)
+        result = compare_logits(run_onnx(artifact, at.data.validation.batches(50), cores()), self.labels, self.answers)
         dense = compare_logits(self.answers, self.labels, None)
         macs = at.structure.macs({leaf: float(kept.sum()) for leaf, kept in keep.items()})
         row = {
@@ -241,7 +248,7 @@ def main() -> None:
     parser.add_argument("images")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--tune", default="", help="budgets of `full` to tune too")
+    parser.add_argument("--tune", default="", help="budgets whose networks are tuned too")
     parser.add_argument("--report", action="store_true")
     parser.add_argument("--measure", action="store_true")
     options = parser.parse_args()

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import onnxruntime
 
 from mm_edge.errors import JobError, ModelError
+from mm_edge.parallel import in_order
 from mm_edge.weights import first_line
 
 Floats = npt.NDArray[np.float32]
@@ -41,25 +42,30 @@ def run_onnx(
 ) -> Floats:
     """Return the first output for every image, (images, classes), from ONNX Runtime on the CPU.
 
-    A model made for a fixed batch is fed that many images at a time. `on_images` is told of each batch done.
+    A model made for a fixed batch is fed that many images at a time, to `threads` threads at once. `on_images` is told
+    of each batch done.
 
     Raises:
         ModelError: ONNX Runtime cannot load the model.
         JobError: it failed while running.
     """
-    session = _open_session(model, threads)
+    session = _open_session(model)
     feed = session.get_inputs()[0]
     fixed = feed.shape[0] if isinstance(feed.shape[0], int) else None
     output = session.get_outputs()[0].name
     dtype = np.float16 if feed.type == "tensor(float16)" else np.float32
+
+    def run_one(piece: tuple[Floats, int]) -> Floats:
+        images, used = piece
+        try:
+            scores = session.run([output], {feed.name: images.astype(dtype, copy=False)})[0]
+        except Exception as error:  # ONNX Runtime's own exception types have no common base
+            raise JobError(f"ONNX Runtime failed on {_describe(model)}: {first_line(error)}") from error
+        return np.asarray(scores, dtype=np.float32)[:used]
+
     found: list[Floats] = []
     for images, _ in batches:
-        for piece, used in _pieces(images, fixed):
-            try:
-                scores = session.run([output], {feed.name: piece.astype(dtype, copy=False)})[0]
-            except Exception as error:  # ONNX Runtime's own exception types have no common base
-                raise JobError(f"ONNX Runtime failed on {_describe(model)}: {first_line(error)}") from error
-            found.append(np.asarray(scores, dtype=np.float32)[:used])
+        found += in_order(run_one, _pieces(images, fixed), threads)
         if on_images is not None:
             on_images(len(images))
     return np.concatenate(found) if found else np.zeros((0, 0), dtype=np.float32)
@@ -95,9 +101,9 @@ def _log_softmax(logits: Floats) -> npt.NDArray[np.float64]:
     return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)), dtype=np.float64)
 
 
-def _open_session(model: Path | bytes, threads: int) -> Any:
+def _open_session(model: Path | bytes) -> Any:
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = 1
     options.inter_op_num_threads = 1
     options.log_severity_level = 3  # warnings on stderr about graphs that run all the same
     try:

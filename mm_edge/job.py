@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from mm_edge import __version__
 from mm_edge.bench.transport import Transport
 from mm_edge.budgets import Budget, asked_budgets
 from mm_edge.data import DataSplits
@@ -29,6 +30,7 @@ from mm_edge.target import Target
 
 # Ways to recover that start with the closed form.
 FROM_MOMENTS = ("closed-form", "tune", "finetune")
+LIBRARIES = ("torch", "timm", "onnxruntime", "onnxscript")
 CLOSED_FORM_IMAGES = 500
 BATCH = 32
 
@@ -77,7 +79,7 @@ class Job:
             "weights": self.model.info.sha256 or _module_digest(self.model.module),
             "input": self.model.input,
             "seed": self.request.seed,
-            "versions": {name: version(name) for name in ("torch", "timm", "onnxruntime", "onnxscript", "mm-edge")},
+            "versions": {**{name: version(name) for name in LIBRARIES}, "mm-edge": __version__},
             **parts,
         }
 

@@ -41,6 +41,7 @@ from mm_edge.finetuning import finetune_candidate, worth_training
 from mm_edge.graph.groups import Structure
 from mm_edge.job import BATCH, FROM_MOMENTS, Job, Place, Request
 from mm_edge.measuring import how_to_measure, judge_on_device, measure_all
+from mm_edge.parallel import cores
 from mm_edge.places import export_dense, export_sizes, lay_out_places
 from mm_edge.planning import make_plans
 from mm_edge.precision import (
@@ -156,7 +157,7 @@ def _make_controls(places: list[Place], benches: Benches) -> list[Candidate]:
 def _set_up(place: Place) -> Workbench:
     """Save the dense model, take its answers on the validation images, and lay out what candidates share."""
     job, raw = place.job, place.network.raw
-    threads = 2 if job.target.threads == "auto" else int(job.target.threads)
+    threads = cores()
     dense = job.folder / "dense.onnx"
     with job.stages.stage("dense model") as advance:
         proto = ir.to_proto(deploy(raw.model.clone()))

@@ -16,6 +16,7 @@ from mm_edge.graph.depth import find_branches
 from mm_edge.graph.groups import read_structure
 from mm_edge.job import CLOSED_FORM_IMAGES, FROM_MOMENTS, Job, Place, recovery_images
 from mm_edge.layers import read_layers
+from mm_edge.parallel import cores
 from mm_edge.recover.branches import MeasuredBranch, measure_branches
 from mm_edge.recover.context import RecoveryContext, build_context
 from mm_edge.recover.sensitivity import Sensitivity, from_arrays, measure_sensitivities, to_arrays
@@ -99,7 +100,7 @@ def _dense_moments(job: Job, network: SizedNetwork, most: int = CLOSED_FORM_IMAG
     also = tuple(reduced_axes(network.raw.model)) if pattern else ()
     images = recovery_images(job.data)[:most]
     with job.stages.stage("dense moments") as advance:
-        return build_context(network.raw, network.structure, images, also=also, threads=2, progress=advance)
+        return build_context(network.raw, network.structure, images, also=also, threads=cores(), progress=advance)
 
 
 def _sensitivities(job: Job, network: SizedNetwork, recovery: RecoveryContext | None) -> dict[Axis, Sensitivity]:

@@ -29,7 +29,7 @@ from mm_edge.candidates import (
     plan_n_m,
     recover_keep,
 )
-from mm_edge.evaluate import compare_logits, run_onnx
+from mm_edge.evaluate import run_onnx
 from mm_edge.export import deploy
 from mm_edge.graph.compact import Keep, materialise
 from mm_edge.graph.costs import Cost
@@ -38,11 +38,12 @@ from mm_edge.graph.groups import Structure
 from mm_edge.graph.widths import Counts, Ladder, group_scores, lead, select_indices
 from mm_edge.job import Job, Place, recovery_images
 from mm_edge.latency_table import at_another_size, fit_time, measure_table
+from mm_edge.parallel import cores
 from mm_edge.progress import Advance
 from mm_edge.ranges import apply_constraints
 from mm_edge.records import Assignment, SparsityRange
 from mm_edge.recover.branches import MeasuredBranch, allocate_rest, offers
-from mm_edge.recover.context import RecoveryContext
+from mm_edge.recover.context import RecoveryContext, judge_answers
 from mm_edge.scores import Scores
 from mm_edge.scoring import score_network
 from mm_edge.strategies import assign
@@ -295,7 +296,7 @@ def _describe(place: Place, plan: Plan) -> str:
 
 
 def _divergence(job: Job, dense: Place, place: Place, plan: Plan | None) -> float:
-    """Return KL(dense || screened plan) on held-back images in nats; of the whole network without a plan."""
+    """Return what a screened plan diverges by on held-back images (`judge`); the whole network without a plan."""
     assert dense.recovery is not None and place.job.data is not None
     name = file_name(f"dense@{place.side}") if plan is None else plan.file_name
     what = None if plan is None else plan.digest()
@@ -307,9 +308,8 @@ def _divergence(job: Job, dense: Place, place: Place, plan: Plan | None) -> floa
         model = network.raw.model.clone() if plan is None else _screen(job, place, plan)
         images = _held_back_images(dense.recovery, place)
         labels = np.zeros(len(images), np.int64)
-        logits = run_onnx(ir.to_proto(deploy(model)).SerializeToString(), [(images, labels)], 2)
-        found = compare_logits(logits, None, dense.recovery.logits).kl_to_dense
-        stored = [float("inf") if found is None else found]
+        logits = run_onnx(ir.to_proto(deploy(model)).SerializeToString(), [(images, labels)], cores())
+        stored = [judge_answers(dense.recovery, logits).mean]
         job.store.save_json(name, key, stored)
     return float(stored[0])
 

@@ -18,6 +18,7 @@ from mm_edge.models import LoadOptions, load_model
 from mm_edge.progress import Stages
 from mm_edge.records import Candidate, Report
 from mm_edge.recover import tune as module_under_test
+from mm_edge.recover.context import Judged
 
 
 def run(files: Path, out: Path, rate: float, monkeypatch: pytest.MonkeyPatch) -> Report:
@@ -34,7 +35,9 @@ def _let_tuning_win(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make held-back images call every later state the better one: the closed form leaves little on so small a net."""
     asked = count()
     monkeypatch.setattr(module_under_test, "is_better", lambda new, old: True)
-    monkeypatch.setattr(module_under_test, "divergences_of", lambda context, logits: np.array([1 / (1 + next(asked))]))
+    monkeypatch.setattr(
+        module_under_test, "judge_answers", lambda context, logits: Judged(np.array([1 / (1 + next(asked))]), 1.0)
+    )
 
 
 def test_tuned_rows_go_on_from_the_closed_form(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -86,8 +87,10 @@ def materialise(raw: RawGraph, structure: Structure, keep: Keep, tensors: Tensor
         JobError: a group would be emptied that something else than a residual branch needs.
     """
     model = raw.model.clone()
-    for name, value in model.graph.initializers.items():
-        _slice_initializer(name, value, structure, keep, {} if name in raw.folded else tensors or {})
+    for name, array in compact_arrays(raw, structure, keep, tensors).items():
+        value = model.graph.initializers[name]
+        value.const_value = ir.tensor(np.ascontiguousarray(array), name=name)
+        value.shape = ir.Shape(array.shape)
     nodes = {node.name: node for node in model.graph}
     for edit in structure.edits:
         _apply_edit(model, nodes[edit.node], edit, structure, keep)
@@ -97,20 +100,26 @@ def materialise(raw: RawGraph, structure: Structure, keep: Keep, tensors: Tensor
     return model
 
 
-def _slice_initializer(name: str, value: ir.Value, structure: Structure, keep: Keep, tensors: Tensors) -> None:
-    swapped = tensors.get(name)
-    axes = structure.kept(name, keep) if name in structure.tensor_axes else ()
-    whole = all(axis.all() for axis in axes)
-    if whole and swapped is None:
-        return
-    assert value.const_value is not None
-    array = value.const_value.numpy() if swapped is None else np.asarray(swapped)
-    if not whole:
-        for position, axis in enumerate(axes):
-            if not axis.all():
-                array = np.take(array, np.flatnonzero(axis), axis=position)
-    value.const_value = ir.tensor(np.ascontiguousarray(array), name=name)
-    value.shape = ir.Shape(array.shape)
+def compact_arrays(
+    raw: RawGraph, structure: Structure, keep: Keep, tensors: Tensors | None = None
+) -> dict[str, npt.NDArray[Any]]:
+    """Return the initialisers that `materialise` changes, by name: swapped in from `tensors`, removed indices dropped.
+
+    They are all that two compact graphs with as many indices of every group differ in.
+    """
+    found: dict[str, npt.NDArray[Any]] = {}
+    for name, value in raw.model.graph.initializers.items():
+        swapped = None if name in raw.folded else (tensors or {}).get(name)
+        axes = structure.kept(name, keep) if name in structure.tensor_axes else ()
+        cut = [position for position, axis in enumerate(axes) if not axis.all()]
+        if swapped is None and not cut:
+            continue
+        assert value.const_value is not None
+        array = value.const_value.numpy() if swapped is None else np.asarray(swapped)
+        for position in cut:
+            array = np.take(array, np.flatnonzero(axes[position]), axis=position)
+        found[name] = array
+    return found
 
 
 def _apply_edit(model: ir.Model, node: ir.Node, edit: Edit, structure: Structure, keep: Keep) -> None:

@@ -14,21 +14,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from mm_edge.errors import UsageError
 from mm_edge.graph.axes import Axis, BoolArray
-from mm_edge.graph.compact import Keep, materialise
+from mm_edge.graph.compact import Keep, compact_arrays, materialise
 from mm_edge.graph.groups import Group
 from mm_edge.graph.widths import Counts
 from mm_edge.progress import Advance
 from mm_edge.recover.context import (
+    Judged,
     RecoveryContext,
     Tensors,
-    divergences,
     energy_order,
     is_better,
+    judge,
     readers_of,
+    rescale,
     surgeon_order,
 )
 from mm_edge.recover.network import Frontier, Network, narrowest
@@ -50,7 +51,7 @@ class Recovered:
         keep: the indices that stay; other ones than planned where another selection was better.
         notes: what was decided, in words.
         kl_held_back: divergence from the dense network on calibration images no moment had seen, nats; measured
-            before those images joined the last solving.
+            before those images joined the last solving, after the answers were rescaled.
     """
 
     tensors: Tensors
@@ -67,7 +68,7 @@ class _Start:
     selected: Mapping[Axis, str]
     keep: Keep
     tensors: Tensors
-    kl: npt.NDArray[np.float64]
+    judged: Judged
 
 
 def recover_closed_form(
@@ -102,9 +103,10 @@ def recover_closed_form(
     options = _options(context, keep, counts, select)
     frontier = Frontier(context.network, context.images, context.held_back)
     starts = [_start(context, options, wanted, frontier) for wanted in _ways(options, measured)]
-    best = min(starts, key=lambda item: float(item.kl.mean()))
+    best = min(starts, key=lambda item: item.judged.mean)
     if not walked:
-        return Recovered(best.tensors, best.tensors, best.keep, _notes(best), max(0.0, float(best.kl.mean())))
+        tensors = rescale(context, best.keep, best.tensors, best.judged.scale)
+        return Recovered(tensors, tensors, best.keep, _notes(best), best.judged.mean)
     best = _swap_groups(context, options, best)
     result = walk(context, best.keep, best.tensors, progress)
     ways = Counter("left as they were" if way is None else way.name for way in result.taken.values())
@@ -165,7 +167,7 @@ def _start(context: RecoveryContext, options: _Options, selected: Mapping[Axis, 
         ridges |= _ridges(context, group, selected[group.leaf])
     tensors = screen(context, keep, ridges)
     network = Network(materialise(context.raw, context.structure, keep, tensors))
-    return _Start(selected, keep, tensors, divergences(context, network, frontier))
+    return _Start(selected, keep, tensors, judge(context, network, frontier))
 
 
 def _swap_groups(context: RecoveryContext, options: _Options, start: _Start) -> _Start:
@@ -182,10 +184,10 @@ def _swap_groups(context: RecoveryContext, options: _Options, start: _Start) -> 
             tried.add(kept.tobytes())
             keep = {**best.keep, group.leaf: kept}
             tensors = screen(context, keep, _all_ridges(context, best, group, name))
-            trial = Network(materialise(context.raw, context.structure, keep, tensors))
-            kl = divergences(context, trial, frontier)
-            if is_better(kl, best.kl):
-                best, network = _Start({**best.selected, group.leaf: name}, keep, tensors, kl), trial
+            trial = network.holding(compact_arrays(context.raw, context.structure, keep, tensors))
+            judged = judge(context, trial, frontier)
+            if is_better(judged.divergences, best.judged.divergences):
+                best, network = _Start({**best.selected, group.leaf: name}, keep, tensors, judged), trial
     return best
 
 

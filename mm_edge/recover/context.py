@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Hashable, Iterable, Mapping
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,14 +13,16 @@ import numpy.typing as npt
 from mm_edge.evaluate import divergence_per_row
 from mm_edge.export import RawGraph
 from mm_edge.graph.axes import Axis
+from mm_edge.graph.compact import Keep, apply_mask, mask_tensors
 from mm_edge.graph.groups import Group, Structure
 from mm_edge.progress import Advance
-from mm_edge.recover.consumers import Consumer, read_consumers
+from mm_edge.recover.consumers import Consumer, read_branch, read_consumers
 from mm_edge.recover.moments import DenseMoments, collect_dense
 from mm_edge.recover.network import Frontier, Network, narrowest
 from mm_edge.recover.surgeon import Order, Surgeon, order_of
 
 Tensors = dict[str, npt.NDArray[Any]]
+Readers = list[tuple[Consumer, npt.NDArray[np.int64]]]
 
 HELD_BACK = 0.2
 HELD_BACK_MOST = 128
@@ -28,6 +30,31 @@ IMAGES_MOST = 640
 CAUTION = 0.5
 FRONTIER_BYTES = 2 << 30
 SOLUTION_BYTES = 256 << 20
+SCALES = (0.2, 5.0)
+SCALE_STEPS = 20
+SCALE_STEP = 1e-3
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What the held-back images say of a network.
+
+    How sure a network is, is the cheapest of its faults: one number in its last layer mends it. Networks are compared
+    as they are after that, or who answers right but too surely, as on smaller pictures, would lose to who errs.
+
+    Attributes:
+        divergences: KL(dense || network) of each image with the answers multiplied by `scale`, nats; infinite where an
+            answer is not finite.
+        scale: the number that makes their mean least; 1 where no layer could take it.
+    """
+
+    divergences: npt.NDArray[np.float64]
+    scale: float
+
+    @property
+    def mean(self) -> float:
+        """The mean divergence; rounding can leave -1e-17."""
+        return max(0.0, float(self.divergences.mean()))
 
 
 @dataclass(frozen=True)
@@ -44,8 +71,11 @@ class RecoveryContext:
         held_back: numbers of the images that decide.
         dense: the dense network's own moments and block outputs.
         logits: the dense network's answers on the held-back images.
+        answering: names of the weight and bias that make the network's answers, if one layer alone does: multiplied by
+            one number, they multiply the answers.
         threads: for ONNX Runtime.
         orders: orders found so far, by group.
+        readers: who reads a group and by which columns, found so far.
         solutions: weights and shifts solved from the dense moments, by consumer, kept columns and lambda.
     """
 
@@ -58,8 +88,10 @@ class RecoveryContext:
     held_back: tuple[int, ...]
     dense: DenseMoments
     logits: npt.NDArray[np.float32]
+    answering: tuple[str, ...] = ()
     threads: int = 1
     orders: dict[Axis, Order] = field(default_factory=dict)
+    readers: dict[Axis, Readers] = field(default_factory=dict)
     solutions: dict[tuple[Hashable, ...], tuple[npt.NDArray[Any], npt.NDArray[np.float64]]] = field(
         default_factory=dict
     )
@@ -87,11 +119,8 @@ def build_context(
     Moments are kept of every weight that can lose columns, and of the weights named in `also`.
     """
     network = Network(raw.model.clone())
-    consumers = {
-        item.weight: item
-        for item in read_consumers(raw, network)
-        if item.weight in also or can_lose_columns(structure, item)
-    }
+    everyone = read_consumers(raw, network)
+    consumers = {item.weight: item for item in everyone if item.weight in also or can_lose_columns(structure, item)}
     images = images[: min(IMAGES_MOST, _affordable_images(network, tuple(consumers.values())))]
     held = min(max(int(HELD_BACK * len(images)), 1), HELD_BACK_MOST)
     fitted = tuple(range(len(images) - held))
@@ -99,7 +128,23 @@ def build_context(
     everything = Frontier(network, images, range(len(images)))
     dense = collect_dense(network, tuple(consumers.values()), everything, fitted, held_back, threads, progress)
     logits = answers(network, everything, held_back, threads)
-    return RecoveryContext(raw, structure, network, consumers, images, fitted, held_back, dense, logits, threads)
+    answering = _answering(network, everyone)
+    return RecoveryContext(
+        raw, structure, network, consumers, images, fitted, held_back, dense, logits, answering, threads
+    )
+
+
+def _answering(network: Network, consumers: Sequence[Consumer]) -> tuple[str, ...]:
+    """Return the tensors of the layer whose product, and the bias added to it, is the network's first output."""
+    for item in consumers:
+        branch = read_branch(network, item)
+        if branch.result != network.outputs[0] or branch.skip is not None or not (branch.scale == 1.0).all():
+            continue
+        if item.shift is None:
+            return () if branch.offset.any() else (item.weight,)
+        if item.shift.sign > 0 and np.array_equal(branch.offset, network.arrays[item.shift.tensor]):
+            return item.weight, item.shift.tensor
+    return ()
 
 
 def _affordable_images(network: Network, consumers: Iterable[Consumer]) -> int:
@@ -124,22 +169,67 @@ def answers(network: Network, frontier: Frontier, images: Iterable[int], threads
     return np.concatenate([row.reshape(-1, row.shape[-1]) for row in rows])
 
 
-def divergences(context: RecoveryContext, network: Network, frontier: Frontier) -> npt.NDArray[np.float64]:
-    """Return KL(dense || network) of each held-back image, infinite where an answer is not finite."""
-    return divergences_of(context, answers(network, frontier, context.held_back, context.threads))
+def judge(context: RecoveryContext, network: Network, frontier: Frontier) -> Judged:
+    """Return what the held-back images say of `network`."""
+    return judge_answers(context, answers(network, frontier, context.held_back, context.threads))
 
 
-def divergences_of(context: RecoveryContext, found: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
-    """Return `divergences` of answers (rows, classes) to the held-back images that were computed elsewhere."""
+def judge_answers(context: RecoveryContext, found: npt.NDArray[np.float32]) -> Judged:
+    """Return what answers (rows, classes) to the held-back images say."""
     if not np.isfinite(found).all():
-        return np.full(len(context.held_back), np.inf)
-    per_row = divergence_per_row(context.logits, found)
-    return np.asarray(per_row.reshape(len(context.held_back), -1).mean(axis=1))
+        return Judged(np.full(len(context.held_back), np.inf), 1.0)
+    scale = best_scale(context.logits, found) if context.answering else 1.0
+    per_row = divergence_per_row(context.logits, found * np.float32(scale))
+    return Judged(np.asarray(per_row.reshape(len(context.held_back), -1).mean(axis=1)), scale)
+
+
+def divergences(context: RecoveryContext, network: Network, frontier: Frontier) -> npt.NDArray[np.float64]:
+    """Return the divergences of `judge`."""
+    return judge(context, network, frontier).divergences
+
+
+def rescale(context: RecoveryContext, keep: Keep, tensors: Tensors, scale: float) -> Tensors:
+    """Return `tensors` (dense-shaped, masked) with the answers multiplied by `scale`."""
+    if abs(scale - 1.0) < SCALE_STEP:
+        return tensors
+    masks = mask_tensors(context.structure, keep)
+    found = dict(tensors)
+    for name in context.answering:
+        array = tensors[name] if name in tensors else apply_mask(context.network.arrays[name], masks.get(name))
+        found[name] = (np.asarray(array, dtype=np.float64) * scale).astype(array.dtype)
+    return found
+
+
+def best_scale(wanted: npt.NDArray[np.float32], found: npt.NDArray[np.float32]) -> float:
+    """Return the s that makes the mean KL(softmax(wanted) || softmax(s found)) least, by Newton's method.
+
+    It is convex in s: its slope is the mean of E_q[z] - E_p[z], its curvature the mean of Var_q[z], z the answers
+    `found`, p and q the two softmaxes.
+    """
+    z = found.astype(np.float64)
+    z -= z.max(axis=1, keepdims=True)
+    goal = float((softmax(wanted.astype(np.float64)) * z).sum(axis=1).mean())
+    scale = 1.0
+    for _ in range(SCALE_STEPS):
+        q = softmax(scale * z)
+        mean = (q * z).sum(axis=1)
+        curvature = float(((q * z**2).sum(axis=1) - mean**2).mean())
+        step = (float(mean.mean()) - goal) / max(curvature, 1e-12)
+        scale = float(np.clip(scale - np.clip(step, -0.3, 0.3), *SCALES))
+        if abs(step) < SCALE_STEP:
+            break
+    return scale
+
+
+def softmax(rows: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Return the softmax of every row."""
+    powers = np.exp(rows - rows.max(axis=1, keepdims=True))
+    return np.asarray(powers / powers.sum(axis=1, keepdims=True))
 
 
 def divergence(context: RecoveryContext, network: Network, frontier: Frontier) -> float:
     """Return the mean of `divergences`."""
-    return max(0.0, float(divergences(context, network, frontier).mean()))
+    return judge(context, network, frontier).mean
 
 
 def is_better(new: npt.NDArray[np.float64], old: npt.NDArray[np.float64]) -> bool:
@@ -153,12 +243,18 @@ def is_better(new: npt.NDArray[np.float64], old: npt.NDArray[np.float64]) -> boo
 # ---- which indices stay
 
 
-def readers_of(context: RecoveryContext, group: Group) -> list[tuple[Consumer, npt.NDArray[np.int64]]]:
+def readers_of(context: RecoveryContext, group: Group) -> Readers:
     """Return the consumers that have moments and read `group`, each with the columns of every index.
 
     Columns are (indices, columns per index). A consumer in which an index reaches nothing, or which has independent
     blocks (a depthwise convolution carries the group through), is left out.
     """
+    if group.leaf not in context.readers:
+        context.readers[group.leaf] = _find_readers(context, group)
+    return context.readers[group.leaf]
+
+
+def _find_readers(context: RecoveryContext, group: Group) -> Readers:
     found = []
     for item in group.slices:
         consumer = context.consumers.get(item.tensor)

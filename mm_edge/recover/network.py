@@ -7,6 +7,7 @@ changes one layer after the other costs about two forward passes, not one per la
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as ir_passes
 import onnxruntime
+
+from mm_edge.parallel import in_order
 
 Array = npt.NDArray[Any]
 Values = dict[str, Array]
@@ -63,6 +66,12 @@ class Network:
         self._constant = self._constant_values()
         self._crossing = self._crossing_sizes()
 
+    def holding(self, arrays: Mapping[str, Array]) -> Network:
+        """Return the same graph with other `arrays` of the same shapes; names it does not have are left out."""
+        twin = copy.copy(self)
+        twin.arrays = {**self.arrays, **{name: array for name, array in arrays.items() if name in self.arrays}}
+        return twin
+
     def holds(self, node: str) -> bool:
         """Return whether the node called `node` is there; what led to a removed branch alone is not."""
         return node in self._positions
@@ -92,7 +101,7 @@ class Network:
         """Return how many numbers an image has at `position`."""
         return int(self._crossing[position])
 
-    def open(self, given: Sequence[str], wanted: Sequence[str], threads: int = 1) -> Part:
+    def open(self, given: Sequence[str], wanted: Sequence[str]) -> Part:
         """Return the part of the graph that computes `wanted` from `given`, ready to run."""
         nodes, names = self._between(set(given), wanted)
         graph = onnx.helper.make_graph(
@@ -103,7 +112,7 @@ class Network:
             [onnx.numpy_helper.from_array(np.asarray(self.arrays[name], order="C"), name) for name in sorted(names)],
         )
         model = onnx.helper.make_model(graph, opset_imports=self._opsets, ir_version=self._ir_version)
-        return Part(_open_session(model.SerializeToString(), threads), tuple(given), tuple(wanted))
+        return Part(_open_session(model.SerializeToString()), tuple(given), tuple(wanted))
 
     def _constant_values(self) -> set[str]:
         constant = {*self.arrays, ""}
@@ -191,10 +200,13 @@ class Frontier:
     def run(
         self, network: Network, wanted: Sequence[str], images: Sequence[int], threads: int = 1
     ) -> Iterator[tuple[int, Values]]:
-        """Yield, for one image number after the other, the `wanted` values."""
-        part = network.open(tuple(self._values), tuple(dict.fromkeys(wanted)), threads)
-        for number in images:
-            yield number, part.run({name: array[self._rows[number]] for name, array in self._values.items()})
+        """Yield, for one image number after the other, the `wanted` values; `threads` images are run at a time."""
+        part = network.open(tuple(self._values), tuple(dict.fromkeys(wanted)))
+
+        def run_one(number: int) -> Values:
+            return part.run({name: array[self._rows[number]] for name, array in self._values.items()})
+
+        yield from zip(images, in_order(run_one, images, threads), strict=True)
 
 
 def narrowest(network: Network, first: int, last: int) -> int:
@@ -202,9 +214,9 @@ def narrowest(network: Network, first: int, last: int) -> int:
     return min(range(first, last + 1), key=lambda position: (network.live_size(position), -position))
 
 
-def _open_session(model: bytes, threads: int) -> Any:
+def _open_session(model: bytes) -> Any:
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = 1
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])

@@ -19,7 +19,7 @@ import numpy as np
 from mm_edge.graph.compact import materialise
 from mm_edge.masks import Mask
 from mm_edge.recover.consumers import Consumer
-from mm_edge.recover.context import RecoveryContext, Tensors, divergences, is_better
+from mm_edge.recover.context import RecoveryContext, Tensors, is_better, judge, rescale
 from mm_edge.recover.network import Frontier, Network
 from mm_edge.semi_structured import compensate
 
@@ -43,11 +43,13 @@ def recover_pattern(context: RecoveryContext, masks: Mapping[str, Mask]) -> Patt
             _solve_layer(context, consumer, mask, solved)
             count += 1
     frontier = Frontier(context.network, context.images, context.held_back)
-    found = [
-        divergences(context, Network(materialise(context.raw, context.structure, {}, tensors)), frontier)
+    before, after = (
+        judge(context, Network(materialise(context.raw, context.structure, {}, tensors)), frontier)
         for tensors in (masked, solved)
-    ]
-    return PatternRecovery(solved, count) if is_better(found[1], found[0]) else PatternRecovery({}, 0)
+    )
+    if not is_better(after.divergences, before.divergences):
+        return PatternRecovery({}, 0)
+    return PatternRecovery(rescale(context, {}, solved, after.scale), count)
 
 
 def _solve_layer(context: RecoveryContext, consumer: Consumer, mask: Mask, tensors: Tensors) -> None:

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mm_edge.graph.axes import Axis
-from mm_edge.graph.compact import Keep, materialise
+from mm_edge.graph.compact import Keep, compact_arrays, materialise
 from mm_edge.graph.costs import Cost, RunningCost
 from mm_edge.graph.groups import Group, Structure
 from mm_edge.graph.widths import Counts, Ladder
@@ -145,11 +145,15 @@ def _measure(context: RecoveryContext, group: Group, widths: Sequence[int], fron
     points: list[Measured] = []
     counts = [min(widths[:-1], key=lambda width: abs(width - (1 - ratio) * group.size)) for ratio in RATIOS]
     for count in dict.fromkeys(counts):
-        tried = []
+        tried: list[Measured] = []
+        pruned: Network | None = None
         for select, order, ridge in (("obs", surgeon, RIDGE), ("energy", energy, GENTLE)):
             keep = {group.leaf: order.keep(count)}
             tensors = screen(context, keep, {consumer.weight: ridge for consumer, _ in readers_of(context, group)})
-            pruned = Network(materialise(context.raw, context.structure, keep, tensors))
+            if pruned is None:
+                pruned = Network(materialise(context.raw, context.structure, keep, tensors))
+            else:
+                pruned = pruned.holding(compact_arrays(context.raw, context.structure, keep, tensors))
             tried.append(Measured(count, divergence(context, pruned, frontier), select, ridge))
         points.append(min(tried, key=lambda item: item.kl))
         if points[-1].kl > HOPELESS:

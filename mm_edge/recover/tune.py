@@ -26,13 +26,11 @@ from torch.nn import functional
 from mm_edge.graph.axes import BoolArray
 from mm_edge.graph.compact import Keep, apply_mask, mask_tensors, materialise
 from mm_edge.progress import Advance
-from mm_edge.recover.context import RecoveryContext, Tensors, divergences, divergences_of, is_better
+from mm_edge.recover.context import Judged, RecoveryContext, Tensors, is_better, judge, judge_answers, rescale
 from mm_edge.recover.network import Frontier, Network
 from mm_edge.recover.pair import Pair, make_pair
 from mm_edge.recover.solve import kept_blocks
 from mm_edge.recover.traced import Traced, Values, channels_last
-
-Floats = npt.NDArray[np.float64]
 
 BATCH = 32
 STEPS = 300
@@ -112,7 +110,7 @@ def tune(
         progress: called with (batches cached and steps done, of how many).
     """
     before = _judge(context, keep, tensors)
-    start = float(before.mean())
+    start = before.mean
     dense = Traced(module, context.images.shape[1:], BATCH)
     span = find_span(context, dense, keep)
     if span is None:
@@ -126,15 +124,15 @@ def tune(
     moved = {name: pair.shrunk.put(name, value.numpy().copy(), whole[name]) for name, value in best.weights.items()}
     found = {**tensors, **moved}
     after = _judge(context, keep, found)
-    if not best.step or not is_better(after, before):
+    if not best.step or not is_better(after.divergences, before.divergences):
         return Tuned(tensors, start, start, False, "tuning dropped: no better on held-back images", history)
     note = f"tuned {best.step} steps up to cut {len(span.targets) - best.frozen} of {len(span.targets)}"
-    return Tuned(found, start, float(after.mean()), True, note, history)
+    return Tuned(rescale(context, keep, found, after.scale), start, after.mean, True, note, history)
 
 
-def _judge(context: RecoveryContext, keep: Keep, tensors: Tensors) -> Floats:
+def _judge(context: RecoveryContext, keep: Keep, tensors: Tensors) -> Judged:
     network = Network(materialise(context.raw, context.structure, keep, tensors))
-    return divergences(context, network, Frontier(network, context.images, context.held_back))
+    return judge(context, network, Frontier(network, context.images, context.held_back))
 
 
 def find_span(context: RecoveryContext, traced: Traced, keep: Keep) -> Span | None:
@@ -291,7 +289,7 @@ class _Tuner:
         state = {**self.student, **weights}
         rows = [self.traced.run(state, given, (self.traced.output,))[self.traced.output][:n] for given, n in held]
         logits = torch.cat(rows).numpy()
-        return float(divergences_of(self.context, logits.reshape(-1, logits.shape[-1])).mean())
+        return judge_answers(self.context, logits.reshape(-1, logits.shape[-1])).mean
 
 
 def crops(images: npt.NDArray[np.float32], count: int, batch: int, generator: torch.Generator) -> Iterator[Tensor]:

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from mm_edge.graph.compact import Keep, materialise
 from mm_edge.progress import Advance
 from mm_edge.recover.consumers import Consumer, read_branch
-from mm_edge.recover.context import RecoveryContext, Tensors, divergences, is_better
+from mm_edge.recover.context import Judged, RecoveryContext, Tensors, is_better, judge, rescale
 from mm_edge.recover.moments import Moments, collect_paired, is_live
 from mm_edge.recover.network import Frontier, Network, narrowest
 from mm_edge.recover.solve import KeptBlocks, fit, kept_blocks
@@ -63,7 +63,7 @@ def walk(context: RecoveryContext, keep: Keep, screened: Tensors, progress: Adva
     student = Network(materialise(context.raw, context.structure, keep, screened))
     fitted = Frontier(student, context.images, context.fitted)
     held = Frontier(student, context.images, context.held_back)
-    best = divergences(context, student, held)
+    best = judge(context, student, held)
     taken: dict[str, Way | None] = {}
     changed: set[str] = set()
     affected = _affected(context, student, keep)
@@ -75,37 +75,37 @@ def walk(context: RecoveryContext, keep: Keep, screened: Tensors, progress: Adva
             changed |= set(problem.arrays)
         if progress is not None:
             progress(done + 1, len(affected))
-    fitted_tensors = _widen(context, keep, student, screened, changed)
-    tensors = _solve_again(context, keep, screened, taken)
-    return Walked(tensors, fitted_tensors, taken, max(0.0, float(best.mean())))
+    found = [_widen(context, keep, student, screened, changed), _solve_again(context, keep, screened, taken)]
+    fitted_tensors, tensors = (rescale(context, keep, item, best.scale) for item in found)
+    return Walked(tensors, fitted_tensors, taken, best.mean)
 
 
 def _decide_(
-    context: RecoveryContext, student: Network, problem: _Problem, held: Frontier, best: Floats
-) -> tuple[Way | None, Floats]:
+    context: RecoveryContext, student: Network, problem: _Problem, held: Frontier, best: Judged
+) -> tuple[Way | None, Judged]:
     """Put the way into `student` that diverges least, if any is better than what is there; return it.
 
     Every ridge is tried with the first share, then the other shares with the ridge that came out best.
     """
     first, *others = SHARES["alone" if problem.skip is None else "beside a skip"]
-    tried: dict[Way, tuple[Proposal, Floats]] = {}
+    tried: dict[Way, tuple[Proposal, Judged]] = {}
 
-    def judge(way: Way) -> None:
+    def attempt(way: Way) -> None:
         proposal = problem.solve(way)
         student.arrays.update(proposal)
-        tried[way] = proposal, divergences(context, student, held)
+        tried[way] = proposal, judge(context, student, held)
 
     def least() -> Way:
-        return min(tried, key=lambda way: float(tried[way][1].mean()))
+        return min(tried, key=lambda way: tried[way][1].mean)
 
     for name, ridge in RIDGES.items():
-        judge(Way(name, ridge, first))
+        attempt(Way(name, ridge, first))
     middle = least()
     for share in others:
-        judge(replace(middle, share=share))
+        attempt(replace(middle, share=share))
     chosen = least()
     proposal, found = tried[chosen]
-    if not is_better(found, best):
+    if not is_better(found.divergences, best.divergences):
         student.arrays.update(problem.arrays)
         return None, best
     student.arrays.update(proposal)
