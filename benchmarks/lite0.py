@@ -9,8 +9,8 @@ residual blocks removed, whichever diverges least on held-back calibration image
 
     control   the dense network on smaller pictures
     full      at 224 pixels
-    sized     at 192 pixels, compared with 224
-    tuned     the networks of the budgets that --tune names, tuned block by block
+    sized     at 192 or 176 pixels, whichever diverges least; 176 is no multiple of the network's stride
+    ...-tuned the networks of the budgets that --tune names, tuned block by block where that is better
 
 Networks and rows are kept in FOLDER, so that a run that was stopped goes on. --report gathers them into
 benchmarks/results/lite0.json; with --measure every network is first timed against the dense one, inferences in turn,
@@ -23,7 +23,7 @@ import argparse
 import json
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,7 @@ from mm_edge.target import load_target, resolve_host
 RESULTS = Path(__file__).resolve().parent / "results" / "lite0.json"
 FULL = (0.6, 0.7, 0.75, 0.8, 0.85)
 SIZED = (0.63, 0.59, 0.52)
-SMALLER = 192
+SMALLER = (192, 176)
 CONTROLS = (192, 176, 160)
 PAIRS = 120
 
@@ -70,6 +70,18 @@ class At:
     ladders: Any
     data: DataSplits
     leaves: Mapping[Any, Any]
+
+
+@dataclass(frozen=True)
+class Spent:
+    """A budget spent: what stays at a size without some blocks, and its divergence when screened."""
+
+    kl: float
+    at: At
+    context: RecoveryContext
+    keep: Keep
+    sensitivities: Any
+    removed: tuple[str, ...]
 
 
 class Seed:
@@ -90,83 +102,85 @@ class Seed:
     def run(self) -> None:
         self.record("dense", 1.0, self.full, {}, {}, {})
         for side in CONTROLS:
-            if not self.path("control", side, 1.0).exists():
-                self.record("control", 1.0, self.at(side), {}, {}, {})
-        wanted = [self.path("full", 224, fraction) for fraction in FULL]
-        wanted += [self.path("sized", SMALLER, fraction) for fraction in SIZED]
-        wanted += [self.path("tuned", 224, fraction) for fraction in FULL if fraction in self.options.tune]
-        wanted += [self.path("tuned", SMALLER, fraction) for fraction in SIZED if fraction in self.options.tune]
-        if all(path.exists() for path in wanted):
+            self.record("control", 1.0, self.at(side), {}, {}, {})
+        if not any(self.lacks("full", fraction) for fraction in FULL) and not any(
+            self.lacks("sized", fraction) for fraction in SIZED
+        ):
             return
         started = time.monotonic()
-        context = build_context(self.full.raw, self.full.structure, recovery_images(self.full.data), threads=cores())
+        context = self.context(self.full)
         kept = self.options.work / f"sensitivities-{self.seed}.safetensors"
         sensitivities = read_sensitivities(kept, context, self.full.ladders)
         branches = measure_branches(context, find_branches(self.full.raw.model, self.full.structure))
         shared = {"shared_seconds": round(time.monotonic() - started, 1)}
         for fraction in FULL:
-            if self.lacks("full", 224, fraction):
-                self.make("full", fraction, self.full, context, sensitivities, branches, shared)
-        smaller = self.at(SMALLER)
-        own = replace(
-            build_context(smaller.raw, smaller.structure, recovery_images(smaller.data), threads=cores()),
-            logits=context.logits,
-        )
+            if self.lacks("full", fraction):
+                self.make("full", fraction, [(self.full, context)], sensitivities, branches, shared)
+        smaller = []
+        for at in [self.at(side) for side in SMALLER]:
+            # The network to come near to is the one given, not what it says of smaller pictures.
+            smaller.append((at, replace(self.context(at), logits=context.logits)))
         for fraction in SIZED:
-            if self.lacks("sized", SMALLER, fraction):
-                here, _ = self.search(self.full, context, sensitivities, branches, fraction)
-                self.make("sized", fraction, smaller, own, sensitivities, branches, {"kl_screened_at_224": here})
+            if self.lacks("sized", fraction):
+                self.make("sized", fraction, smaller, sensitivities, branches, shared)
 
-    def lacks(self, kind: str, side: int, fraction: float) -> bool:
+    def context(self, at: At) -> RecoveryContext:
+        return build_context(at.raw, at.structure, recovery_images(at.data), threads=cores())
+
+    def lacks(self, kind: str, fraction: float) -> bool:
         """Return whether a row is missing, or its tuned one that is asked for."""
-        kinds = (kind, "tuned") if fraction in self.options.tune else (kind,)
-        return not all(self.path(name, side, fraction).exists() for name in kinds)
+        kinds = (kind, f"{kind}-tuned") if fraction in self.options.tune else (kind,)
+        return not all(self.known(name, fraction) for name in kinds)
+
+    def known(self, kind: str, fraction: float) -> list[Path]:
+        return list(self.options.work.glob(f"row-{self.seed}-{kind}-[0-9]*-{fraction:.3f}.json"))
 
     def search(
         self, at: At, context: RecoveryContext, sensitivities: Any, branches: Any, fraction: float
-    ) -> tuple[float, tuple[Keep, Any, list[str]]]:
-        """Return the least divergence of the screened networks, and the network."""
+    ) -> list[Spent]:
+        """Return the ways of spending a budget at one size, recovered by the dense moments."""
         own = {at.leaves[leaf]: item for leaf, item in sensitivities.items()}
+        budget = fraction * self.full.structure.macs()
         tried = []
         for removed in offers(branches, lambda branch: branch.macs):
             gone = [renamed(item, at.leaves) for item in removed]
-            budget = fraction * self.full.structure.macs()
             keep = allocate_rest(at.structure, at.structure.mac_cost, own, gone, budget, at.ladders)
             found = recover_keep(context, keep, "auto", own, walked=False)
-            tried.append((found.kl_held_back or 0.0, (keep, own, [item.id for item in removed])))
-        return min(tried, key=lambda item: item[0])
+            tried.append(Spent(found.kl_held_back or 0.0, at, context, keep, own, tuple(item.id for item in removed)))
+        return tried
 
     def make(
         self,
         kind: str,
         fraction: float,
-        at: At,
-        context: RecoveryContext,
+        places: Sequence[tuple[At, RecoveryContext]],
         sensitivities: Any,
         branches: Any,
         more: dict[str, Any],
     ) -> None:
-        """Spend a budget, walk the winner, keep it; and tune it where that is asked for."""
+        """Spend a budget, walk what diverges least, keep it; and tune it where that is asked for."""
         started = time.monotonic()
-        screened, (keep, own, removed) = self.search(at, context, sensitivities, branches, fraction)
+        tried = [item for at, context in places for item in self.search(at, context, sensitivities, branches, fraction)]
+        best = min(tried, key=lambda item: item.kl)
         searched = time.monotonic()
-        found = recover_keep(context, keep, "auto", own, walked=True)
-        keep = {**keep, **found.keep}
+        found = recover_keep(best.context, best.keep, "auto", best.sensitivities, walked=True)
+        keep = {**best.keep, **found.keep}
         more = {
             **more,
-            "removed_blocks": removed,
+            "removed_blocks": best.removed,
             "search_seconds": round(searched - started, 1),
             "walk_seconds": round(time.monotonic() - searched, 1),
-            "kl_screened": screened,
+            "screened": [{"side": item.at.side, "removed": item.removed, "kl": round(item.kl, 4)} for item in tried],
             "kl_held_back": found.kl_held_back,
             "notes": found.notes,
         }
-        self.record(kind, fraction, at, keep, found.tensors, more)
+        self.record(kind, fraction, best.at, keep, found.tensors, more)
         if fraction in self.options.tune:
             started = time.monotonic()
-            tuned = tune(context, self.model.module, keep, found.fitted, seed=self.seed)
+            tuned = tune(best.context, self.model.module, keep, found.fitted, seed=self.seed)
             more = {"tune_seconds": round(time.monotonic() - started, 1), "note": tuned.note}
-            self.record("tuned", fraction, at, keep, tuned.tensors, more)
+            tensors = tuned.tensors if tuned.better else found.tensors
+            self.record(f"{kind}-tuned", fraction, best.at, keep, tensors, more)
 
     def at(self, side: int) -> At:
         model = remake(self.model, side)
@@ -223,14 +237,20 @@ def report(options: argparse.Namespace) -> None:
             path.write_text(json.dumps(row))
         rows.append(row)
     means = []
-    for key in sorted({(row["kind"], row["side"], row["budget"]) for row in rows}):
-        same = [row for row in rows if (row["kind"], row["side"], row["budget"]) == key]
+    for key in sorted({_key(row) for row in rows}):
+        same = [row for row in rows if _key(row) == key]
         names = ("macs", "top1", "drop_points", "agreement", "kl", "speedup", "walk_seconds", "tune_seconds")
         found = {name: _mean([row.get(name) for row in same]) for name in names}
-        means.append({"kind": key[0], "side": key[1], "budget": key[2], "seeds": len(same), **found})
+        sides = sorted({row["side"] for row in same})
+        means.append({"kind": key[0], "budget": key[2], "sides": sides, "seeds": len(same), **found})
         print(json.dumps(means[-1]))
     host = {"machine": platform.machine(), "onnxruntime": onnxruntime.__version__, "threads": 1}
     RESULTS.write_text(json.dumps({"host": host, "means": means, "rows": rows}, indent=1) + "\n")
+
+
+def _key(row: Mapping[str, Any]) -> tuple[str, int, float]:
+    """Return what rows of different seeds share; the size of a control, elsewhere it is what was chosen."""
+    return row["kind"], row["side"] if row["kind"] == "control" else 0, row["budget"]
 
 
 def _mean(values: list[float | None]) -> float | None:
