@@ -201,9 +201,12 @@ def _window(attributes: dict[str, Any], kernel: tuple[int, ...], size: tuple[int
 
 
 def _shift(raw: RawGraph, network: Network, node: onnx.NodeProto) -> Shift | None:
-    """Return the bias that is added to the product, or the running mean that is subtracted from it."""
+    """Return the bias that is added to the product, or the running mean that is subtracted from it.
+
+    One that something else reads too cannot be moved for this product alone.
+    """
     if len(node.input) > 2 and node.input[2] in raw.parameters:
-        return Shift(node.input[2], 1.0)
+        return _sole(network, node.input[2], 1.0)
     value = node.output[0]
     while True:
         readers = network.read_at.get(value, [])
@@ -214,12 +217,16 @@ def _shift(raw: RawGraph, network: Network, node: onnx.NodeProto) -> Shift | Non
             value = following.output[0]
             continue
         if following.op_type == "BatchNormalization" and following.input[3] in raw.buffers | raw.parameters:
-            return Shift(following.input[3], -1.0)
+            return _sole(network, following.input[3], -1.0)
         if following.op_type == "Add":
             other = next((name for name in following.input if name != value), "")
             if other in raw.parameters and network.arrays[other].ndim == 1:
-                return Shift(other, 1.0)
+                return _sole(network, other, 1.0)
         return None
+
+
+def _sole(network: Network, tensor: str, sign: float) -> Shift | None:
+    return Shift(tensor, sign) if len(network.read_at[tensor]) == 1 else None
 
 
 def _follow(network: Network, value: str, index: Indices) -> tuple[onnx.NodeProto, str, Array, Array] | None:
