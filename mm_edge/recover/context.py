@@ -33,6 +33,7 @@ SOLUTION_BYTES = 256 << 20
 SCALES = (0.2, 5.0)
 SCALE_STEPS = 20
 SCALE_STEP = 1e-3
+SCALE_LEAP = 0.3
 
 
 @dataclass(frozen=True)
@@ -201,23 +202,28 @@ def rescale(context: RecoveryContext, keep: Keep, tensors: Tensors, scale: float
 
 
 def best_scale(wanted: npt.NDArray[np.float32], found: npt.NDArray[np.float32]) -> float:
-    """Return the s that makes the mean KL(softmax(wanted) || softmax(s found)) least, by Newton's method.
+    """Return the s, within SCALES, that makes the mean KL(softmax(wanted) || softmax(s found)) least.
 
     It is convex in s: its slope is the mean of E_q[z] - E_p[z], its curvature the mean of Var_q[z], z the answers
-    `found`, p and q the two softmaxes.
+    `found`, p and q the two softmaxes. Newton's method, halving what the slopes leave open where it would leave that:
+    where all rows turn sure at one s, it would step from one side to the other for ever.
     """
     z = found.astype(np.float64)
     z -= z.max(axis=1, keepdims=True)
     goal = float((softmax(wanted.astype(np.float64)) * z).sum(axis=1).mean())
-    scale = 1.0
+    scale, low, high = 1.0, -math.inf, math.inf
     for _ in range(SCALE_STEPS):
         q = softmax(scale * z)
         mean = (q * z).sum(axis=1)
+        slope = float(mean.mean()) - goal
         curvature = float(((q * z**2).sum(axis=1) - mean**2).mean())
-        step = (float(mean.mean()) - goal) / max(curvature, 1e-12)
-        scale = float(np.clip(scale - np.clip(step, -0.3, 0.3), *SCALES))
-        if abs(step) < SCALE_STEP:
+        low, high = (low, scale) if slope > 0 else (scale, high)
+        before, step = scale, np.clip(slope / max(curvature, 1e-12), -SCALE_LEAP, SCALE_LEAP)
+        scale = float(np.clip(before - step, *SCALES))
+        if abs(scale - before) < SCALE_STEP:
             break
+        if not low < scale < high:
+            scale = (low + high) / 2
     return scale
 
 
