@@ -105,7 +105,7 @@ def compact_arrays(
 ) -> dict[str, npt.NDArray[Any]]:
     """Return the initialisers that `materialise` changes, by name: swapped in from `tensors`, removed indices dropped.
 
-    They are all that two compact graphs with as many indices of every group differ in.
+    They are all that two compact graphs with as many indices of every group, and no group emptied, differ in.
     """
     found: dict[str, npt.NDArray[Any]] = {}
     for name, value in raw.model.graph.initializers.items():

@@ -14,14 +14,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from mm_edge.graph.axes import Axis
-from mm_edge.graph.compact import Keep, materialise
+from mm_edge.graph.compact import Keep
 from mm_edge.graph.costs import Cost
 from mm_edge.graph.depth import Branch
 from mm_edge.graph.groups import Structure
 from mm_edge.graph.widths import Counts, Ladder
 from mm_edge.progress import Advance
-from mm_edge.recover.context import RecoveryContext, divergence
-from mm_edge.recover.network import Frontier, Network, narrowest
+from mm_edge.recover.context import RecoveryContext, divergence, pruned_network
+from mm_edge.recover.network import Frontier, narrowest
 from mm_edge.recover.sensitivity import HOPELESS, Sensitivity, allocate, select_by_sensitivity
 from mm_edge.recover.solve import screen
 
@@ -55,7 +55,7 @@ def measure_branches(
             network, narrowest(network, frontier.position, max(first, frontier.position)), context.threads
         )
         keep = empty(context.structure, (branch,))
-        pruned = Network(materialise(context.raw, context.structure, keep, screen(context, keep)))
+        pruned = pruned_network(context, keep, screen(context, keep))
         found.append(MeasuredBranch(branch, divergence(context, pruned, frontier)))
         if progress is not None:
             progress(done + 1, len(branches))

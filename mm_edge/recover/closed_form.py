@@ -17,7 +17,7 @@ import numpy as np
 
 from mm_edge.errors import UsageError
 from mm_edge.graph.axes import Axis, BoolArray
-from mm_edge.graph.compact import Keep, compact_arrays, materialise
+from mm_edge.graph.compact import Keep
 from mm_edge.graph.groups import Group
 from mm_edge.graph.widths import Counts
 from mm_edge.progress import Advance
@@ -28,11 +28,12 @@ from mm_edge.recover.context import (
     energy_order,
     is_better,
     judge,
+    pruned_network,
     readers_of,
     rescale,
     surgeon_order,
 )
-from mm_edge.recover.network import Frontier, Network, narrowest
+from mm_edge.recover.network import Frontier, narrowest
 from mm_edge.recover.sensitivity import Sensitivity, first_use
 from mm_edge.recover.solve import GENTLE, screen
 from mm_edge.recover.surgeon import RIDGE, Order
@@ -166,14 +167,14 @@ def _start(context: RecoveryContext, options: _Options, selected: Mapping[Axis, 
     for group in _groups(context, selected):
         ridges |= _ridges(context, group, selected[group.leaf])
     tensors = screen(context, keep, ridges)
-    network = Network(materialise(context.raw, context.structure, keep, tensors))
+    network = pruned_network(context, keep, tensors)
     return _Start(selected, keep, tensors, judge(context, network, frontier))
 
 
 def _swap_groups(context: RecoveryContext, options: _Options, start: _Start) -> _Start:
     """Try each group's other selections, in graph order; what diverges less stays."""
     best = start
-    network = Network(materialise(context.raw, context.structure, best.keep, best.tensors))
+    network = pruned_network(context, best.keep, best.tensors)
     frontier = Frontier(network, context.images, context.held_back)
     for group in sorted(_groups(context, options), key=lambda item: first_use(network, item)):
         tried = {best.keep[group.leaf].tobytes()}
@@ -184,7 +185,7 @@ def _swap_groups(context: RecoveryContext, options: _Options, start: _Start) -> 
             tried.add(kept.tobytes())
             keep = {**best.keep, group.leaf: kept}
             tensors = screen(context, keep, _all_ridges(context, best, group, name))
-            trial = network.holding(compact_arrays(context.raw, context.structure, keep, tensors))
+            trial = pruned_network(context, keep, tensors, network)
             judged = judge(context, trial, frontier)
             if is_better(judged.divergences, best.judged.divergences):
                 best, network = _Start({**best.selected, group.leaf: name}, keep, tensors, judged), trial

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from mm_edge.evaluate import divergence_per_row
 from mm_edge.export import RawGraph
 from mm_edge.graph.axes import Axis
-from mm_edge.graph.compact import Keep, apply_mask, mask_tensors
+from mm_edge.graph.compact import Keep, apply_mask, compact_arrays, mask_tensors, materialise
 from mm_edge.graph.groups import Group, Structure
 from mm_edge.progress import Advance
 from mm_edge.recover.consumers import Consumer, read_branch, read_consumers
@@ -74,7 +74,7 @@ class RecoveryContext:
         logits: the dense network's answers on the held-back images.
         answering: names of the weight and bias that make the network's answers, if one layer alone does: multiplied by
             one number, they multiply the answers.
-        threads: for ONNX Runtime.
+        threads: how many images are run at a time.
         orders: orders found so far, by group.
         readers: who reads a group and by which columns, found so far.
         solutions: weights and shifts solved from the dense moments, by consumer, kept columns and lambda.
@@ -170,6 +170,16 @@ def answers(network: Network, frontier: Frontier, images: Iterable[int], threads
     return np.concatenate([row.reshape(-1, row.shape[-1]) for row in rows])
 
 
+def pruned_network(context: RecoveryContext, keep: Keep, tensors: Tensors, like: Network | None = None) -> Network:
+    """Return the compact network of `tensors` (dense-shaped, masked), ready to run.
+
+    `like` is one of as many indices of every group: where weights are all that differs, shapes are not inferred anew.
+    """
+    if like is None or not all(kept.any() for kept in keep.values()):  # constants stand where nothing is kept
+        return Network(materialise(context.raw, context.structure, keep, tensors))
+    return like.holding(compact_arrays(context.raw, context.structure, keep, tensors))
+
+
 def judge(context: RecoveryContext, network: Network, frontier: Frontier) -> Judged:
     """Return what the held-back images say of `network`."""
     return judge_answers(context, answers(network, frontier, context.held_back, context.threads))
@@ -182,11 +192,6 @@ def judge_answers(context: RecoveryContext, found: npt.NDArray[np.float32]) -> J
     scale = best_scale(context.logits, found) if context.answering else 1.0
     per_row = divergence_per_row(context.logits, found * np.float32(scale))
     return Judged(np.asarray(per_row.reshape(len(context.held_back), -1).mean(axis=1)), scale)
-
-
-def divergences(context: RecoveryContext, network: Network, frontier: Frontier) -> npt.NDArray[np.float64]:
-    """Return the divergences of `judge`."""
-    return judge(context, network, frontier).divergences
 
 
 def rescale(context: RecoveryContext, keep: Keep, tensors: Tensors, scale: float) -> Tensors:
@@ -234,7 +239,7 @@ def softmax(rows: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 
 def divergence(context: RecoveryContext, network: Network, frontier: Frontier) -> float:
-    """Return the mean of `divergences`."""
+    """Return the mean divergence that `judge` finds, nats."""
     return judge(context, network, frontier).mean
 
 

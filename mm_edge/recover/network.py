@@ -67,9 +67,10 @@ class Network:
         self._crossing = self._crossing_sizes()
 
     def holding(self, arrays: Mapping[str, Array]) -> Network:
-        """Return the same graph with other `arrays` of the same shapes; names it does not have are left out."""
+        """Return the same graph with other `arrays`, each of the name and shape of one it has."""
+        assert all(self.arrays[name].shape == array.shape for name, array in arrays.items())
         twin = copy.copy(self)
-        twin.arrays = {**self.arrays, **{name: array for name, array in arrays.items() if name in self.arrays}}
+        twin.arrays = {**self.arrays, **arrays}
         return twin
 
     def holds(self, node: str) -> bool:

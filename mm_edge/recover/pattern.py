@@ -16,11 +16,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mm_edge.graph.compact import materialise
 from mm_edge.masks import Mask
 from mm_edge.recover.consumers import Consumer
-from mm_edge.recover.context import RecoveryContext, Tensors, is_better, judge, rescale
-from mm_edge.recover.network import Frontier, Network
+from mm_edge.recover.context import RecoveryContext, Tensors, is_better, judge, pruned_network, rescale
+from mm_edge.recover.network import Frontier
 from mm_edge.semi_structured import compensate
 
 
@@ -43,10 +42,7 @@ def recover_pattern(context: RecoveryContext, masks: Mapping[str, Mask]) -> Patt
             _solve_layer(context, consumer, mask, solved)
             count += 1
     frontier = Frontier(context.network, context.images, context.held_back)
-    before, after = (
-        judge(context, Network(materialise(context.raw, context.structure, {}, tensors)), frontier)
-        for tensors in (masked, solved)
-    )
+    before, after = (judge(context, pruned_network(context, {}, item), frontier) for item in (masked, solved))
     if not is_better(after.divergences, before.divergences):
         return PatternRecovery({}, 0)
     return PatternRecovery(rescale(context, {}, solved, after.scale), count)

@@ -23,12 +23,19 @@ import numpy as np
 import numpy.typing as npt
 
 from mm_edge.graph.axes import Axis
-from mm_edge.graph.compact import Keep, compact_arrays, materialise
+from mm_edge.graph.compact import Keep
 from mm_edge.graph.costs import Cost, RunningCost
 from mm_edge.graph.groups import Group, Structure
 from mm_edge.graph.widths import Counts, Ladder
 from mm_edge.progress import Advance
-from mm_edge.recover.context import RecoveryContext, divergence, energy_order, readers_of, surgeon_order
+from mm_edge.recover.context import (
+    RecoveryContext,
+    divergence,
+    energy_order,
+    pruned_network,
+    readers_of,
+    surgeon_order,
+)
 from mm_edge.recover.network import Frontier, Network, narrowest
 from mm_edge.recover.solve import GENTLE, screen
 from mm_edge.recover.surgeon import RIDGE, Order
@@ -150,10 +157,7 @@ def _measure(context: RecoveryContext, group: Group, widths: Sequence[int], fron
         for select, order, ridge in (("obs", surgeon, RIDGE), ("energy", energy, GENTLE)):
             keep = {group.leaf: order.keep(count)}
             tensors = screen(context, keep, {consumer.weight: ridge for consumer, _ in readers_of(context, group)})
-            if pruned is None:
-                pruned = Network(materialise(context.raw, context.structure, keep, tensors))
-            else:
-                pruned = pruned.holding(compact_arrays(context.raw, context.structure, keep, tensors))
+            pruned = pruned_network(context, keep, tensors, pruned)
             tried.append(Measured(count, divergence(context, pruned, frontier), select, ridge))
         points.append(min(tried, key=lambda item: item.kl))
         if points[-1].kl > HOPELESS:

@@ -24,10 +24,19 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mm_edge.graph.axes import BoolArray
-from mm_edge.graph.compact import Keep, apply_mask, mask_tensors, materialise
+from mm_edge.graph.compact import Keep, apply_mask, mask_tensors
 from mm_edge.progress import Advance
-from mm_edge.recover.context import Judged, RecoveryContext, Tensors, is_better, judge, judge_answers, rescale
-from mm_edge.recover.network import Frontier, Network
+from mm_edge.recover.context import (
+    Judged,
+    RecoveryContext,
+    Tensors,
+    is_better,
+    judge,
+    judge_answers,
+    pruned_network,
+    rescale,
+)
+from mm_edge.recover.network import Frontier
 from mm_edge.recover.pair import Pair, make_pair
 from mm_edge.recover.solve import kept_blocks
 from mm_edge.recover.traced import Traced, Values, channels_last
@@ -131,7 +140,7 @@ def tune(
 
 
 def _judge(context: RecoveryContext, keep: Keep, tensors: Tensors) -> Judged:
-    network = Network(materialise(context.raw, context.structure, keep, tensors))
+    network = pruned_network(context, keep, tensors)
     return judge(context, network, Frontier(network, context.images, context.held_back))
 
 

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mm_edge.graph.compact import Keep, materialise
+from mm_edge.graph.compact import Keep
 from mm_edge.progress import Advance
 from mm_edge.recover.consumers import Consumer, read_branch
-from mm_edge.recover.context import Judged, RecoveryContext, Tensors, is_better, judge, rescale
+from mm_edge.recover.context import Judged, RecoveryContext, Tensors, is_better, judge, pruned_network, rescale
 from mm_edge.recover.moments import Moments, collect_paired, is_live
 from mm_edge.recover.network import Frontier, Network, narrowest
 from mm_edge.recover.solve import KeptBlocks, fit, kept_blocks
@@ -60,7 +60,7 @@ def walk(context: RecoveryContext, keep: Keep, screened: Tensors, progress: Adva
 
     What the held-back images decided is then solved again with them among the images: they are a fifth of all.
     """
-    student = Network(materialise(context.raw, context.structure, keep, screened))
+    student = pruned_network(context, keep, screened)
     fitted = Frontier(student, context.images, context.fitted)
     held = Frontier(student, context.images, context.held_back)
     best = judge(context, student, held)
@@ -114,7 +114,7 @@ def _decide_(
 
 def _solve_again(context: RecoveryContext, keep: Keep, screened: Tensors, taken: Mapping[str, Way | None]) -> Tensors:
     """Return the tensors of a walk over all images in which each consumer takes what was decided for it."""
-    student = Network(materialise(context.raw, context.structure, keep, screened))
+    student = pruned_network(context, keep, screened)
     everything = Frontier(student, context.images, (*context.fitted, *context.held_back))
     changed: set[str] = set()
     for consumer in _in_order(context):
