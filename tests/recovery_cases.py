@@ -8,9 +8,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from mm_edge.evaluate import divergence_per_row
 from mm_edge.export import RawGraph, export_raw
+from mm_edge.graph.compact import Keep, materialise
 from mm_edge.graph.groups import Structure, read_structure
-from mm_edge.recover.context import RecoveryContext, build_context
+from mm_edge.recover.context import RecoveryContext, Tensors, answers, build_context
+from mm_edge.recover.network import Frontier, Network
 
 
 class Plain(nn.Module):
@@ -102,3 +105,10 @@ class Case:
             mask = np.ones(group.size, dtype=np.bool_)
             mask[np.random.default_rng(group.size).permutation(group.size)[self.counts[group.leaf] :]] = False
             self.keep[group.leaf] = mask
+
+
+def kl_as_it_is(context: RecoveryContext, keep: Keep, tensors: Tensors) -> float:
+    """Return KL(dense || network) on held-back images of the network as it would be written, its answers not scaled."""
+    network = Network(materialise(context.raw, context.structure, keep, tensors))
+    found = answers(network, Frontier(network, context.images, context.held_back), context.held_back)
+    return float(divergence_per_row(context.logits, found).mean())

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from recovery_cases import BUILDERS, Case
+from recovery_cases import BUILDERS, Case, kl_as_it_is
 
 from mm_edge.graph.compact import apply_mask, mask_tensors, masked_model, materialise
 from mm_edge.parity import compare, onnx_runner, require
@@ -57,6 +57,7 @@ def test_tuning_brings_masked_weights_nearer_to_dense_and_masks_hold(case: Case)
     start = _masked(case)
     found = tune(case.context, case.module, case.keep, start)
     assert found.better and found.kl_held_back < found.kl_before
+    assert kl_as_it_is(case.context, case.keep, found.tensors) == pytest.approx(found.kl_held_back, rel=1e-3)
     assert found.note.startswith("tuned ")
     masks = mask_tensors(case.structure, case.keep)
     changed = [name for name, array in found.tensors.items() if not np.array_equal(array, start.get(name))]
