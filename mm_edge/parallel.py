@@ -25,7 +25,7 @@ def cores() -> int:
 
 
 def in_order(work: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
-    """Yield work(item) of every item, in their order; at most 2 `workers` results wait to be taken.
+    """Yield work(item) of every item, in their order; at most `workers` results wait to be taken.
 
     What `work` raises is raised where its result would have come.
     """
@@ -37,7 +37,7 @@ def in_order(work: Callable[[Item], Result], items: Iterable[Item], workers: int
         try:
             for item in items:
                 waiting.append(pool.submit(work, item))
-                if len(waiting) > 2 * workers:
+                if len(waiting) > workers:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()

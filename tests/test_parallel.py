@@ -42,7 +42,7 @@ def test_every_item_is_done_once_and_few_wait(workers: int, count: int) -> None:
     for number, result in enumerate(in_order(lambda item: done.append(item) or item, items, workers)):
         assert result == number
         waiting = items.asked - (number + 1)
-        assert waiting <= (0 if workers == 1 else 2 * workers)
+        assert waiting <= (0 if workers == 1 else workers)
     assert sorted(done) == list(range(count))
 
 
@@ -65,7 +65,7 @@ def test_what_work_raises_comes_where_its_result_would_have(workers: int) -> Non
         for result in in_order(work, items, workers):
             found.append(result)
     assert found == [0, 1, 2]
-    assert items.asked <= 4 + 2 * workers
+    assert items.asked <= 4 + workers
 
 
 def test_what_the_items_raise_is_raised_and_no_thread_stays() -> None:
