@@ -50,6 +50,7 @@ from mm_edge.graph.widths import Ladder, lead
 from mm_edge.latency_table import TimedWidth, fit_time, measure_table
 from mm_edge.layers import read_layers
 from mm_edge.models import LoadOptions, load_model
+from mm_edge.parallel import cores
 from mm_edge.planning import MEASURED_AIM, MEASURED_WINDOW
 from mm_edge.recover.closed_form import recover_closed_form
 from mm_edge.recover.context import RecoveryContext, build_context
@@ -139,9 +140,9 @@ def open_network(args: argparse.Namespace, name: str, target: Target) -> Network
 def compare(network: Network, target: Target, shares: list[float]) -> dict[str, Any]:
     """Return the rows of both allocations, and how well either model tells time."""
     structure = network.structure
-    context = build_context(network.raw, structure, network.calibration)
+    context = build_context(network.raw, structure, network.calibration, threads=cores())
     sensitivities = read_sensitivities(network.folder / "sensitivities.safetensors", context, network.ladders)
-    answers = run_onnx(network.dense, network.judged.batches(BATCH), 1)
+    answers = run_onnx(network.dense, network.judged.batches(BATCH), cores())
     with LocalTransport() as transport:
         clock = open_clock(network.dense, target, transport, RunStore(network.folder))
         assert clock is not None
@@ -233,7 +234,7 @@ def run_row(
     model = materialise(network.raw, structure, {**met.draft.keep, **found.keep}, found.tensors)
     write_model(ir.to_proto(deploy(model)), artifact)
     final = measure_pair(network.dense, artifact, clock.target, transport=transport, pairs=FINAL_PAIRS)
-    logits = run_onnx(artifact, network.judged.batches(BATCH), 1)
+    logits = run_onnx(artifact, network.judged.batches(BATCH), cores())
     judged = compare_logits(logits, network.judged.labels, answers)
     dense = compare_logits(answers, network.judged.labels, None)
     assert final.speedup is not None and judged.kl_to_dense is not None
