@@ -9,7 +9,7 @@ residual blocks removed, whichever diverges least on held-back calibration image
 
     control   the dense network on smaller pictures
     full      at 224 pixels
-    sized     at 192 or 176 pixels, whichever diverges least; 176 is no multiple of the network's stride
+    sized     at 192 pixels
     ...-tuned the networks of the budgets that --tune names, tuned block by block where that is better
 
 Networks and rows are kept in FOLDER, so that a run that was stopped goes on. --report gathers them into
@@ -55,7 +55,7 @@ from mm_edge.target import load_target, resolve_host
 RESULTS = Path(__file__).resolve().parent / "results" / "lite0.json"
 FULL = (0.6, 0.7, 0.75, 0.8, 0.85)
 SIZED = (0.63, 0.59, 0.52)
-SMALLER = (192, 176)
+SMALLER = (192,)
 CONTROLS = (192, 176, 160)
 PAIRS = 120
 
