@@ -23,7 +23,7 @@ import argparse
 import json
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,7 @@ from mm_edge.target import load_target, resolve_host
 RESULTS = Path(__file__).resolve().parent / "results" / "lite0.json"
 FULL = (0.6, 0.7, 0.75, 0.8, 0.85)
 SIZED = (0.63, 0.59, 0.52)
-SMALLER = (192,)
+SMALLER = 192
 CONTROLS = (192, 176, 160)
 PAIRS = 120
 
@@ -74,11 +74,9 @@ class At:
 
 @dataclass(frozen=True)
 class Spent:
-    """A budget spent: what stays at a size without some blocks, and its divergence when screened."""
+    """A budget spent: what stays without some blocks, and its divergence when screened."""
 
     kl: float
-    at: At
-    context: RecoveryContext
     keep: Keep
     sensitivities: Any
     removed: tuple[str, ...]
@@ -103,9 +101,9 @@ class Seed:
         self.record("dense", 1.0, self.full, {}, {}, {})
         for side in CONTROLS:
             self.record("control", 1.0, self.at(side), {}, {}, {})
-        if not any(self.lacks("full", fraction) for fraction in FULL) and not any(
-            self.lacks("sized", fraction) for fraction in SIZED
-        ):
+        full = [fraction for fraction in FULL if self.lacks("full", fraction)]
+        sized = [fraction for fraction in SIZED if self.lacks("sized", fraction)]
+        if not full and not sized:
             return
         started = time.monotonic()
         context = self.context(self.full)
@@ -113,16 +111,13 @@ class Seed:
         sensitivities = read_sensitivities(kept, context, self.full.ladders)
         branches = measure_branches(context, find_branches(self.full.raw.model, self.full.structure))
         shared = {"shared_seconds": round(time.monotonic() - started, 1)}
-        for fraction in FULL:
-            if self.lacks("full", fraction):
-                self.make("full", fraction, [(self.full, context)], sensitivities, branches, shared)
-        smaller = []
-        for at in [self.at(side) for side in SMALLER]:
-            # The network to come near to is the one given, not what it says of smaller pictures.
-            smaller.append((at, replace(self.context(at), logits=context.logits)))
-        for fraction in SIZED:
-            if self.lacks("sized", fraction):
-                self.make("sized", fraction, smaller, sensitivities, branches, shared)
+        for fraction in full:
+            self.make("full", fraction, self.full, context, sensitivities, branches, shared)
+        smaller = self.at(SMALLER)
+        # The network to come near to is the one given, not what it says of smaller pictures.
+        own = replace(self.context(smaller), logits=context.logits)
+        for fraction in sized:
+            self.make("sized", fraction, smaller, own, sensitivities, branches, shared)
 
     def context(self, at: At) -> RecoveryContext:
         return build_context(at.raw, at.structure, recovery_images(at.data), threads=cores())
@@ -130,10 +125,8 @@ class Seed:
     def lacks(self, kind: str, fraction: float) -> bool:
         """Return whether a row is missing, or its tuned one that is asked for."""
         kinds = (kind, f"{kind}-tuned") if fraction in self.options.tune else (kind,)
-        return not all(self.known(name, fraction) for name in kinds)
-
-    def known(self, kind: str, fraction: float) -> list[Path]:
-        return list(self.options.work.glob(f"row-{self.seed}-{kind}-[0-9]*-{fraction:.3f}.json"))
+        side = SMALLER if kind == "sized" else self.full.side
+        return not all(self.path(name, side, fraction).exists() for name in kinds)
 
     def search(
         self, at: At, context: RecoveryContext, sensitivities: Any, branches: Any, fraction: float
@@ -146,41 +139,42 @@ class Seed:
             gone = [renamed(item, at.leaves) for item in removed]
             keep = allocate_rest(at.structure, at.structure.mac_cost, own, gone, budget, at.ladders)
             found = recover_keep(context, keep, "auto", own, walked=False)
-            tried.append(Spent(found.kl_held_back or 0.0, at, context, keep, own, tuple(item.id for item in removed)))
+            tried.append(Spent(found.kl_held_back or 0.0, keep, own, tuple(item.id for item in removed)))
         return tried
 
     def make(
         self,
         kind: str,
         fraction: float,
-        places: Sequence[tuple[At, RecoveryContext]],
+        at: At,
+        context: RecoveryContext,
         sensitivities: Any,
         branches: Any,
         more: dict[str, Any],
     ) -> None:
         """Spend a budget, walk what diverges least, keep it; and tune it where that is asked for."""
         started = time.monotonic()
-        tried = [item for at, context in places for item in self.search(at, context, sensitivities, branches, fraction)]
+        tried = self.search(at, context, sensitivities, branches, fraction)
         best = min(tried, key=lambda item: item.kl)
         searched = time.monotonic()
-        found = recover_keep(best.context, best.keep, "auto", best.sensitivities, walked=True)
+        found = recover_keep(context, best.keep, "auto", best.sensitivities, walked=True)
         keep = {**best.keep, **found.keep}
         more = {
             **more,
             "removed_blocks": best.removed,
             "search_seconds": round(searched - started, 1),
             "walk_seconds": round(time.monotonic() - searched, 1),
-            "screened": [{"side": item.at.side, "removed": item.removed, "kl": round(item.kl, 4)} for item in tried],
+            "screened": [{"removed": item.removed, "kl": round(item.kl, 4)} for item in tried],
             "kl_held_back": found.kl_held_back,
             "notes": found.notes,
         }
-        self.record(kind, fraction, best.at, keep, found.tensors, more)
+        self.record(kind, fraction, at, keep, found.tensors, more)
         if fraction in self.options.tune:
             started = time.monotonic()
-            tuned = tune(best.context, self.model.module, keep, found.fitted, seed=self.seed)
+            tuned = tune(context, self.model.module, keep, found.fitted, seed=self.seed)
             more = {"tune_seconds": round(time.monotonic() - started, 1), "note": tuned.note}
             tensors = tuned.tensors if tuned.better else found.tensors
-            self.record(f"{kind}-tuned", fraction, best.at, keep, tensors, more)
+            self.record(f"{kind}-tuned", fraction, at, keep, tensors, more)
 
     def at(self, side: int) -> At:
         model = remake(self.model, side)
@@ -237,20 +231,14 @@ def report(options: argparse.Namespace) -> None:
             path.write_text(json.dumps(row))
         rows.append(row)
     means = []
-    for key in sorted({_key(row) for row in rows}):
-        same = [row for row in rows if _key(row) == key]
+    for key in sorted({(row["kind"], row["side"], row["budget"]) for row in rows}):
+        same = [row for row in rows if (row["kind"], row["side"], row["budget"]) == key]
         names = ("macs", "top1", "drop_points", "agreement", "kl", "speedup", "walk_seconds", "tune_seconds")
         found = {name: _mean([row.get(name) for row in same]) for name in names}
-        sides = sorted({row["side"] for row in same})
-        means.append({"kind": key[0], "budget": key[2], "sides": sides, "seeds": len(same), **found})
+        means.append({"kind": key[0], "side": key[1], "budget": key[2], "seeds": len(same), **found})
         print(json.dumps(means[-1]))
     host = {"machine": platform.machine(), "onnxruntime": onnxruntime.__version__, "threads": 1}
     RESULTS.write_text(json.dumps({"host": host, "means": means, "rows": rows}, indent=1) + "\n")
-
-
-def _key(row: Mapping[str, Any]) -> tuple[str, int, float]:
-    """Return what rows of different seeds share; the size of a control, elsewhere it is what was chosen."""
-    return row["kind"], row["side"] if row["kind"] == "control" else 0, row["budget"]
 
 
 def _mean(values: list[float | None]) -> float | None:

@@ -189,11 +189,11 @@ def train(
     clip = 1.0 if isinstance(optimiser, torch.optim.AdamW) else 100.0
     network.train()
     order = torch.zeros(0, dtype=torch.int64, device=device)
-    started = time.perf_counter()
+    started, done = time.perf_counter(), 0
     for step in range(steps):
         progress = max(step / steps, (time.perf_counter() - started) / seconds)
         if progress >= 1:
-            return step
+            break
         for group in optimiser.param_groups:
             group["lr"] = peak * rate(progress)
         if len(order) < BATCH:
@@ -212,8 +212,9 @@ def train(
         optimiser.step()
         if step % 100 == 0:
             print(f"{time.perf_counter() - started:.1f} s, step {step} of {steps}: loss {loss.item():.3f}", flush=True)
+        done += 1
     loss.item()  # waits for the device
-    return steps
+    return done
 
 
 @torch.no_grad()

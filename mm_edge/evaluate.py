@@ -49,7 +49,7 @@ def run_onnx(
         ModelError: ONNX Runtime cannot load the model.
         JobError: it failed while running.
     """
-    session = _open_session(model)
+    session = open_session(model)
     feed = session.get_inputs()[0]
     fixed = feed.shape[0] if isinstance(feed.shape[0], int) else None
     output = session.get_outputs()[0].name
@@ -92,16 +92,22 @@ def compare_logits(logits: Floats, labels: Labels | None, dense_logits: Floats |
 
 def divergence_per_row(dense: Floats, candidate: Floats) -> npt.NDArray[np.float64]:
     """Return KL(dense || candidate) of every row of two sets of finite logits (n, classes), in nats."""
-    log_p, log_q = _log_softmax(dense), _log_softmax(candidate)
+    log_p, log_q = log_softmax(dense), log_softmax(candidate)
     return np.asarray((np.exp(log_p) * (log_p - log_q)).sum(axis=1))
 
 
-def _log_softmax(logits: Floats) -> npt.NDArray[np.float64]:
+def log_softmax(logits: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
+    """Return the logarithm of the softmax of every row (n, classes)."""
     shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
     return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)), dtype=np.float64)
 
 
-def _open_session(model: Path | bytes) -> Any:
+def open_session(model: Path | bytes) -> Any:
+    """Return an ONNX Runtime session of one thread on the CPU: images run side by side (parallel.py).
+
+    Raises:
+        ModelError: ONNX Runtime cannot load the model.
+    """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.inter_op_num_threads = 1

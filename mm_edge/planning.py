@@ -296,7 +296,7 @@ def _describe(place: Place, plan: Plan) -> str:
 
 
 def _divergence(job: Job, dense: Place, place: Place, plan: Plan | None) -> float:
-    """Return what a screened plan diverges by on held-back images (`judge`); the whole network without a plan."""
+    """Return what a screened plan diverges by on held-back images (`judge`), nats; the whole network without a plan."""
     assert dense.recovery is not None and place.job.data is not None
     name = file_name(f"dense@{place.side}") if plan is None else plan.file_name
     what = None if plan is None else plan.digest()

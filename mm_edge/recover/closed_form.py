@@ -187,7 +187,7 @@ def _swap_groups(context: RecoveryContext, options: _Options, start: _Start) -> 
             tensors = screen(context, keep, _all_ridges(context, best, group, name))
             trial = pruned_network(context, keep, tensors, network)
             judged = judge(context, trial, frontier)
-            if is_better(judged.divergences, best.judged.divergences):
+            if is_better(judged, best.judged):
                 best, network = _Start({**best.selected, group.leaf: name}, keep, tensors, judged), trial
     return best
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mm_edge.evaluate import divergence_per_row
+from mm_edge.evaluate import divergence_per_row, log_softmax
 from mm_edge.export import RawGraph
 from mm_edge.graph.axes import Axis
 from mm_edge.graph.compact import Keep, apply_mask, compact_arrays, mask_tensors, materialise
@@ -215,10 +215,10 @@ def best_scale(wanted: npt.NDArray[np.float32], found: npt.NDArray[np.float32]) 
     """
     z = found.astype(np.float64)
     z -= z.max(axis=1, keepdims=True)
-    goal = float((softmax(wanted.astype(np.float64)) * z).sum(axis=1).mean())
+    goal = float((np.exp(log_softmax(wanted)) * z).sum(axis=1).mean())
     scale, low, high = 1.0, -math.inf, math.inf
     for _ in range(SCALE_STEPS):
-        q = softmax(scale * z)
+        q = np.exp(log_softmax(scale * z))
         mean = (q * z).sum(axis=1)
         slope = float(mean.mean()) - goal
         curvature = float(((q * z**2).sum(axis=1) - mean**2).mean())
@@ -232,22 +232,16 @@ def best_scale(wanted: npt.NDArray[np.float32], found: npt.NDArray[np.float32]) 
     return scale
 
 
-def softmax(rows: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Return the softmax of every row."""
-    powers = np.exp(rows - rows.max(axis=1, keepdims=True))
-    return np.asarray(powers / powers.sum(axis=1, keepdims=True))
-
-
 def divergence(context: RecoveryContext, network: Network, frontier: Frontier) -> float:
     """Return the mean divergence that `judge` finds, nats."""
     return judge(context, network, frontier).mean
 
 
-def is_better(new: npt.NDArray[np.float64], old: npt.NDArray[np.float64]) -> bool:
+def is_better(new: Judged, old: Judged) -> bool:
     """Return whether divergences fell by more than chance on the same images: `CAUTION` standard errors."""
-    if not np.isfinite(new).all():
+    if not np.isfinite(new.divergences).all():
         return False
-    gain = old - new
+    gain = old.divergences - new.divergences
     return bool(gain.mean() > CAUTION * gain.std() / math.sqrt(len(gain)))
 
 

@@ -18,8 +18,8 @@ import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as ir_passes
-import onnxruntime
 
+from mm_edge.evaluate import open_session
 from mm_edge.parallel import in_order
 
 Array = npt.NDArray[Any]
@@ -113,7 +113,7 @@ class Network:
             [onnx.numpy_helper.from_array(np.asarray(self.arrays[name], order="C"), name) for name in sorted(names)],
         )
         model = onnx.helper.make_model(graph, opset_imports=self._opsets, ir_version=self._ir_version)
-        return Part(_open_session(model.SerializeToString()), tuple(given), tuple(wanted))
+        return Part(open_session(model.SerializeToString()), tuple(given), tuple(wanted))
 
     def _constant_values(self) -> set[str]:
         constant = {*self.arrays, ""}
@@ -213,11 +213,3 @@ class Frontier:
 def narrowest(network: Network, first: int, last: int) -> int:
     """Return the position from `first` to `last` where the fewest numbers cross; the later of equal ones."""
     return min(range(first, last + 1), key=lambda position: (network.live_size(position), -position))
-
-
-def _open_session(model: bytes) -> Any:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])

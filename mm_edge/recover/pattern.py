@@ -43,7 +43,7 @@ def recover_pattern(context: RecoveryContext, masks: Mapping[str, Mask]) -> Patt
             count += 1
     frontier = Frontier(context.network, context.images, context.held_back)
     before, after = (judge(context, pruned_network(context, {}, item), frontier) for item in (masked, solved))
-    if not is_better(after.divergences, before.divergences):
+    if not is_better(after, before):
         return PatternRecovery({}, 0)
     return PatternRecovery(rescale(context, {}, solved, after.scale), count)
 

@@ -133,7 +133,7 @@ def tune(
     moved = {name: pair.shrunk.put(name, value.numpy().copy(), whole[name]) for name, value in best.weights.items()}
     found = {**tensors, **moved}
     after = _judge(context, keep, found)
-    if not best.step or not is_better(after.divergences, before.divergences):
+    if not best.step or not is_better(after, before):
         return Tuned(tensors, start, start, False, "tuning dropped: no better on held-back images", history)
     note = f"tuned {best.step} steps up to cut {len(span.targets) - best.frozen} of {len(span.targets)}"
     return Tuned(rescale(context, keep, found, after.scale), start, after.mean, True, note, history)

@@ -105,7 +105,7 @@ def _decide_(
         attempt(replace(middle, share=share))
     chosen = least()
     proposal, found = tried[chosen]
-    if not is_better(found.divergences, best.divergences):
+    if not is_better(found, best):
         student.arrays.update(problem.arrays)
         return None, best
     student.arrays.update(proposal)
