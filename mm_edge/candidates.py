@@ -133,6 +133,7 @@ class Workbench:
     """What all candidates of a run share.
 
     `module` is the dense network, None for an .onnx; `recovery` what the closed form works from, None without it;
+    `held_out` says that held-back images judge what comes after the closed form, so that it may not solve for them;
     `spec`, `labels` and `provenance` are written into every artifact.
     """
 
@@ -149,6 +150,7 @@ class Workbench:
     labels: tuple[str, ...] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
     recovery: RecoveryContext | None = None
+    held_out: bool = False
     select: str = "signal"
     sensitivities: Mapping[Axis, Sensitivity] = field(default_factory=dict)
 
@@ -442,7 +444,7 @@ def _solve(bench: Workbench, plan: Plan, walk_again: bool) -> tuple[Plan, Tensor
     found = recover_keep(bench.recovery, plan.keep, bench.select, bench.sensitivities, walked=walk_again)
     name = "closed-form" if walk_again else "closed-form (screened)"
     # Images that judge the tuning must not have been solved for.
-    tensors = found.fitted if bench.recover == "tune" else found.tensors
+    tensors = found.fitted if bench.held_out else found.tensors
     return replace(plan, keep={**plan.keep, **found.keep}), dict(tensors), name
 
 

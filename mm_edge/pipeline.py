@@ -186,7 +186,7 @@ def _set_up(place: Place) -> Workbench:
         structure=place.network.structure,
         layers=place.network.layers,
         images=images,
-        # What comes before fine-tuning is the closed form, and is kept as such for the next run.
+        # What comes before tuning and fine-tuning is the closed form, and is kept as such for the next run.
         recover="closed-form" if job.request.recover in FROM_MOMENTS else job.request.recover,
         folder=job.folder,
         dense_accuracy=accuracy,
@@ -195,6 +195,7 @@ def _set_up(place: Place) -> Workbench:
         labels=labels,
         provenance=provenance,
         recovery=place.recovery,
+        held_out=job.request.recover == "tune",
         select=job.request.select,
         sensitivities=place.sensitivities,
     )
@@ -257,7 +258,7 @@ def _walk_front(
 
     def walk(index: int, row: Candidate, plan: Plan, screened: str) -> Candidate:
         bench = bench_of(benches, plan.side)
-        step = "walk, to be tuned" if bench.recover == "tune" else "walk"
+        step = "walk, held out" if bench.held_out else "walk"
         key = job.key(data=job.data_key, plan=plan.digest(), recover=step, select=bench.select, screened=screened)
         return _kept(job, f"walked/{plan.file_name}", key, lambda: make_candidate(bench, plan, walk_again=True))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -12,13 +13,18 @@ import pytest
 import safetensors.numpy
 from tiny_job import SIDE
 
+from mm_edge import candidates, tuning
 from mm_edge.api import Setting, make_request, run_job
+from mm_edge.candidates import recover_keep
 from mm_edge.errors import UsageError
+from mm_edge.graph.compact import Keep
 from mm_edge.models import LoadOptions, load_model
 from mm_edge.progress import Stages
 from mm_edge.records import Candidate, Report
 from mm_edge.recover import tune as module_under_test
-from mm_edge.recover.context import Judged
+from mm_edge.recover.closed_form import Recovered
+from mm_edge.recover.context import Judged, RecoveryContext, Tensors
+from mm_edge.recover.tune import Tuned
 
 
 def run(files: Path, out: Path, rate: float, monkeypatch: pytest.MonkeyPatch) -> Report:
@@ -70,6 +76,33 @@ def test_a_row_that_was_not_bettered_says_so(files: Path, tmp_path: Path, monkey
     for row in said:
         assert row.stopped == "tuning dropped: no better on held-back images"
         assert row.recovered_by is not None and row.recovered_by.startswith("closed-form")
+
+
+def test_what_is_tuned_was_not_solved_for_the_images_that_judge_it(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    walked: list[Recovered] = []
+    given: list[Tensors] = []
+
+    def recover(*args: Any, **more: Any) -> Recovered:
+        found = recover_keep(*args, **more)
+        if more["walked"]:
+            walked.append(found)
+        return found
+
+    def tune_(context: RecoveryContext, module: object, keep: Keep, start: Tensors, **more: Any) -> Tuned:
+        given.append(start)
+        return Tuned(start, 1.0, 1.0, False, "not tried")
+
+    monkeypatch.setattr(candidates, "recover_keep", recover)
+    monkeypatch.setattr(tuning, "tune", tune_)
+    run(files, tmp_path, 4e-3, monkeypatch)
+    assert given and walked
+    solved = [item for item in walked if any((item.fitted[n] != item.tensors[n]).any() for n in item.fitted)]
+    assert solved  # else the two cannot be told apart
+    for start in given:
+        alike = [item for item in walked if all(np.array_equal(start[n], item.fitted[n]) for n in item.fitted)]
+        assert alike
 
 
 def test_an_onnx_file_cannot_be_tuned(files: Path, tmp_path: Path) -> None:
