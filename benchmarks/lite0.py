@@ -47,8 +47,8 @@ from mm_edge.layers import read_layers
 from mm_edge.models import LoadOptions, load_model
 from mm_edge.parallel import cores
 from mm_edge.recover.branches import allocate_rest, measure_branches, offers
-from mm_edge.recover.context import RecoveryContext, build_context
-from mm_edge.recover.tune import tune
+from mm_edge.recover.context import RecoveryContext, Tensors, build_context
+from mm_edge.recover.tune import Tuned, adopt, tune
 from mm_edge.sizes import export_at, remake
 from mm_edge.target import load_target, resolve_host
 
@@ -96,6 +96,7 @@ class Seed:
         self.full = At(224, raw, structure, ladders, data, {group.leaf: group.leaf for group in structure.groups})
         self.labels = data.validation.labels
         self.answers = run_onnx(_bytes(raw.model.clone()), data.validation.batches(50), cores())
+        self.contexts: dict[int, RecoveryContext] = {}
 
     def run(self) -> None:
         self.record("dense", 1.0, self.full, {}, {}, {})
@@ -120,7 +121,10 @@ class Seed:
             self.make("sized", fraction, smaller, own, sensitivities, branches, shared)
 
     def context(self, at: At) -> RecoveryContext:
-        return build_context(at.raw, at.structure, recovery_images(at.data), threads=cores())
+        if at.side not in self.contexts:
+            images = recovery_images(at.data)
+            self.contexts[at.side] = build_context(at.raw, at.structure, images, threads=cores())
+        return self.contexts[at.side]
 
     def lacks(self, kind: str, fraction: float) -> bool:
         """Return whether a row is missing, or its tuned one that is asked for."""
@@ -171,10 +175,18 @@ class Seed:
         self.record(kind, fraction, at, keep, found.tensors, more)
         if fraction in self.options.tune:
             started = time.monotonic()
-            tuned = tune(context, self.model.module, keep, found.fitted, seed=self.seed)
+            tuned = self.tune(at, context, keep, found.fitted)
             more = {"tune_seconds": round(time.monotonic() - started, 1), "note": tuned.note}
             tensors = tuned.tensors if tuned.better else found.tensors
             self.record(f"{kind}-tuned", fraction, at, keep, tensors, more)
+
+    def tune(self, at: At, context: RecoveryContext, keep: Keep, start: Tensors) -> Tuned:
+        """Tune at the size that was given, as the whole job does."""
+        if at is self.full:
+            return tune(context, self.model.module, keep, start, seed=self.seed)
+        there = {leaf: keep[here] for leaf, here in at.leaves.items() if here in keep}
+        found = tune(self.context(self.full), self.model.module, there, start, seed=self.seed)
+        return adopt(context, keep, start, found)
 
     def at(self, side: int) -> At:
         model = remake(self.model, side)

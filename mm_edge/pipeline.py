@@ -281,7 +281,8 @@ def _train_front(
     train = _finetune_one
     if job.request.recover == "tune":
         # Masks of single weights have no closed form to go on from.
-        chosen, train = [row for row in chosen if row.kind == "structured"], _tune_one
+        chosen = [row for row in chosen if row.kind == "structured"]
+        train = partial(_tune_one, bench_of(benches, None))
 
     def improve(index: int, row: Candidate, plan: Plan, start: str) -> Candidate:
         own = next(place.job for place in places if place.side == plan.side)
@@ -339,11 +340,13 @@ def _kept(job: Job, name: str, key: Mapping[str, Any], make: Callable[[], Candid
     return found
 
 
-def _tune_one(job: Job, bench: Workbench, plan: Plan, row: Candidate, start: str, advance: Advance) -> Candidate:
+def _tune_one(
+    given: Workbench, job: Job, bench: Workbench, plan: Plan, row: Candidate, start: str, advance: Advance
+) -> Candidate:
     """Tune the row whose weights have the digest `start`, or return what an earlier run made."""
     key = job.key(data=job.data_key, plan=plan.digest(), recover="tune", start=start)
     return _kept(
-        job, f"tuned/{plan.file_name}", key, lambda: tune_candidate(bench, plan, row, job.request.seed, advance)
+        job, f"tuned/{plan.file_name}", key, lambda: tune_candidate(bench, given, plan, row, job.request.seed, advance)
     )
 
 

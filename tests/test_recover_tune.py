@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import timm
@@ -12,7 +14,7 @@ from mm_edge.graph.compact import apply_mask, mask_tensors, masked_model, materi
 from mm_edge.parity import compare, onnx_runner, require
 from mm_edge.recover import tune as module_under_test
 from mm_edge.recover.traced import Traced
-from mm_edge.recover.tune import crops, find_span, tune
+from mm_edge.recover.tune import adopt, crops, find_span, tune
 
 
 @pytest.fixture(autouse=True)
@@ -93,6 +95,31 @@ def test_what_is_no_better_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.tensors is start
     assert found.kl_held_back == found.kl_before
     assert found.note == "tuning dropped: no better on held-back images"
+
+
+def test_what_was_tuned_elsewhere_is_taken_where_it_is_better_and_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case("plain")
+    start = _masked(case)
+    tuned = tune(case.context, case.module, case.keep, start)
+    assert tuned.better
+    strange = {**tuned.tensors, "pos_embed": np.ones((1, 2), np.float32)}
+    here = {**start, "pos_embed": np.ones((1, 3), np.float32)}
+    found = adopt(case.context, case.keep, here, replace(tuned, tensors=strange))
+    assert (found.better, found.note) == (True, tuned.note)
+    assert found.kl_held_back == pytest.approx(tuned.kl_held_back, rel=1e-3) and found.kl_before == tuned.kl_before
+    assert found.tensors["pos_embed"] is here["pos_embed"]
+    monkeypatch.setattr(module_under_test, "SHARES", (0.5,))
+    half = adopt(case.context, case.keep, here, tuned)
+    assert half.better and half.note == f"{tuned.note}, 50% of the way"
+    moved = max(start, key=lambda name: float(abs(tuned.tensors[name] - start[name]).max()))
+    assert not np.array_equal(tuned.tensors[moved], start[moved])
+    np.testing.assert_allclose(half.tensors[moved], (start[moved] + tuned.tensors[moved]) / 2, atol=1e-6)
+    worse = {name: 0 * array for name, array in tuned.tensors.items()}
+    dropped = adopt(case.context, case.keep, here, replace(tuned, tensors=worse))
+    assert (dropped.better, dropped.note) == (False, "tuning dropped: no better on held-back images")
+    assert dropped.tensors is here and dropped.kl_held_back == tuned.kl_before
+    not_tried = adopt(case.context, case.keep, here, replace(tuned, better=False, note="why"))
+    assert (not_tried.better, not_tried.note) == (False, "why") and not_tried.tensors is here
 
 
 def test_nothing_pruned_nothing_is_tuned() -> None:

@@ -24,15 +24,16 @@ from mm_edge.records import Candidate, Report
 from mm_edge.recover import tune as module_under_test
 from mm_edge.recover.closed_form import Recovered
 from mm_edge.recover.context import Judged, RecoveryContext, Tensors
-from mm_edge.recover.tune import Tuned
+from mm_edge.recover.tune import Tuned, tune
 
 
-def run(files: Path, out: Path, rate: float, monkeypatch: pytest.MonkeyPatch) -> Report:
+def run(files: Path, out: Path, rate: float, monkeypatch: pytest.MonkeyPatch, **more: Any) -> Report:
     quick = {"STEPS": 40, "CHECK": 10, "WARM_UP": 5, "CROPS": 64, "BATCH": 8, "RATE": rate}
     for name, value in quick.items():
         monkeypatch.setattr(module_under_test, name, value)
     setting = Setting(out=out, data=str(files / "images"), split=(0.75, 0.25, 0.0), bench=False)
-    request = make_request(setting, recover="tune", signals=("magnitude",), strategies=("max_aggressive",), macs=(0.5,))
+    wanted = {"signals": ("magnitude",), "strategies": ("max_aggressive",), "macs": (0.5,), **more}
+    request = make_request(setting, recover="tune", **wanted)
     loaded = load_model(str(files / "net.pt"), LoadOptions(input_size=(3, SIDE, SIDE)))
     return run_job(lambda: loaded, setting, request, Stages())
 
@@ -103,6 +104,28 @@ def test_what_is_tuned_was_not_solved_for_the_images_that_judge_it(
     for start in given:
         alike = [item for item in walked if all(np.array_equal(start[n], item.fitted[n]) for n in item.fitted)]
         assert alike
+
+
+def test_rows_on_smaller_pictures_are_tuned_at_the_size_that_was_given(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _let_tuning_win(monkeypatch)
+    sides: list[int] = []
+
+    def tune_(context: RecoveryContext, *args: Any, **more: Any) -> Tuned:
+        sides.append(context.images.shape[-1])
+        return tune(context, *args, **more)
+
+    monkeypatch.setattr(tuning, "tune", tune_)
+    report = run(files, tmp_path, 4e-3, monkeypatch, macs=(0.4,), input_sizes=(SIDE, 24))
+    tuned = [row for row in report.candidates if row.recovered_by == "tune"]
+    smaller = [row for row in tuned if row.input_shape[-1] == 24]
+    assert smaller
+    assert set(sides) == {SIDE}
+    for row in smaller:
+        assert row.artifact is not None and row.artifact.endswith("-tuned.onnx")
+        assert row.parity is not None and row.parity.max_rel_err < 1e-4
+        assert _zeros(tmp_path, row) >= row.sparsity - 1e-9
 
 
 def test_an_onnx_file_cannot_be_tuned(files: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -54,6 +54,9 @@ CACHE_BYTES = 512 << 20
 STEP_VALUES = 6_000_000
 STEP_SHARE = 0.4
 SMALLEST_CROP = 0.35
+# How much of what was tuned at one input size is tried at another.
+SHARES = (1.0, 0.75, 0.5, 0.25)
+NO_BETTER = "tuning dropped: no better on held-back images"
 
 
 @dataclass(frozen=True)
@@ -134,9 +137,38 @@ def tune(
     found = {**tensors, **moved}
     after = _judge(context, keep, found)
     if not best.step or not is_better(after, before):
-        return Tuned(tensors, start, start, False, "tuning dropped: no better on held-back images", history)
+        return Tuned(tensors, start, start, False, NO_BETTER, history)
     note = f"tuned {best.step} steps up to cut {len(span.targets) - best.frozen} of {len(span.targets)}"
     return Tuned(rescale(context, keep, found, after.scale), start, after.mean, True, note, history)
+
+
+def adopt(context: RecoveryContext, keep: Keep, tensors: Tensors, elsewhere: Tuned) -> Tuned:
+    """Take what was tuned at one input size over to another: as much of the way as the images there say is best.
+
+    Args:
+        context: of the size to run at.
+        keep: the indices that stay, by group there.
+        tensors: what tuning started from, and what runs there now, dense-shaped and masked.
+        elsewhere: what `tune` made of them at the other size; tensors of other shapes than here stay as they are.
+    """
+    before = _judge(context, keep, tensors)
+    if not elsewhere.better:
+        return replace(elsewhere, tensors=tensors, kl_before=before.mean, kl_held_back=before.mean)
+    masks = mask_tensors(context.structure, keep)
+    known = context.network.arrays
+    start = {name: apply_mask(known[name], masks.get(name)) for name in elsewhere.tensors.keys() & known} | tensors
+    ends = {name: end for name, end in elsewhere.tensors.items() if name in start and end.shape == start[name].shape}
+    tried: dict[float, tuple[Tensors, Judged]] = {}
+    for share in SHARES:
+        way = {name: (start[name] + share * (end - start[name])).astype(end.dtype) for name, end in ends.items()}
+        found = {**tensors, **way}
+        tried[share] = found, _judge(context, keep, found)
+    share = min(tried, key=lambda share: tried[share][1].mean)
+    found, after = tried[share]
+    if not is_better(after, before):
+        return Tuned(tensors, before.mean, before.mean, False, NO_BETTER, elsewhere.history)
+    note = elsewhere.note if share == 1 else f"{elsewhere.note}, {share:.0%} of the way"
+    return Tuned(rescale(context, keep, found, after.scale), before.mean, after.mean, True, note, elsewhere.history)
 
 
 def _judge(context: RecoveryContext, keep: Keep, tensors: Tensors) -> Judged:
