@@ -133,13 +133,15 @@ class Seed:
         return not all(self.path(name, side, fraction).exists() for name in kinds)
 
     def search(
-        self, at: At, context: RecoveryContext, sensitivities: Any, branches: Any, fraction: float
+        self, at: At, context: RecoveryContext, sensitivities: Any, branches: Any, fraction: float, known: Any
     ) -> list[Spent]:
-        """Return the ways of spending a budget at one size, recovered by the dense moments."""
+        """Return the ways of spending a budget at one size, recovered by the dense moments; one, where it is known."""
         own = {at.leaves[leaf]: item for leaf, item in sensitivities.items()}
         budget = fraction * self.full.structure.macs()
         tried = []
         for removed in offers(branches, lambda branch: branch.macs):
+            if known is not None and known != [item.id for item in removed]:
+                continue
             gone = [renamed(item, at.leaves) for item in removed]
             keep = allocate_rest(at.structure, at.structure.mac_cost, own, gone, budget, at.ladders)
             found = recover_keep(context, keep, "auto", own, walked=False)
@@ -158,7 +160,9 @@ class Seed:
     ) -> None:
         """Spend a budget, walk what diverges least, keep it; and tune it where that is asked for."""
         started = time.monotonic()
-        tried = self.search(at, context, sensitivities, branches, fraction)
+        kept = self.path(kind, at.side, fraction)
+        known = json.loads(kept.read_text())["removed_blocks"] if kept.exists() else None
+        tried = self.search(at, context, sensitivities, branches, fraction, known)
         best = min(tried, key=lambda item: item.kl)
         searched = time.monotonic()
         found = recover_keep(context, best.keep, "auto", best.sensitivities, walked=True)
@@ -185,8 +189,9 @@ class Seed:
         if at is self.full:
             return tune(context, self.model.module, keep, start, seed=self.seed)
         there = {leaf: keep[here] for leaf, here in at.leaves.items() if here in keep}
-        found = tune(self.context(self.full), self.model.module, there, start, seed=self.seed)
-        return adopt(context, keep, start, found)
+        given = self.context(self.full)
+        found = tune(given, self.model.module, there, start, seed=self.seed)
+        return adopt(context, given, keep, start, found)
 
     def at(self, side: int) -> At:
         model = remake(self.model, side)

@@ -48,4 +48,4 @@ def _tune(bench: Workbench, given: Workbench, keep: Keep, start: Tensors, seed: 
     shapes = {name: array.shape for name, array in given.recovery.network.arrays.items()}
     shared = {name: array for name, array in start.items() if shapes.get(name) == array.shape}
     found = tune(given.recovery, given.module, there, shared, seed=seed, progress=advance)
-    return adopt(bench.recovery, keep, start, found)
+    return adopt(bench.recovery, given.recovery, keep, start, found)

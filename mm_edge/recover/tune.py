@@ -6,8 +6,9 @@ over a few *cuts* v, the narrow places between the layers that read what was pru
 there, d the dense network. What comes before the first cut is run once and kept; what follows the last is not run.
 What runs is the pruned network without its removed channels (shrink.py), channels last: 2.3 times faster than masked
 and dense-shaped. Images are crops of the calibration images, half of them mixed. Late weights are specific to classes,
-which a few hundred images do not cover: at every check the held-back images say from which cut on the closed form's
-weights are better left as they were, and the best of all checks is taken, if it is better than the closed form at all.
+which a few hundred images do not cover: at every check the held-back images, mirrored, say from which cut on the closed
+form's weights are better left as they were. Of the best of all checks as much is taken as is best, W0 + share (W - W0),
+if that is better than the closed form at all.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from mm_edge.recover.context import (
     Judged,
     RecoveryContext,
     Tensors,
+    answers,
     is_better,
     judge,
     judge_answers,
@@ -54,9 +56,8 @@ CACHE_BYTES = 512 << 20
 STEP_VALUES = 6_000_000
 STEP_SHARE = 0.4
 SMALLEST_CROP = 0.35
-# How much of what was tuned at one input size is tried at another.
+# How much of what tuning moved is tried: part of the way often generalises better than all of it.
 SHARES = (1.0, 0.75, 0.5, 0.25)
-NO_BETTER = "tuning dropped: no better on held-back images"
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,8 @@ class Tuned:
 
     Attributes:
         tensors: dense-shaped and masked, by name; where it is no better, those it started from.
-        kl_before: the divergence on held-back images it started from.
-        kl_held_back: the divergence of `tensors`.
+        kl_before: the divergence it started from, on held-back images that are mirrored.
+        kl_held_back: the divergence of `tensors` on them.
         better: whether `tensors` are tuned.
         note: what was done, in words.
         history: per check, the least divergence.
@@ -121,54 +122,89 @@ def tune(
         seed: of crops, mixtures and order.
         progress: called with (batches cached and steps done, of how many).
     """
-    before = _judge(context, keep, tensors)
-    start = before.mean
+    views = mirrored(context)
+    before = _judge(views, keep, tensors)
     dense = Traced(module, context.images.shape[1:], BATCH)
     span = find_span(context, dense, keep)
     if span is None:
-        return Tuned(tensors, start, start, False, "tuning dropped: no layer of its reach reads what was pruned")
+        return _dropped(tensors, before, "tuning dropped: no layer of its reach reads what was pruned")
     masks = mask_tensors(context.structure, keep)
     arrays = {name: tensors.get(name, value.numpy()) for name, value in dense.state.items()}
     whole = {name: apply_mask(array, masks.get(name)) for name, array in arrays.items()}
     pair = make_pair(context, module, dense, keep, whole, span.compared(dense))
-    tuner = _Tuner(context, pair, {name: mask.dense() for name, mask in masks.items()}, span, seed)
+    tuner = _Tuner(context, views, pair, {name: mask.dense() for name, mask in masks.items()}, span, seed)
     best, history = tuner.run(progress)
     moved = {name: pair.shrunk.put(name, value.numpy().copy(), whole[name]) for name, value in best.weights.items()}
-    found = {**tensors, **moved}
-    after = _judge(context, keep, found)
-    if not best.step or not is_better(after, before):
-        return Tuned(tensors, start, start, False, NO_BETTER, history)
     note = f"tuned {best.step} steps up to cut {len(span.targets) - best.frozen} of {len(span.targets)}"
-    return Tuned(rescale(context, keep, found, after.scale), start, after.mean, True, note, history)
+    return _go(views, keep, tensors, before, (whole, moved), note, history)
 
 
-def adopt(context: RecoveryContext, keep: Keep, tensors: Tensors, elsewhere: Tuned) -> Tuned:
-    """Take what was tuned at one input size over to another: as much of the way as the images there say is best.
+def adopt(context: RecoveryContext, given: RecoveryContext, keep: Keep, tensors: Tensors, elsewhere: Tuned) -> Tuned:
+    """Take what was tuned at one input size over to another, if the images there say it is better.
 
     Args:
         context: of the size to run at.
-        keep: the indices that stay, by group there.
+        given: of the size that `elsewhere` was tuned at.
+        keep: the indices that stay, by group at the size to run at.
         tensors: what tuning started from, and what runs there now, dense-shaped and masked.
-        elsewhere: what `tune` made of them at the other size; tensors of other shapes than here stay as they are.
+        elsewhere: what `tune` made of them; tensors of other shapes than here stay as they are.
     """
-    before = _judge(context, keep, tensors)
+    views = _resized(mirrored(given), context)
+    before = _judge(views, keep, tensors)
     if not elsewhere.better:
-        return replace(elsewhere, tensors=tensors, kl_before=before.mean, kl_held_back=before.mean)
+        return _dropped(tensors, before, elsewhere.note)
     masks = mask_tensors(context.structure, keep)
     known = context.network.arrays
     start = {name: apply_mask(known[name], masks.get(name)) for name in elsewhere.tensors.keys() & known} | tensors
     ends = {name: end for name, end in elsewhere.tensors.items() if name in start and end.shape == start[name].shape}
+    return _go(views, keep, tensors, before, (start, ends), elsewhere.note, elsewhere.history)
+
+
+def _go(
+    views: RecoveryContext,
+    keep: Keep,
+    tensors: Tensors,
+    before: Judged,
+    moves: tuple[Tensors, Tensors],
+    note: str,
+    history: tuple[float, ...],
+) -> Tuned:
+    """Go from `tensors` as much of the way of the `moves` (from, to) as the views say is best, if any is better."""
+    start, ends = moves
     tried: dict[float, tuple[Tensors, Judged]] = {}
     for share in SHARES:
         way = {name: (start[name] + share * (end - start[name])).astype(end.dtype) for name, end in ends.items()}
         found = {**tensors, **way}
-        tried[share] = found, _judge(context, keep, found)
+        tried[share] = found, _judge(views, keep, found)
     share = min(tried, key=lambda share: tried[share][1].mean)
     found, after = tried[share]
     if not is_better(after, before):
-        return Tuned(tensors, before.mean, before.mean, False, NO_BETTER, elsewhere.history)
-    note = elsewhere.note if share == 1 else f"{elsewhere.note}, {share:.0%} of the way"
-    return Tuned(rescale(context, keep, found, after.scale), before.mean, after.mean, True, note, elsewhere.history)
+        return _dropped(tensors, before, "tuning dropped: no better on held-back images", history)
+    note = note if share == 1 else f"{note}, {share:.0%} of the way"
+    return Tuned(rescale(views, keep, found, after.scale), before.mean, after.mean, True, note, history)
+
+
+def _dropped(tensors: Tensors, before: Judged, note: str, history: tuple[float, ...] = ()) -> Tuned:
+    return Tuned(tensors, before.mean, before.mean, False, note, history)
+
+
+def mirrored(context: RecoveryContext) -> RecoveryContext:
+    """Return `context` with its held-back images mirrored, and nothing else of its images.
+
+    The walk chose among hundreds of solutions by those images, and what it chose looks better on them than it is: on
+    EfficientNet-Lite0 at 20 % fewer MACs 0.058 as they are, 0.073 mirrored, 0.071 on images never seen (two splits).
+    """
+    images = np.ascontiguousarray(context.images[list(context.held_back)][..., ::-1])
+    held_back = tuple(range(len(images)))
+    logits = answers(context.network, Frontier(context.network, images, held_back), held_back, context.threads)
+    return replace(context, images=images, fitted=(), held_back=held_back, logits=logits)
+
+
+def _resized(views: RecoveryContext, context: RecoveryContext) -> RecoveryContext:
+    """Return `context` with the images of `views` at its own size, and the answers they had."""
+    side = context.images.shape[2:]
+    images = functional.interpolate(torch.from_numpy(views.images), side, mode="bilinear", antialias=True).numpy()
+    return replace(context, images=images, fitted=(), held_back=views.held_back, logits=views.logits)
 
 
 def _judge(context: RecoveryContext, keep: Keep, tensors: Tensors) -> Judged:
@@ -213,9 +249,15 @@ class _Tuner:
     """The tensors of one run of tuning."""
 
     def __init__(
-        self, context: RecoveryContext, pair: Pair, masks: Mapping[str, BoolArray], span: Span, seed: int
+        self,
+        context: RecoveryContext,
+        views: RecoveryContext,
+        pair: Pair,
+        masks: Mapping[str, BoolArray],
+        span: Span,
+        seed: int,
     ) -> None:
-        self.context, self.pair, self.traced, self.span = context, pair, pair.student, span
+        self.context, self.views, self.pair, self.traced, self.span = context, views, pair, pair.student, span
         self.generator = torch.Generator().manual_seed(seed)
         self.student = {name: channels_last(value) for name, value in pair.student.state.items()}
         smaller = {name: pair.shrunk.take(name, masks[name]) for name in masks.keys() & self.student.keys()}
@@ -256,7 +298,7 @@ class _Tuner:
         optimiser = torch.optim.Adam(groups, betas=(0.9, 0.99))
         schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, _rate)
         held = self._held_back()
-        best = _Best({}, 0, 0, self._divergence({}, held))
+        best = _Best({}, 0, 0, math.inf)
         history: list[float] = []
         order = torch.zeros(0, dtype=torch.int64)
         for step in range(1, STEPS + 1):
@@ -316,7 +358,7 @@ class _Tuner:
     @torch.no_grad()
     def _held_back(self) -> list[tuple[Values, int]]:
         """Return the held-back images' values at the start, by batches filled up with copies, and how many count."""
-        images = torch.from_numpy(self.context.images[list(self.context.held_back)])
+        images = torch.from_numpy(self.views.images)
         found = []
         for part in torch.split(images, BATCH):
             full = torch.cat([part, part[:1].expand(BATCH - len(part), *part.shape[1:])])
@@ -330,7 +372,7 @@ class _Tuner:
         state = {**self.student, **weights}
         rows = [self.traced.run(state, given, (self.traced.output,))[self.traced.output][:n] for given, n in held]
         logits = torch.cat(rows).numpy()
-        return judge_answers(self.context, logits.reshape(-1, logits.shape[-1])).mean
+        return judge_answers(self.views, logits.reshape(-1, logits.shape[-1])).mean
 
 
 def crops(images: npt.NDArray[np.float32], count: int, batch: int, generator: torch.Generator) -> Iterator[Tensor]:
