@@ -13,8 +13,8 @@ residual blocks removed, whichever diverges least on held-back calibration image
     ...-tuned the networks of the budgets that --tune names, tuned block by block where that is better
 
 Networks and rows are kept in FOLDER, so that a run that was stopped goes on. --report gathers them into
-benchmarks/results/lite0.json; with --measure every network is first timed against the dense one, inferences in turn,
-one thread (do that on a quiet machine).
+benchmarks/results/lite0.json; with --measure every network that was not yet is first timed against the dense one,
+inferences in turn, one thread (do that on a quiet machine).
 """
 
 from __future__ import annotations
@@ -243,7 +243,7 @@ def report(options: argparse.Namespace) -> None:
     rows = []
     for path in sorted(options.work.glob("row-*.json")):
         row = json.loads(path.read_text())
-        if options.measure and row["kind"] != "dense":
+        if options.measure and row["kind"] != "dense" and "speedup" not in row:
             measure(options, row)
             path.write_text(json.dumps(row))
         rows.append(row)

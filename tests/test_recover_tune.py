@@ -124,7 +124,7 @@ def test_what_was_tuned_elsewhere_is_taken_where_it_is_better_and_fits(monkeypat
     assert found.tensors["pos_embed"] is here["pos_embed"]
     monkeypatch.setattr(module_under_test, "SHARES", (0.5,))
     half = adopt(case.context, case.context, case.keep, here, tuned)
-    assert half.better and half.note == f"{tuned.note}, 50% of the way"
+    assert half.better and half.note == f"{tuned.note}; taken over to this size, 50% of the way"
     moved = max(start, key=lambda name: float(abs(tuned.tensors[name] - start[name]).max()))
     assert not np.array_equal(tuned.tensors[moved], start[moved])
     np.testing.assert_allclose(half.tensors[moved], (start[moved] + tuned.tensors[moved]) / 2, atol=1e-6)

@@ -157,7 +157,8 @@ def adopt(context: RecoveryContext, given: RecoveryContext, keep: Keep, tensors:
     known = context.network.arrays
     start = {name: apply_mask(known[name], masks.get(name)) for name in elsewhere.tensors.keys() & known} | tensors
     ends = {name: end for name, end in elsewhere.tensors.items() if name in start and end.shape == start[name].shape}
-    return _go(views, keep, tensors, before, (start, ends), elsewhere.note, elsewhere.history)
+    note = f"{elsewhere.note}; taken over to this size"
+    return _go(views, keep, tensors, before, (start, ends), note, elsewhere.history)
 
 
 def _go(
