@@ -114,6 +114,8 @@ class Seed:
         shared = {"shared_seconds": round(time.monotonic() - started, 1)}
         for fraction in full:
             self.make("full", fraction, self.full, context, sensitivities, branches, shared)
+        if not sized:
+            return
         smaller = self.at(SMALLER)
         # The network to come near to is the one given, not what it says of smaller pictures.
         own = replace(self.context(smaller), logits=context.logits)
