@@ -47,8 +47,8 @@ from mm_edge.layers import read_layers
 from mm_edge.models import LoadOptions, load_model
 from mm_edge.parallel import cores
 from mm_edge.recover.branches import allocate_rest, measure_branches, offers
-from mm_edge.recover.context import RecoveryContext, Tensors, build_context
-from mm_edge.recover.tune import Tuned, adopt, tune
+from mm_edge.recover.context import RecoveryContext, build_context
+from mm_edge.recover.tune import tune_where_given
 from mm_edge.sizes import export_at, remake
 from mm_edge.target import load_target, resolve_host
 
@@ -181,19 +181,11 @@ class Seed:
         self.record(kind, fraction, at, keep, found.tensors, more)
         if fraction in self.options.tune:
             started = time.monotonic()
-            tuned = self.tune(at, context, keep, found.fitted)
+            given = self.context(self.full)
+            tuned = tune_where_given(context, given, self.model.module, keep, found.fitted, seed=self.seed)
             more = {"tune_seconds": round(time.monotonic() - started, 1), "note": tuned.note}
             tensors = tuned.tensors if tuned.better else found.tensors
             self.record(f"{kind}-tuned", fraction, at, keep, tensors, more)
-
-    def tune(self, at: At, context: RecoveryContext, keep: Keep, start: Tensors) -> Tuned:
-        """Tune at the size that was given, as the whole job does."""
-        if at is self.full:
-            return tune(context, self.model.module, keep, start, seed=self.seed)
-        there = {leaf: keep[here] for leaf, here in at.leaves.items() if here in keep}
-        given = self.context(self.full)
-        found = tune(given, self.model.module, there, start, seed=self.seed)
-        return adopt(context, given, keep, start, found)
 
     def at(self, side: int) -> At:
         model = remake(self.model, side)

@@ -11,11 +11,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from mm_edge.candidates import Plan, Workbench, read_masked_state, save_trained
-from mm_edge.graph.compact import Keep
 from mm_edge.progress import Advance
 from mm_edge.records import Candidate
-from mm_edge.recover.context import Tensors
-from mm_edge.recover.tune import Tuned, adopt, tune
+from mm_edge.recover.tune import tune_where_given
 
 
 def tune_candidate(
@@ -29,23 +27,13 @@ def tune_candidate(
         ParityError: the artifact does not agree with its masked model; nothing is kept of it.
     """
     assert row.masked_state_dict is not None
+    assert given.module is not None and given.recovery is not None and bench.recovery is not None
     plan, start = read_masked_state(bench.structure, plan, bench.folder / row.masked_state_dict)
     assert plan.keep is not None
-    found = _tune(bench, given, plan.keep, start, seed, advance)
+    found = tune_where_given(
+        bench.recovery, given.recovery, given.module, plan.keep, start, seed=seed, progress=advance
+    )
     if not found.better:
         return replace(row, stopped=found.note)
     made = save_trained(bench, plan, found.tensors, "tune", f"{plan.file_name}-tuned")
     return replace(made, stopped=found.note)
-
-
-def _tune(bench: Workbench, given: Workbench, keep: Keep, start: Tensors, seed: int, advance: Advance | None) -> Tuned:
-    assert given.module is not None and given.recovery is not None and bench.recovery is not None
-    if bench is given:
-        return tune(given.recovery, given.module, keep, start, seed=seed, progress=advance)
-    leaves = {group.id: group.leaf for group in bench.structure.groups}
-    there = {group.leaf: keep[leaves[group.id]] for group in given.structure.groups if leaves.get(group.id) in keep}
-    # Position tables have the shapes of their size, and stay.
-    shapes = {name: array.shape for name, array in given.recovery.network.arrays.items()}
-    shared = {name: array for name, array in start.items() if shapes.get(name) == array.shape}
-    found = tune(given.recovery, given.module, there, shared, seed=seed, progress=advance)
-    return adopt(bench.recovery, given.recovery, keep, start, found)

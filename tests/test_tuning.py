@@ -13,7 +13,7 @@ import pytest
 import safetensors.numpy
 from tiny_job import SIDE
 
-from mm_edge import candidates, tuning
+from mm_edge import candidates
 from mm_edge.api import Setting, make_request, run_job
 from mm_edge.candidates import recover_keep
 from mm_edge.errors import UsageError
@@ -96,7 +96,7 @@ def test_what_is_tuned_was_not_solved_for_the_images_that_judge_it(
         return Tuned(start, 1.0, 1.0, False, "not tried")
 
     monkeypatch.setattr(candidates, "recover_keep", recover)
-    monkeypatch.setattr(tuning, "tune", tune_)
+    monkeypatch.setattr(module_under_test, "tune", tune_)
     run(files, tmp_path, 4e-3, monkeypatch)
     assert given and walked
     solved = [item for item in walked if any((item.fitted[n] != item.tensors[n]).any() for n in item.fitted)]
@@ -116,7 +116,7 @@ def test_rows_on_smaller_pictures_are_tuned_at_the_size_that_was_given(
         sides.append(context.images.shape[-1])
         return tune(context, *args, **more)
 
-    monkeypatch.setattr(tuning, "tune", tune_)
+    monkeypatch.setattr(module_under_test, "tune", tune_)
     report = run(files, tmp_path, 4e-3, monkeypatch, macs=(0.4,), input_sizes=(SIDE, 24))
     tuned = [row for row in report.candidates if row.recovered_by == "tune"]
     smaller = [row for row in tuned if row.input_shape[-1] == 24]

@@ -139,6 +139,38 @@ def tune(
     return _go(views, keep, tensors, before, (whole, moved), note, history)
 
 
+def tune_where_given(
+    context: RecoveryContext,
+    given: RecoveryContext,
+    module: nn.Module,
+    keep: Keep,
+    tensors: Tensors,
+    *,
+    seed: int = 0,
+    progress: Advance | None = None,
+) -> Tuned:
+    """Tune at the size the network was given at what is to run at the size of `context`; they may be the same.
+
+    Args:
+        context: of the size to run at.
+        given: of the size the network was given at.
+        module: the dense network there.
+        keep: the indices that stay, by group at the size to run at.
+        tensors: what runs there now, as `tune` wants it.
+        seed: as for `tune`.
+        progress: as for `tune`.
+    """
+    if context is given:
+        return tune(given, module, keep, tensors, seed=seed, progress=progress)
+    leaves = {group.id: group.leaf for group in context.structure.groups}
+    there = {group.leaf: keep[leaves[group.id]] for group in given.structure.groups if leaves.get(group.id) in keep}
+    # Position tables have the shapes of their size, and stay.
+    shapes = {name: array.shape for name, array in given.network.arrays.items()}
+    shared = {name: array for name, array in tensors.items() if shapes.get(name) == array.shape}
+    found = tune(given, module, there, shared, seed=seed, progress=progress)
+    return adopt(context, given, keep, tensors, found)
+
+
 def adopt(context: RecoveryContext, given: RecoveryContext, keep: Keep, tensors: Tensors, elsewhere: Tuned) -> Tuned:
     """Take what was tuned at one input size over to another, if the images there say it is better.
 
