@@ -9,8 +9,9 @@ residual blocks removed, whichever diverges least on held-back calibration image
 
     control   the dense network on smaller pictures
     full      at 224 pixels
-    sized     at 192 pixels
-    ...-tuned the networks of the budgets that --tune names, tuned block by block where that is better
+    sized     at 192 pixels, and at 160 where the whole network is within the budget
+    ...-tuned the networks of the budgets that --tune names, tuned where that is better: block by block, and at fewer
+              pixels then taught by the network at 224
 
 Networks and rows are kept in FOLDER, so that a run that was stopped goes on. --report gathers them into
 benchmarks/results/lite0.json; with --measure every network that was not yet is first timed against the dense one,
@@ -31,6 +32,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import onnxruntime
+import torch
 from latency_aware import read_sensitivities
 
 from mm_edge.bench.session import measure_pair
@@ -46,16 +48,17 @@ from mm_edge.job import recovery_images
 from mm_edge.layers import read_layers
 from mm_edge.models import LoadOptions, load_model
 from mm_edge.parallel import cores
+from mm_edge.recover.adapt import tune_for
 from mm_edge.recover.branches import allocate_rest, measure_branches, offers
 from mm_edge.recover.context import RecoveryContext, build_context
-from mm_edge.recover.tune import tune_where_given
+from mm_edge.recover.distil import Sized
 from mm_edge.sizes import export_at, remake
 from mm_edge.target import load_target, resolve_host
 
 RESULTS = Path(__file__).resolve().parent / "results" / "lite0.json"
 FULL = (0.6, 0.7, 0.75, 0.8, 0.85)
-SIZED = (0.63, 0.59, 0.52)
-SMALLER = 192
+# Sides and budgets. Where the whole network is within a budget nothing is pruned, and only tuning changes it.
+SIZED = ((192, 0.75), (192, 0.63), (192, 0.59), (192, 0.52), (160, 0.52))
 CONTROLS = (192, 176, 160)
 PAIRS = 120
 
@@ -65,6 +68,7 @@ class At:
     """The network at one input size: its graph, its images, and how its leaves are called at 224 pixels."""
 
     side: int
+    module: torch.nn.Module
     raw: RawGraph
     structure: Structure
     ladders: Any
@@ -93,17 +97,21 @@ class Seed:
         structure, layers = read_structure(raw), read_layers(raw)
         data = open_data(options.images, self.model.input, self.model.info.num_classes, (0.5, 0.5, 0.0), seed)
         ladders = make_ladders(structure, layers, self.target)
-        self.full = At(224, raw, structure, ladders, data, {group.leaf: group.leaf for group in structure.groups})
+        module = self.model.module
+        self.full = At(
+            224, module, raw, structure, ladders, data, {group.leaf: group.leaf for group in structure.groups}
+        )
         self.labels = data.validation.labels
         self.answers = run_onnx(_bytes(raw.model.clone()), data.validation.batches(50), cores())
         self.contexts: dict[int, RecoveryContext] = {}
+        self.sizes: dict[int, At] = {}
 
     def run(self) -> None:
         self.record("dense", 1.0, self.full, {}, {}, {})
         for side in CONTROLS:
             self.record("control", 1.0, self.at(side), {}, {}, {})
-        full = [fraction for fraction in FULL if self.lacks("full", fraction)]
-        sized = [fraction for fraction in SIZED if self.lacks("sized", fraction)]
+        full = [fraction for fraction in FULL if self.lacks("full", self.full.side, fraction)]
+        sized = [(side, fraction) for side, fraction in SIZED if self.lacks("sized", side, fraction)]
         if not full and not sized:
             return
         started = time.monotonic()
@@ -114,12 +122,10 @@ class Seed:
         shared = {"shared_seconds": round(time.monotonic() - started, 1)}
         for fraction in full:
             self.make("full", fraction, self.full, context, sensitivities, branches, shared)
-        if not sized:
-            return
-        smaller = self.at(SMALLER)
-        # The network to come near to is the one given, not what it says of smaller pictures.
-        own = replace(self.context(smaller), logits=context.logits)
-        for fraction in sized:
+        for side, fraction in sized:
+            smaller = self.at(side)
+            # The network to come near to is the one given, not what it says of smaller pictures.
+            own = replace(self.context(smaller), logits=context.logits)
             self.make("sized", fraction, smaller, own, sensitivities, branches, shared)
 
     def context(self, at: At) -> RecoveryContext:
@@ -128,10 +134,9 @@ class Seed:
             self.contexts[at.side] = build_context(at.raw, at.structure, images, threads=cores())
         return self.contexts[at.side]
 
-    def lacks(self, kind: str, fraction: float) -> bool:
+    def lacks(self, kind: str, side: int, fraction: float) -> bool:
         """Return whether a row is missing, or its tuned one that is asked for."""
         kinds = (kind, f"{kind}-tuned") if fraction in self.options.tune else (kind,)
-        side = SMALLER if kind == "sized" else self.full.side
         return not all(self.path(name, side, fraction).exists() for name in kinds)
 
     def search(
@@ -143,6 +148,8 @@ class Seed:
         tried = []
         for removed in offers(branches, lambda branch: branch.macs):
             if known is not None and known != [item.id for item in removed]:
+                continue
+            if at.structure.macs() <= budget and removed:
                 continue
             gone = [renamed(item, at.leaves) for item in removed]
             keep = allocate_rest(at.structure, at.structure.mac_cost, own, gone, budget, at.ladders)
@@ -181,18 +188,23 @@ class Seed:
         self.record(kind, fraction, at, keep, found.tensors, more)
         if fraction in self.options.tune:
             started = time.monotonic()
-            given = self.context(self.full)
-            tuned = tune_where_given(context, given, self.model.module, keep, found.fitted, seed=self.seed)
+            given = Sized(self.context(self.full), self.full.module)
+            tuned = tune_for(Sized(context, at.module), given, keep, found.fitted, seed=self.seed)
             more = {"tune_seconds": round(time.monotonic() - started, 1), "note": tuned.note}
             tensors = tuned.tensors if tuned.better else found.tensors
             self.record(f"{kind}-tuned", fraction, at, keep, tensors, more)
 
     def at(self, side: int) -> At:
+        if side not in self.sizes:
+            self.sizes[side] = self.remade(side)
+        return self.sizes[side]
+
+    def remade(self, side: int) -> At:
         model = remake(self.model, side)
         sized = export_at(model, self.full.structure)
         ladders = make_ladders(sized.structure, sized.layers, self.target)
         data = self.full.data.prepared_for(model.input)
-        return At(side, sized.raw, sized.structure, ladders, data, sized.leaves)
+        return At(side, model.module, sized.raw, sized.structure, ladders, data, sized.leaves)
 
     def path(self, kind: str, side: int, fraction: float) -> Path:
         return self.options.work / f"row-{self.seed}-{kind}-{side}-{fraction:.3f}.json"

@@ -51,15 +51,17 @@ def require_trainable(model: LoadedModel, recover: str = "finetune") -> None:
 def worth_training(candidates: Sequence[Candidate], dense: DenseRow) -> list[Candidate]:
     """Return the rows to fine-tune: per kind those that nothing beats, and of every budget the most accurate alone.
 
+    A whole network on smaller pictures is no rival to what is pruned: it is the control until it is trained.
+
     Structured rows are compared by accuracy against MACs; masks change no MACs and are compared by sparsity. Without
     accuracy nothing can be compared, and all are returned.
     """
     if any(row.accuracy_top1 is None for row in candidates):
         return list(candidates)
-    budgets: dict[str, list[Candidate]] = {}
+    budgets: dict[tuple[str, bool], list[Candidate]] = {}
     for row in candidates:
         if is_budget(row.strategy):
-            budgets.setdefault(row.strategy, []).append(row)
+            budgets.setdefault((row.strategy, row.is_pruned), []).append(row)
     best = {max(rows, key=quality).id for rows in budgets.values()}
     # Rows of one budget differ by a hair in MACs, so that all of them may be on the front.
     beaten = {row.id for rows in budgets.values() for row in rows} - best

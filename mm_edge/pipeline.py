@@ -105,7 +105,7 @@ def prune_export(job: Job) -> Report:
     warnings += failures
     candidates, failures = _train_front(job, benches, places, plans, candidates, dense)
     warnings += failures
-    candidates = [*controls, *candidates]
+    candidates = [*controls, *(row for row in candidates if not _is_control_again(row))]
     smaller, failures = _convert_all(job, benches, places, dense, candidates)
     candidates += smaller
     warnings += failures
@@ -266,6 +266,11 @@ def _walk_front(
         return _improve(job, candidates, front, by_id, walk, lambda done: advance(done, len(front)))
 
 
+def _is_control_again(row: Candidate) -> bool:
+    """Whether a row is the whole network on smaller pictures, which tuning did not better."""
+    return is_budget(row.strategy) and not row.is_pruned and row.recovered_by != "tune"
+
+
 def _is_budget(row: Candidate, plan: Plan) -> bool:
     """Whether a row is what a budget asked for: at sizes besides the dense one, the best of them by sensitivity."""
     return is_budget(row.strategy) and (plan.side is None or row.signal == "sensitivity")
@@ -351,8 +356,8 @@ def _tune_one(
 
 
 def _share(advance: Advance, index: int, count: int, done: int, total: int) -> None:
-    """Report the steps of one row among `count` rows that take as many each."""
-    advance(index * total + done, count * total)
+    """Report the steps of one row among `count` rows, in thousandths: rows of other sizes take other steps."""
+    advance(1000 * index + 1000 * done // total, 1000 * count)
 
 
 def _finetune_one(job: Job, bench: Workbench, plan: Plan, row: Candidate, start: str, advance: Advance) -> Candidate:

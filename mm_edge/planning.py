@@ -225,19 +225,21 @@ def plan_by_sensitivity(rulers: Rulers, job: Job, places: Sequence[Place]) -> tu
     """Spend a budget on input size, blocks and, by measured sensitivity, width; what diverges least is the plan.
 
     At every size that is above the budget, none to a few of the cheapest blocks are removed and the rest is taken from
-    widths. The divergence is from the dense network at its own size, on images that are held back at every size.
+    widths. The divergence is from the dense network at its own size, on images that are held back at every size. Where
+    tuning follows, the whole network at the largest size within the budget is a plan as well.
     """
     budget, dense = rulers.budget, places[0]
     measured = [place for place in places_for(budget, places) if place.sensitivities]
     if not measured:
         return [], []
+    untouched = _plan_whole(rulers, measured) if job.request.recover == "tune" else []
     with job.stages.stage(f"size, blocks or width at {budget.asked}") as advance:
         above = [place for place in measured if rulers.at(place).whole > rulers.at(place).target]
         rivals = [rival for place in above for rival in _spend(rulers, place, dense.branches, advance)]
         fitting = [rival for rival in rivals if rival[2].fits(rulers.at(rival[0]))]
         if len(fitting) < 2:
             least = [min(rivals, key=lambda rival: rival[2].share)] if rivals else []
-            return [plan for _, plan, _ in fitting or least], []
+            return [*(plan for _, plan, _ in fitting or least), *untouched], []
         tried: list[tuple[float, str, Plan]] = []
         for place, plan, _ in fitting:
             tried.append((_divergence(job, dense, place, plan), _describe(place, plan), plan))
@@ -248,7 +250,7 @@ def plan_by_sensitivity(rulers: Rulers, job: Job, places: Sequence[Place]) -> tu
     text = ", ".join(f"{name} {kl:.3g}" for kl, name, _ in tried)
     note = f"{budget.asked} by sensitivity: {tried[0][1]} diverges least (nats: {text})"
     text = ", ".join(f"{name} {kl:.3g}" for kl, name in controls)
-    return [tried[0][2]], [note + (f"; the dense network within the budget: {text}" if text else "")]
+    return [tried[0][2], *untouched], [note + (f"; the dense network within the budget: {text}" if text else "")]
 
 
 def _is_within(rulers: Rulers, place: Place) -> bool:
@@ -256,6 +258,18 @@ def _is_within(rulers: Rulers, place: Place) -> bool:
         return False
     ruler = rulers.at(place)
     return ruler.whole <= ruler.target
+
+
+def _plan_whole(rulers: Rulers, places: Sequence[Place]) -> list[Plan]:
+    """Return the plan that removes nothing at the largest size, below the dense one, that is within the budget."""
+    within = [place for place in places if not place.dense and _is_within(rulers, place)]
+    if not within:
+        return []
+    place = max(within, key=lambda item: item.network.side)
+    keep = {group.leaf: np.ones(group.size, dtype=np.bool_) for group in place.network.structure.groups}
+    assignment = Assignment("sensitivity", (rulers.budget.strategy,), {})
+    words = _words(rulers, Met(Draft(keep), rulers.at(place).whole, 0))
+    return [Plan(assignment, "structured", keep=keep, side=place.side, planned_by=words)]
 
 
 def _spend(

@@ -193,6 +193,11 @@ class Candidate:
     planned_by: str | None = None
 
     @property
+    def is_pruned(self) -> bool:
+        """Whether anything was removed: a whole network on smaller pictures, tuned, is a candidate as well."""
+        return self.kind != "dense" and (self.sparsity > 0 or bool(self.removed_blocks))
+
+    @property
     def is_control(self) -> bool:
         """Whether this is the dense network on pictures of another size, which pruned rows have to beat."""
         return self.kind == "dense" and "@" in self.id

@@ -1,9 +1,6 @@
-"""Block-wise tuning of one candidate: what the closed form made of it, a few hundred gradient steps later.
+"""Tuning of one candidate: what the closed form made of it, a few hundred gradient steps later (recover/adapt.py).
 
-    saved masked state -> tuned state (masks hold) -> compact graph -> file -> parity -> accuracy
-
-A candidate on smaller pictures is tuned at the size the network was given at: what the dense network puts out there is
-right, on smaller pictures it is not. Whether that helps is asked at the candidate's own size.
+saved masked state -> tuned state (masks hold) -> compact graph -> file -> parity -> accuracy
 """
 
 from __future__ import annotations
@@ -13,7 +10,8 @@ from dataclasses import replace
 from mm_edge.candidates import Plan, Workbench, read_masked_state, save_trained
 from mm_edge.progress import Advance
 from mm_edge.records import Candidate
-from mm_edge.recover.tune import tune_where_given
+from mm_edge.recover.adapt import tune_for
+from mm_edge.recover.distil import Sized
 
 
 def tune_candidate(
@@ -27,13 +25,15 @@ def tune_candidate(
         ParityError: the artifact does not agree with its masked model; nothing is kept of it.
     """
     assert row.masked_state_dict is not None
-    assert given.module is not None and given.recovery is not None and bench.recovery is not None
     plan, start = read_masked_state(bench.structure, plan, bench.folder / row.masked_state_dict)
     assert plan.keep is not None
-    found = tune_where_given(
-        bench.recovery, given.recovery, given.module, plan.keep, start, seed=seed, progress=advance
-    )
+    found = tune_for(_sized(bench), _sized(given), plan.keep, start, seed=seed, progress=advance)
     if not found.better:
         return replace(row, stopped=found.note)
     made = save_trained(bench, plan, found.tensors, "tune", f"{plan.file_name}-tuned")
     return replace(made, stopped=found.note)
+
+
+def _sized(bench: Workbench) -> Sized:
+    assert bench.recovery is not None and bench.module is not None
+    return Sized(bench.recovery, bench.module)

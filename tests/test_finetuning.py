@@ -190,6 +190,12 @@ def test_the_front_and_the_best_of_each_budget_are_worth_training() -> None:
     ]
 
 
+def test_a_whole_network_is_no_rival_to_what_is_pruned_under_a_budget() -> None:
+    rows = [row("a/macs_0.5", 0.5, 65), row("b/macs_0.5", 0.6, 65), row("c/macs_0.5", 0.7, 60, 0.0)]
+    chosen = [item.id for item in worth_training(rows, DENSE)]
+    assert chosen == ["b/macs_0.5/structured/fp32", "c/macs_0.5/structured/fp32"]
+
+
 def test_without_accuracy_all_are_trained() -> None:
     rows = [row("a/balanced", None), row("b/balanced", None)]
     assert worth_training(rows, DENSE) == rows

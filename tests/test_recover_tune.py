@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import timm
@@ -12,15 +10,20 @@ from recovery_cases import BUILDERS, Case, kl_as_it_is
 
 from mm_edge.graph.compact import apply_mask, mask_tensors, masked_model, materialise
 from mm_edge.parity import compare, onnx_runner, require
+from mm_edge.recover import descent
 from mm_edge.recover import tune as module_under_test
+from mm_edge.recover.descent import crops
+from mm_edge.recover.judging import mirrored
 from mm_edge.recover.traced import Traced
-from mm_edge.recover.tune import adopt, crops, find_span, mirrored, tune
+from mm_edge.recover.tune import find_span, tune
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"STEPS": 60, "CHECK": 20, "WARM_UP": 5, "CROPS": 96, "BATCH": 16}.items():
+    for name, value in {"STEPS": 60, "CHECK": 20}.items():
         monkeypatch.setattr(module_under_test, name, value)
+    for name, value in {"WARM_UP": 5, "CROPS": 96, "BATCH": 16}.items():
+        monkeypatch.setattr(descent, name, value)
 
 
 @pytest.fixture(scope="module", params=list(BUILDERS))
@@ -111,31 +114,6 @@ def test_what_judges_is_mirrored_and_answered_by_the_dense_network() -> None:
             np.testing.assert_allclose(views.logits[row], expected, rtol=1e-3, atol=1e-4)
 
 
-def test_what_was_tuned_elsewhere_is_taken_where_it_is_better_and_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = Case("plain")
-    start = _masked(case)
-    tuned = tune(case.context, case.module, case.keep, start)
-    assert tuned.better
-    strange = {**tuned.tensors, "pos_embed": np.ones((1, 2), np.float32)}
-    here = {**start, "pos_embed": np.ones((1, 3), np.float32)}
-    found = adopt(case.context, case.context, case.keep, here, replace(tuned, tensors=strange))
-    assert found.better and found.note.startswith(tuned.note)
-    assert found.kl_held_back <= tuned.kl_held_back * 1.001 and found.kl_before == pytest.approx(tuned.kl_before)
-    assert found.tensors["pos_embed"] is here["pos_embed"]
-    monkeypatch.setattr(module_under_test, "SHARES", (0.5,))
-    half = adopt(case.context, case.context, case.keep, here, tuned)
-    assert half.better and half.note == f"{tuned.note}; taken over to this size, 50% of the way"
-    moved = max(start, key=lambda name: float(abs(tuned.tensors[name] - start[name]).max()))
-    assert not np.array_equal(tuned.tensors[moved], start[moved])
-    np.testing.assert_allclose(half.tensors[moved], (start[moved] + tuned.tensors[moved]) / 2, atol=1e-6)
-    worse = {name: 0 * array for name, array in tuned.tensors.items()}
-    dropped = adopt(case.context, case.context, case.keep, here, replace(tuned, tensors=worse))
-    assert (dropped.better, dropped.note) == (False, "tuning dropped: no better on held-back images")
-    assert dropped.tensors is here and dropped.kl_held_back == dropped.kl_before
-    not_tried = adopt(case.context, case.context, case.keep, here, replace(tuned, better=False, note="why"))
-    assert (not_tried.better, not_tried.note) == (False, "why") and not_tried.tensors is here
-
-
 def test_nothing_pruned_nothing_is_tuned() -> None:
     case = Case("plain")
     found = tune(case.context, case.module, {}, {})
@@ -156,7 +134,7 @@ def test_the_tail_is_frozen_and_the_start_is_cached(monkeypatch: pytest.MonkeyPa
         dense = case.module.state_dict()[name].numpy()
         scale = float((found.tensors[name] * dense).sum() / (dense * dense).sum())
         np.testing.assert_allclose(found.tensors[name], scale * dense, rtol=1e-5, atol=1e-7)
-    monkeypatch.setattr(module_under_test, "CACHE_BYTES", 1)
+    monkeypatch.setattr(descent, "CACHE_BYTES", 1)
     assert find_span(case.context, traced, keep) is None
 
 
@@ -166,19 +144,37 @@ def test_dear_early_maps_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert traced.work(0, 2) == 2 * 8 * 16 * 16  # stem and its BatchNorm
     cheap = find_span(case.context, traced, case.keep)
     assert cheap is not None and cheap.start == traced.readers["stem.weight"][0]
-    monkeypatch.setattr(module_under_test, "STEP_VALUES", traced.work(cheap.start, cheap.targets[-1]) - 1)
-    monkeypatch.setattr(module_under_test, "STEP_SHARE", 0.0)
+    monkeypatch.setattr(descent, "STEP_VALUES", traced.work(cheap.start, cheap.targets[-1]) - 1)
+    monkeypatch.setattr(descent, "STEP_SHARE", 0.0)
     later = find_span(case.context, traced, case.keep)
     assert later is not None and cheap.start < later.start < later.targets[-1] == cheap.targets[-1]
-    assert traced.work(later.start, later.targets[-1]) <= module_under_test.STEP_VALUES
-    monkeypatch.setattr(module_under_test, "STEP_SHARE", 1.0)
+    assert traced.work(later.start, later.targets[-1]) <= descent.STEP_VALUES
+    monkeypatch.setattr(descent, "STEP_SHARE", 1.0)
     assert find_span(case.context, traced, case.keep) == cheap
 
 
-def test_crops_have_the_images_size_and_half_are_mixed() -> None:
+def test_crops_have_the_images_size_and_half_are_mixed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(descent, "CROPS", 10)
+    monkeypatch.setattr(descent, "BATCH", 4)
     images = np.stack([np.full((3, 8, 8), value, dtype=np.float32) for value in range(4)])
-    made = torch.cat(list(crops(images, 10, 4, torch.Generator().manual_seed(0))))
-    assert made.shape == (10, 3, 8, 8)
-    whole = [bool(torch.isclose(item, item.round(), atol=1e-4).all()) for item in made]
+    smaller = np.ascontiguousarray(images[..., :6, :6])
+    made = list(crops([images, smaller], torch.Generator().manual_seed(0), smallest=0.3, whole=0.2))
+    assert [tuple(len(part) for part in batch) for batch in made] == [(4, 4), (4, 4), (2, 2)]
+    large, small = (torch.cat([batch[size] for batch in made]) for size in (0, 1))
+    assert large.shape == (10, 3, 8, 8) and small.shape == (10, 3, 6, 6)
+    torch.testing.assert_close(large[..., :6, :6], small, rtol=0, atol=1e-4)  # the same picture at both sizes
+    whole = [bool(torch.isclose(item, item.round(), atol=1e-4).all()) for item in large]
     assert all(whole[index] for index in (0, 2, 4, 6, 8))
     assert not all(whole)
+
+
+def test_crops_at_another_size_show_the_same_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(descent, "CROPS", 8)
+    monkeypatch.setattr(descent, "BATCH", 8)
+    slope = np.linspace(0, 1, 32, dtype=np.float32)
+    images = np.broadcast_to(slope, (2, 3, 32, 32)).copy()
+    smaller = descent.resize(torch.from_numpy(images), (16, 16)).numpy()
+    ((large, small),) = crops([images, smaller], torch.Generator().manual_seed(1), smallest=0.3, whole=0.0)
+    spans = large[:, 0, 0].amax(dim=1) - large[:, 0, 0].amin(dim=1)
+    assert float(spans.max()) < 1 and float(spans.max() - spans.min()) > 0.05  # parts, of several widths
+    torch.testing.assert_close(descent.resize(large, (16, 16)), small, rtol=0, atol=0.03)

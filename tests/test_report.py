@@ -324,6 +324,15 @@ def test_a_pruned_row_that_a_smaller_picture_beats_is_said_first() -> None:
     assert control_sentence(make_report(control(24, 2.5, 0.84), control(28, 1.25, 0.89), better)) is None
 
 
+def test_a_whole_network_that_was_tuned_is_not_called_pruned() -> None:
+    tuned = dataclasses.replace(candidate("macs_0.5", 1.0, 1.0), sparsity=0.0, recovered_by="tune")
+    sentence = "Nothing pruned beats the dense network on pictures of another size at the same measured latency"
+    report = make_report(control(24, 2.5, 0.84), candidate("balanced", 1.0, 8.0), tuned)
+    assert (control_sentence(report) or "").startswith(f"{sentence}: the nearest, product/balanced/structured/fp32,")
+    without_a_block = dataclasses.replace(tuned, removed_blocks=("blocks.1",))
+    assert control_sentence(make_report(control(24, 2.5, 0.84), without_a_block)) is None
+
+
 def test_a_row_faster_than_every_control_has_to_be_as_accurate_as_the_fastest() -> None:
     far = candidate("balanced", 0.5, 20.0)  # 4x at 70 %
     assert control_sentence(make_report(control(24, 2.5, 0.84), far)) == (

@@ -21,16 +21,20 @@ from mm_edge.graph.compact import Keep
 from mm_edge.models import LoadOptions, load_model
 from mm_edge.progress import Stages
 from mm_edge.records import Candidate, Report
+from mm_edge.recover import adapt, descent, distil, judging
 from mm_edge.recover import tune as module_under_test
 from mm_edge.recover.closed_form import Recovered
 from mm_edge.recover.context import Judged, RecoveryContext, Tensors
-from mm_edge.recover.tune import Tuned, tune
+from mm_edge.recover.judging import Tuned
+from mm_edge.recover.tune import tune
 
 
 def run(files: Path, out: Path, rate: float, monkeypatch: pytest.MonkeyPatch, **more: Any) -> Report:
-    quick = {"STEPS": 40, "CHECK": 10, "WARM_UP": 5, "CROPS": 64, "BATCH": 8, "RATE": rate}
-    for name, value in quick.items():
+    for name, value in {"STEPS": 40, "CHECK": 10, "RATE": rate}.items():
         monkeypatch.setattr(module_under_test, name, value)
+    for name, value in {"WARM_UP": 5, "CROPS": 64, "BATCH": 8}.items():
+        monkeypatch.setattr(descent, name, value)
+    monkeypatch.setattr(distil, "STEPS", 40)
     setting = Setting(out=out, data=str(files / "images"), split=(0.75, 0.25, 0.0), bench=False)
     wanted = {"signals": ("magnitude",), "strategies": ("max_aggressive",), "macs": (0.5,), **more}
     request = make_request(setting, recover="tune", **wanted)
@@ -41,7 +45,7 @@ def run(files: Path, out: Path, rate: float, monkeypatch: pytest.MonkeyPatch, **
 def _let_tuning_win(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make held-back images call every later state the better one: the closed form leaves little on so small a net."""
     asked = count()
-    monkeypatch.setattr(module_under_test, "is_better", lambda new, old: True)
+    monkeypatch.setattr(judging, "is_better", lambda new, old: True)
     monkeypatch.setattr(
         module_under_test, "judge_answers", lambda context, logits: Judged(np.array([1 / (1 + next(asked))]), 1.0)
     )
@@ -96,7 +100,7 @@ def test_what_is_tuned_was_not_solved_for_the_images_that_judge_it(
         return Tuned(start, 1.0, 1.0, False, "not tried")
 
     monkeypatch.setattr(candidates, "recover_keep", recover)
-    monkeypatch.setattr(module_under_test, "tune", tune_)
+    monkeypatch.setattr(adapt, "tune", tune_)
     run(files, tmp_path, 4e-3, monkeypatch)
     assert given and walked
     solved = [item for item in walked if any((item.fitted[n] != item.tensors[n]).any() for n in item.fitted)]
@@ -116,7 +120,7 @@ def test_rows_on_smaller_pictures_are_tuned_at_the_size_that_was_given(
         sides.append(context.images.shape[-1])
         return tune(context, *args, **more)
 
-    monkeypatch.setattr(module_under_test, "tune", tune_)
+    monkeypatch.setattr(adapt, "tune", tune_)
     report = run(files, tmp_path, 4e-3, monkeypatch, macs=(0.4,), input_sizes=(SIDE, 24))
     tuned = [row for row in report.candidates if row.recovered_by == "tune"]
     smaller = [row for row in tuned if row.input_shape[-1] == 24]
@@ -126,6 +130,36 @@ def test_rows_on_smaller_pictures_are_tuned_at_the_size_that_was_given(
         assert row.artifact is not None and row.artifact.endswith("-tuned.onnx")
         assert row.parity is not None and row.parity.max_rel_err < 1e-4
         assert _zeros(tmp_path, row) >= row.sparsity - 1e-9
+
+
+def test_the_whole_network_within_a_budget_is_taught_the_answers_to_larger_pictures(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _let_tuning_win(monkeypatch)
+    report = run(files, tmp_path, 4e-3, monkeypatch, macs=(0.7,), input_sizes=(SIDE, 24))
+    row = next(row for row in report.candidates if row.id == "sensitivity/macs_0.7/structured/fp32@24")
+    control = next(row for row in report.candidates if row.id == "dense@24")
+    assert (row.sparsity, row.macs, row.is_pruned) == (0.0, control.macs, False)
+    assert row.recovered_by == "tune" and row.stopped is not None and row.stopped.startswith("distilled 40 steps")
+    assert row.parity is not None and row.parity.max_rel_err < 1e-4
+    assert row.artifact is not None and control.artifact is not None
+    weights = [_weights(tmp_path / path) for path in (row.artifact, control.artifact)]
+    assert row.params == control.params
+    assert any((weights[0][name] != weights[1][name]).any() for name in weights[0].keys() & weights[1].keys())
+
+
+def test_the_whole_network_that_was_not_bettered_is_the_control_alone(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(judging, "is_better", lambda new, old: False)
+    report = run(files, tmp_path, 4e-3, monkeypatch, macs=(0.7,), input_sizes=(SIDE, 24))
+    at_24 = [row for row in report.candidates if row.input_shape[-1] == 24]
+    assert [row.id for row in at_24 if not row.is_pruned] == ["dense@24"]
+    assert any(row.id == "sensitivity/macs_0.7/structured/fp32" for row in report.candidates)
+
+
+def _weights(path: Path) -> dict[str, np.ndarray]:
+    return {item.name: onnx.numpy_helper.to_array(item) for item in onnx.load(path).graph.initializer}
 
 
 def test_an_onnx_file_cannot_be_tuned(files: Path, tmp_path: Path) -> None:

@@ -55,8 +55,8 @@ class Traced:
         (last,) = [node for node in program.graph.nodes if node.op == "output"]
         self.output = last.all_input_nodes[0].name
         named = {node.name: node.meta.get("val") for node in (*placeholders, *self.nodes)}
-        self._tensors = {name for name, value in named.items() if isinstance(value, Tensor)}
         self._sizes = {node.name: _size(node) for node in (*placeholders, *self.nodes)}
+        self._shapes = {name: tuple(value.shape) for name, value in named.items() if isinstance(value, Tensor)}
         self._read(placeholders)
 
     def _read(self, placeholders: Sequence[fx.Node]) -> None:
@@ -81,6 +81,10 @@ class Traced:
         """What is run, in order: the name of each value and the operator that makes it."""
         return [(node.name, str(node.target)) for node in self.nodes]
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a value that is a single tensor."""
+        return self._shapes[name]
+
     def live(self, position: int) -> tuple[str, ...]:
         """Return the values that depend on the input and cross `position`."""
         return tuple(
@@ -99,7 +103,7 @@ class Traced:
 
     def can_cut(self, position: int) -> bool:
         """Return whether what crosses `position` are single tensors: lists of them are made and taken apart at once."""
-        return all(name in self._tensors for name in self.live(position))
+        return all(name in self._shapes for name in self.live(position))
 
     def narrowest(self, first: int, last: int) -> int:
         """Return the position from `first` to `last` where the fewest numbers cross; the later of equal ones."""

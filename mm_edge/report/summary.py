@@ -39,7 +39,7 @@ def control_sentence(report: Report) -> str | None:
     None too where there is nothing to compare: no control, no accuracy or no measured speed.
     """
     curve = _control_curve(report)
-    rows = [c for c in report.candidates if c.kind != "dense" and c.precision == "fp32"]
+    rows = [c for c in report.candidates if c.is_pruned and c.precision == "fp32"]
     measured = [c for c in rows if c.speedup is not None and c.accuracy_top1 is not None]
     if curve is None or not measured:
         return None
