@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -43,14 +44,17 @@ def _sized(case: Case) -> Sized:
 
 def _smaller(case: Case) -> tuple[Sized, Keep]:
     """Return the network of `case` on smaller pictures, and what it keeps there."""
-    raw = export_raw(case.module, torch.zeros(1, 3, SMALL, SMALL))
+    module = copy.deepcopy(case.module)
+    if hasattr(module, "set_input_size"):
+        module.set_input_size(img_size=(SMALL, SMALL))  # resamples the position table
+    raw = export_raw(module, torch.zeros(1, 3, SMALL, SMALL))
     structure = read_structure(raw)
     images = descent.resize(torch.from_numpy(case.images), (SMALL, SMALL)).numpy()
     context = build_context(raw, structure, images)
     kept = {group.id: case.keep[group.leaf] for group in case.structure.groups}
     # The network to come near to is the one given.
     own = replace(context, logits=case.context.logits)
-    return Sized(own, case.module), {group.leaf: kept[group.id] for group in structure.groups}
+    return Sized(own, module), {group.leaf: kept[group.id] for group in structure.groups}
 
 
 def _masked(item: Sized, keep: Keep) -> dict[str, np.ndarray]:
@@ -58,10 +62,7 @@ def _masked(item: Sized, keep: Keep) -> dict[str, np.ndarray]:
     return {name: apply_mask(item.context.network.arrays[name], mask) for name, mask in masks.items()}
 
 
-CONVOLUTIONAL = [name for name in BUILDERS if name != "vit"]
-
-
-@pytest.mark.parametrize("name", CONVOLUTIONAL)
+@pytest.mark.parametrize("name", list(BUILDERS))
 @pytest.mark.parametrize("pruned", [True, False])
 def test_answers_to_larger_pictures_are_learnt(name: str, pruned: bool) -> None:
     case = Case(name)
@@ -120,8 +121,9 @@ def test_what_differs_in_shape_is_not_compared(monkeypatch: pytest.MonkeyPatch) 
     assert found.better
 
 
-def test_a_row_at_another_size_is_tuned_where_given_then_taught(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = Case("plain")
+@pytest.mark.parametrize("name", ["plain", "vit"])
+def test_a_row_at_another_size_is_tuned_where_given_then_taught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(name)
     own, keep = _smaller(case)
     start = _masked(own, keep)
     told: list[tuple[int, int]] = []
