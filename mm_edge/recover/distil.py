@@ -70,9 +70,7 @@ def distil(
     whole = {name: apply_mask(array, masks.get(name)) for name, array in arrays.items()}
     compared = _compared(dense, teacher)
     pair = make_pair(own.context, own.module, dense, keep, whole, [name for name, _ in compared])
-    small = {name: pair.shrunk.take(name, mask.dense()) for name, mask in masks.items() if name in dense.state}
-    zeros = {name: torch.from_numpy(mask) for name, mask in small.items() if not mask.all()}
-    found = _Distiller(own.context, given.context, teacher, pair, zeros, compared, seed).run(progress)
+    found = _Distiller(own.context, given.context, teacher, pair, pair.zeros(masks), compared, seed).run(progress)
     ends = {name: pair.shrunk.put(name, array, whole[name]) for name, array in found.items()}
     note = f"distilled {STEPS} steps from larger pictures"
     return go(views, keep, tensors, before, (whole, ends), note, what="distilling")

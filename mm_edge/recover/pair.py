@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from mm_edge.graph.compact import Keep
+from mm_edge.graph.compact import AxisMask, Keep
 from mm_edge.parity import TOLERANCE
 from mm_edge.recover.context import RecoveryContext, Tensors
 from mm_edge.recover.shrink import Shrunk, group_slices, shrink_
@@ -41,6 +41,12 @@ class Pair:
     def counterpart(self, name: str, value: Tensor) -> Tensor:
         """Return of the dense network's `value` what the student's has."""
         return value.index_select(*self.channels[name]) if name in self.channels else value
+
+    def zeros(self, masks: Mapping[str, AxisMask]) -> dict[str, Tensor]:
+        """Return, of the student's tensors that still hold removed weights, which of their weights are not removed."""
+        known = masks.keys() & self.student.state.keys()
+        smaller = {name: self.shrunk.take(name, masks[name].dense()) for name in known}
+        return {name: torch.from_numpy(mask) for name, mask in smaller.items() if not mask.all()}
 
 
 @torch.no_grad()

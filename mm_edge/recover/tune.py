@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mm_edge.graph.axes import BoolArray
 from mm_edge.graph.compact import Keep, apply_mask, mask_tensors
 from mm_edge.progress import Advance
 from mm_edge.recover import descent
@@ -90,7 +89,7 @@ def tune(
     arrays = {name: tensors.get(name, value.numpy()) for name, value in dense.state.items()}
     whole = {name: apply_mask(array, masks.get(name)) for name, array in arrays.items()}
     pair = make_pair(context, module, dense, keep, whole, span.compared(dense))
-    tuner = _Tuner(context, views, pair, {name: mask.dense() for name, mask in masks.items()}, span, seed)
+    tuner = _Tuner(context, views, pair, pair.zeros(masks), span, seed)
     best, history = tuner.run(progress)
     moved = {name: pair.shrunk.put(name, value.numpy().copy(), whole[name]) for name, value in best.weights.items()}
     note = f"tuned {best.step} steps up to cut {len(span.targets) - best.frozen} of {len(span.targets)}"
@@ -129,15 +128,14 @@ class _Tuner:
         context: RecoveryContext,
         views: RecoveryContext,
         pair: Pair,
-        masks: Mapping[str, BoolArray],
+        masks: Mapping[str, Tensor],
         span: Span,
         seed: int,
     ) -> None:
         self.context, self.views, self.pair, self.traced, self.span = context, views, pair, pair.student, span
         self.generator = torch.Generator().manual_seed(seed)
         self.student = {name: channels_last(value) for name, value in pair.student.state.items()}
-        smaller = {name: pair.shrunk.take(name, masks[name]) for name in masks.keys() & self.student.keys()}
-        self.masks = {name: torch.from_numpy(mask) for name, mask in smaller.items() if not mask.all()}
+        self.masks = masks
         end = span.targets[-1]
         self.names = descent.trainable(self.traced, context.raw.parameters, span.start, end)
         self.inputs = self.traced.live(span.start)
