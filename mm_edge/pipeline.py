@@ -105,7 +105,9 @@ def prune_export(job: Job) -> Report:
     warnings += failures
     candidates, failures = _train_front(job, benches, places, plans, candidates, dense)
     warnings += failures
-    candidates = [*controls, *(row for row in candidates if not _is_control_again(row))]
+    again = [row for row in candidates if _is_control_again(row)]
+    warnings += [f"{row.id}, the whole network, is the control again: {row.stopped or 'not tuned'}" for row in again]
+    candidates = [*controls, *(row for row in candidates if row not in again)]
     smaller, failures = _convert_all(job, benches, places, dense, candidates)
     candidates += smaller
     warnings += failures

@@ -156,6 +156,10 @@ def test_the_whole_network_that_was_not_bettered_is_the_control_alone(
     at_24 = [row for row in report.candidates if row.input_shape[-1] == 24]
     assert [row.id for row in at_24 if not row.is_pruned] == ["dense@24"]
     assert any(row.id == "sensitivity/macs_0.7/structured/fp32" for row in report.candidates)
+    assert (
+        "sensitivity/macs_0.7/structured/fp32@24, the whole network, is the control again: "
+        "distilling dropped: no better on held-back images"
+    ) in report.warnings
 
 
 def _weights(path: Path) -> dict[str, np.ndarray]:
