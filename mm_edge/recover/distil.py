@@ -21,12 +21,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mm_edge.graph.compact import Keep, apply_mask, mask_tensors
+from mm_edge.graph.compact import Keep, mask_tensors
 from mm_edge.progress import Advance
 from mm_edge.recover import descent
 from mm_edge.recover.context import RecoveryContext, Tensors
 from mm_edge.recover.judging import Tuned, go, judge_views, mirrored, resized
-from mm_edge.recover.pair import Pair, make_pair
+from mm_edge.recover.pair import Pair, make_pair, masked_state
 from mm_edge.recover.traced import Traced, Values, channels_last
 
 STEPS = 200
@@ -67,8 +67,7 @@ def distil(
     before = judge_views(views, keep, tensors)
     dense, teacher = (Traced(item.module, item.shape, descent.BATCH) for item in (own, given))
     masks = mask_tensors(own.context.structure, keep)
-    arrays = {name: tensors.get(name, value.numpy()) for name, value in dense.state.items()}
-    whole = {name: apply_mask(array, masks.get(name)) for name, array in arrays.items()}
+    whole = masked_state(dense, masks, tensors)
     compared = _compared(dense, teacher)
     pair = make_pair(own.context, own.module, dense, keep, whole, [name for name, _ in compared])
     found = _Distiller(own.context, given.context, teacher, pair, pair.zeros(masks), compared, seed).run(progress)

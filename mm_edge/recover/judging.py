@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch.nn import functional
 
 from mm_edge.graph.compact import Keep
 from mm_edge.recover.context import (
@@ -23,6 +22,7 @@ from mm_edge.recover.context import (
     pruned_network,
     rescale,
 )
+from mm_edge.recover.descent import resize
 from mm_edge.recover.network import Frontier
 
 SHARES = (1.0, 0.75, 0.5, 0.25)
@@ -63,8 +63,8 @@ def mirrored(context: RecoveryContext) -> RecoveryContext:
 
 def resized(views: RecoveryContext, context: RecoveryContext) -> RecoveryContext:
     """Return `context` with the images of `views` at its own size, and the answers they had."""
-    side = context.images.shape[2:]
-    images = functional.interpolate(torch.from_numpy(views.images), side, mode="bilinear", antialias=True).numpy()
+    _, _, height, width = context.images.shape
+    images = resize(torch.from_numpy(views.images), (height, width)).numpy()
     return replace(context, images=images, fitted=(), held_back=views.held_back, logits=views.logits)
 
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from mm_edge.graph.compact import AxisMask, Keep
+from mm_edge.graph.compact import AxisMask, Keep, apply_mask
 from mm_edge.parity import TOLERANCE
 from mm_edge.recover.context import RecoveryContext, Tensors
 from mm_edge.recover.shrink import Shrunk, group_slices, shrink_
@@ -47,6 +47,12 @@ class Pair:
         known = masks.keys() & self.student.state.keys()
         smaller = {name: self.shrunk.take(name, masks[name].dense()) for name in known}
         return {name: torch.from_numpy(mask) for name, mask in smaller.items() if not mask.all()}
+
+
+def masked_state(dense: Traced, masks: Mapping[str, AxisMask], tensors: Tensors) -> Tensors:
+    """Return the state of `dense` by name, dense-shaped and masked, with `tensors` where they say otherwise."""
+    arrays = {name: tensors.get(name, value.numpy()) for name, value in dense.state.items()}
+    return {name: apply_mask(array, masks.get(name)) for name, array in arrays.items()}
 
 
 @torch.no_grad()

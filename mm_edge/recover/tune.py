@@ -21,12 +21,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mm_edge.graph.compact import Keep, apply_mask, mask_tensors
+from mm_edge.graph.compact import Keep, mask_tensors
 from mm_edge.progress import Advance
 from mm_edge.recover import descent
 from mm_edge.recover.context import RecoveryContext, Tensors, judge_answers
 from mm_edge.recover.judging import Tuned, dropped, go, judge_views, mirrored
-from mm_edge.recover.pair import Pair, make_pair
+from mm_edge.recover.pair import Pair, make_pair, masked_state
 from mm_edge.recover.solve import kept_blocks
 from mm_edge.recover.traced import Traced, Values, channels_last
 
@@ -86,8 +86,7 @@ def tune(
     if span is None:
         return dropped(tensors, before, "tuning dropped: no layer of its reach reads what was pruned")
     masks = mask_tensors(context.structure, keep)
-    arrays = {name: tensors.get(name, value.numpy()) for name, value in dense.state.items()}
-    whole = {name: apply_mask(array, masks.get(name)) for name, array in arrays.items()}
+    whole = masked_state(dense, masks, tensors)
     pair = make_pair(context, module, dense, keep, whole, span.compared(dense))
     tuner = _Tuner(context, views, pair, pair.zeros(masks), span, seed)
     best, history = tuner.run(progress)
