@@ -25,18 +25,18 @@ import timm
 import torch
 
 from mm_edge.bench.session import environment, measure_pair
+from mm_edge.bench.target import Target, load_target, resolve_host
 from mm_edge.bench.transport import LocalTransport
-from mm_edge.candidates import channel_multiple, make_ladders, plan_budget
-from mm_edge.device_files import write_model
-from mm_edge.export import deploy, export_raw
+from mm_edge.formats.device_files import write_model
 from mm_edge.graph.compact import materialise
+from mm_edge.graph.export import deploy, export_raw
 from mm_edge.graph.groups import read_structure
+from mm_edge.graph.layers import read_layers, read_weights
 from mm_edge.graph.widths import Counts, group_scores, ladder, select_indices
-from mm_edge.layers import read_layers, read_weights
-from mm_edge.ranges import apply_constraints, rule_ranges
-from mm_edge.scores import score_weights
+from mm_edge.plan.ranges import apply_constraints, rule_ranges
+from mm_edge.plan.scores import score_weights
+from mm_edge.run.make import channel_multiple, make_ladders, plan_budget
 from mm_edge.store import write_atomically
-from mm_edge.target import Target, load_target, resolve_host
 
 ROOT = Path(__file__).resolve().parent.parent
 NETWORKS = ("resnet18", "tf_efficientnet_lite0")

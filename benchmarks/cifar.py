@@ -40,13 +40,13 @@ from rich.console import Console
 
 from mm_edge.api import Setting, make_request, run_job
 from mm_edge.bench.session import measure_pair
+from mm_edge.bench.target import load_target, resolve_host
 from mm_edge.bench.transport import LocalTransport
-from mm_edge.data import ImageSet, open_data
-from mm_edge.evaluate import compare_logits, run_onnx
-from mm_edge.models import LoadOptions, load_model
+from mm_edge.load.data import ImageSet, open_data
+from mm_edge.load.models import LoadOptions, load_model
 from mm_edge.progress import Stages
+from mm_edge.quality.evaluation import compare_logits, run_onnx
 from mm_edge.records import Candidate, Report
-from mm_edge.target import load_target, resolve_host
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "cifar.json"

@@ -21,12 +21,12 @@ import numpy as np
 
 from mm_edge.bench.qemu import QemuTransport
 from mm_edge.bench.session import evaluate
-from mm_edge.data import DataSplits, open_data
-from mm_edge.evaluate import run_onnx
-from mm_edge.quantize import quantise
+from mm_edge.bench.target import load_target
+from mm_edge.formats.quantize import quantise
+from mm_edge.load.data import DataSplits, open_data
+from mm_edge.quality.evaluation import run_onnx
 from mm_edge.records import InputSpec, to_json
 from mm_edge.store import write_atomically
-from mm_edge.target import load_target
 
 ROOT = Path(__file__).resolve().parent.parent
 CORES = {"cortex-a72": "raspberry-pi-4", "cortex-a76": "raspberry-pi-5"}

@@ -27,13 +27,13 @@ import numpy as np
 
 from mm_edge.bench.session import environment, measure_memory, measure_pair
 from mm_edge.bench.stats import bootstrap_median
+from mm_edge.bench.target import load_target, resolve_host
 from mm_edge.bench.transport import LocalTransport
-from mm_edge.data import DataSplits, noise_batches, open_data
-from mm_edge.evaluate import compare_logits, run_onnx
-from mm_edge.quantize import QuantReport, quantise
+from mm_edge.formats.quantize import QuantReport, quantise
+from mm_edge.load.data import DataSplits, noise_batches, open_data
+from mm_edge.quality.evaluation import compare_logits, run_onnx
 from mm_edge.records import InputSpec, to_json
 from mm_edge.store import write_atomically
-from mm_edge.target import load_target, resolve_host
 
 ROOT = Path(__file__).resolve().parent.parent
 CALIBRATION, HELD_BACK, BATCH, PAIRS = 150, 64, 50, 400

@@ -43,8 +43,8 @@ from PIL import Image
 from torch import nn
 
 from mm_edge.api import Setting, make_request, run_job
-from mm_edge.export import export_raw
-from mm_edge.models import wrap_module
+from mm_edge.graph.export import export_raw
+from mm_edge.load.models import wrap_module
 from mm_edge.progress import Stages
 from mm_edge.store import hash_file
 

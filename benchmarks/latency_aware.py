@@ -35,26 +35,24 @@ import onnxruntime
 from safetensors.numpy import load_file, save_file
 
 from mm_edge.bench.session import measure_pair
+from mm_edge.bench.target import Target, load_target, resolve_host
 from mm_edge.bench.transport import LocalTransport
-from mm_edge.budgets import Draft, Ruler, counts_of, meet
-from mm_edge.candidates import make_ladders
-from mm_edge.data import ImageSet, open_data
-from mm_edge.device_files import write_model
-from mm_edge.evaluate import compare_logits, run_onnx
-from mm_edge.export import RawGraph, deploy, read_raw
+from mm_edge.formats.device_files import write_model
 from mm_edge.graph.axes import Axis
 from mm_edge.graph.compact import Keep, materialise
 from mm_edge.graph.costs import Cost
+from mm_edge.graph.export import RawGraph, deploy, read_raw
 from mm_edge.graph.groups import Structure, read_structure
+from mm_edge.graph.layers import read_layers
 from mm_edge.graph.widths import Ladder, lead
-from mm_edge.latency_table import TimedWidth, fit_time, measure_table
-from mm_edge.layers import read_layers
-from mm_edge.models import LoadOptions, load_model
-from mm_edge.parallel import cores
-from mm_edge.planning import MEASURED_AIM, MEASURED_WINDOW
-from mm_edge.recover.closed_form import recover_closed_form
-from mm_edge.recover.context import RecoveryContext, build_context
-from mm_edge.recover.sensitivity import (
+from mm_edge.load.data import ImageSet, open_data
+from mm_edge.load.models import LoadOptions, load_model
+from mm_edge.plan.budgets import Draft, Ruler, counts_of, meet
+from mm_edge.plan.latency_table import TimedWidth, fit_time, measure_table
+from mm_edge.quality.evaluation import compare_logits, run_onnx
+from mm_edge.recover.closed_form.context import RecoveryContext, build_context
+from mm_edge.recover.closed_form.recovery import recover_closed_form
+from mm_edge.recover.closed_form.sensitivity import (
     Sensitivity,
     allocate,
     from_arrays,
@@ -62,9 +60,11 @@ from mm_edge.recover.sensitivity import (
     select_by_sensitivity,
     to_arrays,
 )
+from mm_edge.run.clock import Clock, open_clock
+from mm_edge.run.make import make_ladders
+from mm_edge.run.plan import MEASURED_AIM, MEASURED_WINDOW
+from mm_edge.runtime import cores
 from mm_edge.store import RunStore
-from mm_edge.target import Target, load_target, resolve_host
-from mm_edge.timing import Clock, open_clock
 
 ROOT = Path(__file__).resolve().parent.parent
 RANDOM_PLANS = 10

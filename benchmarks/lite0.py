@@ -36,24 +36,24 @@ import torch
 from latency_aware import read_sensitivities
 
 from mm_edge.bench.session import measure_pair
+from mm_edge.bench.target import load_target, resolve_host
 from mm_edge.bench.transport import LocalTransport
-from mm_edge.candidates import make_ladders, recover_keep
-from mm_edge.data import DataSplits, open_data
-from mm_edge.evaluate import compare_logits, run_onnx
-from mm_edge.export import RawGraph, deploy, read_raw
 from mm_edge.graph.compact import Keep, materialise
 from mm_edge.graph.depth import find_branches, renamed
+from mm_edge.graph.export import RawGraph, deploy, read_raw
 from mm_edge.graph.groups import Structure, read_structure
-from mm_edge.job import recovery_images
-from mm_edge.layers import read_layers
-from mm_edge.models import LoadOptions, load_model
-from mm_edge.parallel import cores
-from mm_edge.recover.adapt import tune_for
-from mm_edge.recover.branches import allocate_rest, measure_branches, offers
-from mm_edge.recover.context import RecoveryContext, build_context
-from mm_edge.recover.distil import Sized
-from mm_edge.sizes import export_at, remake
-from mm_edge.target import load_target, resolve_host
+from mm_edge.graph.layers import read_layers
+from mm_edge.graph.sizes import export_at, remake
+from mm_edge.load.data import DataSplits, open_data
+from mm_edge.load.models import LoadOptions, load_model
+from mm_edge.quality.evaluation import compare_logits, run_onnx
+from mm_edge.recover.closed_form.branches import allocate_rest, measure_branches, offers
+from mm_edge.recover.closed_form.context import RecoveryContext, build_context
+from mm_edge.recover.training.adapt import tune_for
+from mm_edge.recover.training.distil import Sized
+from mm_edge.run.job import recovery_images
+from mm_edge.run.make import make_ladders, recover_keep
+from mm_edge.runtime import cores
 
 RESULTS = Path(__file__).resolve().parent / "results" / "lite0.json"
 FULL = (0.6, 0.7, 0.75, 0.8, 0.85)

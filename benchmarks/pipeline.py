@@ -44,12 +44,12 @@ def run_one(name: str) -> dict[str, object]:
     base = peak_rss_bytes()
     from PIL import Image
 
-    from mm_edge import pipeline
-    from mm_edge.data import open_data
-    from mm_edge.models import LoadOptions, load_model
+    from mm_edge.bench.target import load_target, resolve_host
+    from mm_edge.load.data import open_data
+    from mm_edge.load.models import LoadOptions, load_model
     from mm_edge.progress import Stages
+    from mm_edge.run import pipeline
     from mm_edge.store import RunStore
-    from mm_edge.target import load_target, resolve_host
 
     class Watched(Stages):
         def __init__(self) -> None:

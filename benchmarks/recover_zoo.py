@@ -26,7 +26,7 @@ from rich.console import Console
 
 from mm_edge.api import Setting, make_request, run_job
 from mm_edge.errors import MMEdgeError
-from mm_edge.models import LoadOptions, load_model
+from mm_edge.load.models import LoadOptions, load_model
 from mm_edge.progress import Stages
 
 RECOVERIES = ("none", "bn", "closed-form")

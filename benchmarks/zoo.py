@@ -42,17 +42,17 @@ import timm
 import torch
 from torch import nn
 
-from mm_edge.candidates import make_ladders, plan_all, plan_budget
-from mm_edge.export import RawGraph, deploy, export_raw
+from mm_edge.bench.target import load_target
 from mm_edge.graph.compact import Keep, mask_tensors, materialise
+from mm_edge.graph.export import RawGraph, deploy, export_raw
 from mm_edge.graph.groups import Structure, read_structure
+from mm_edge.graph.layers import read_layers, read_weights
 from mm_edge.graph.widths import group_scores, select_indices
-from mm_edge.layers import read_layers, read_weights
-from mm_edge.parity import TOLERANCE, compare, onnx_runner, torch_runner
-from mm_edge.ranges import apply_constraints, rule_ranges
-from mm_edge.scores import SIGNALS, score_weights
-from mm_edge.strategies import STRATEGIES, assign
-from mm_edge.target import load_target
+from mm_edge.plan.ranges import apply_constraints, rule_ranges
+from mm_edge.plan.scores import SIGNALS, score_weights
+from mm_edge.plan.strategies import STRATEGIES, assign
+from mm_edge.quality.parity import TOLERANCE, compare, onnx_runner, torch_runner
+from mm_edge.run.make import make_ladders, plan_all, plan_budget
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "zoo.json"

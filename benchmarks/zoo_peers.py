@@ -37,9 +37,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from zoo import ROOT, randomise_, representatives
 
-from mm_edge.export import deploy, export_raw, raw_from_onnx
+from mm_edge.graph.export import deploy, export_raw, raw_from_onnx
 from mm_edge.graph.groups import read_structure
-from mm_edge.parity import onnx_runner
+from mm_edge.quality.parity import onnx_runner
 
 RESULT = ROOT / "benchmarks" / "results" / "zoo_peers.json"
 RATIO = 0.5

@@ -16,23 +16,23 @@ import torch
 from torch import nn
 
 from mm_edge.bench.connect import open_transport
-from mm_edge.data import open_data
+from mm_edge.bench.target import load_target, matches_this_machine, resolve_host
 from mm_edge.errors import UsageError, unknown_name
-from mm_edge.finetuning import require_trainable
-from mm_edge.job import FROM_MOMENTS, Job, Request
-from mm_edge.measuring import SAMPLES_FOLDER
-from mm_edge.models import LoadedModel, wrap_module
-from mm_edge.pipeline import check_request
-from mm_edge.pipeline import prune_export as run_pipeline
-from mm_edge.precision import PRECISIONS
+from mm_edge.graph.sizes import InputSizes, check_input_sizes, remake
+from mm_edge.load.data import open_data
+from mm_edge.load.models import LoadedModel, wrap_module
+from mm_edge.plan.scores import SIGNALS, parse_signals
+from mm_edge.plan.strategies import STRATEGIES, parse_strategies
 from mm_edge.progress import Stages
 from mm_edge.records import Constraints, Report
-from mm_edge.recover.closed_form import SELECTIONS
-from mm_edge.scores import SIGNALS, parse_signals
-from mm_edge.sizes import InputSizes, check_input_sizes, remake
+from mm_edge.recover.closed_form.recovery import SELECTIONS
+from mm_edge.run.convert import PRECISIONS
+from mm_edge.run.finetune import require_trainable
+from mm_edge.run.job import FROM_MOMENTS, Job, Request
+from mm_edge.run.measure import SAMPLES_FOLDER
+from mm_edge.run.pipeline import check_request
+from mm_edge.run.pipeline import prune_export as run_pipeline
 from mm_edge.store import RunStore
-from mm_edge.strategies import STRATEGIES, parse_strategies
-from mm_edge.target import load_target, matches_this_machine, resolve_host
 
 RANGES = ("rules", "observed")
 KINDS = ("structured", "n:m", "unstructured")

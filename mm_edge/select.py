@@ -18,8 +18,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
-from mm_edge.budgets import Budget, constraining
 from mm_edge.errors import ConstraintError
+from mm_edge.plan.budgets import Budget, constraining
 from mm_edge.records import BudgetOutcome, Candidate, Chosen, Constraints, DenseRow
 
 FREE_DROP_POINTS = 1.0

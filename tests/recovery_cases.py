@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from mm_edge.evaluate import divergence_per_row
-from mm_edge.export import RawGraph, export_raw
 from mm_edge.graph.compact import Keep, materialise
+from mm_edge.graph.export import RawGraph, export_raw
 from mm_edge.graph.groups import Structure, read_structure
-from mm_edge.recover.context import RecoveryContext, Tensors, answers, build_context
-from mm_edge.recover.network import Frontier, Network
+from mm_edge.graph.partial import Frontier, Network
+from mm_edge.quality.evaluation import divergence_per_row
+from mm_edge.recover.closed_form.context import RecoveryContext, Tensors, answers, build_context
 
 
 class Plain(nn.Module):

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mm_edge.budgets import Budget
 from mm_edge.errors import ConstraintError
+from mm_edge.plan.budgets import Budget
 from mm_edge.records import Candidate, Constraints, DenseRow, Latency
 from mm_edge.select import choose, judge_budget, mark_pareto
 

@@ -22,9 +22,9 @@ from typing import Any
 import onnx
 
 from mm_edge.bench.session import run_options
+from mm_edge.bench.target import Target
 from mm_edge.bench.transport import Transport, printable
 from mm_edge.errors import BenchError
-from mm_edge.target import Target
 
 NCHWC_DOMAIN = "com.microsoft.nchwc"
 CONVOLUTIONS = ("Conv", "FusedConv", "NhwcFusedConv", "QLinearConv", "ConvInteger", "ConvTranspose")

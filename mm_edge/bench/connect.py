@@ -8,9 +8,9 @@ from typing import Any
 from mm_edge.bench.host import MINIMUM_ONNXRUNTIME, MINIMUM_PYTHON, version_tuple
 from mm_edge.bench.qemu import QemuTransport, core_of
 from mm_edge.bench.ssh import SshTransport
+from mm_edge.bench.target import Target, matches_this_machine
 from mm_edge.bench.transport import LocalTransport, Transport, printable
 from mm_edge.errors import BenchError, TargetError
-from mm_edge.target import Target, matches_this_machine
 
 EMULATED_HOST = "qemu"  # as --host: emulate the target's core
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from mm_edge.target import Target, mismatches, unfit_multiples
+from mm_edge.bench.target import Target, mismatches, unfit_multiples
 
 MINIMUM_ONNXRUNTIME = (1, 16)
 MINIMUM_PYTHON = (3, 8)

@@ -14,10 +14,10 @@ import numpy as np
 
 from mm_edge.bench import stats
 from mm_edge.bench.session import measure_products
+from mm_edge.bench.target import Target
 from mm_edge.bench.transport import Transport
 from mm_edge.errors import BenchError
-from mm_edge.semi_structured import PatternLayer, parse_pattern, pattern_layers
-from mm_edge.target import Target
+from mm_edge.plan.n_m import PatternLayer, parse_pattern, pattern_layers
 
 # PyTorch's kernels take fp16 weights in tiles of 32 outputs by 64 inputs.
 TILE_OUTPUTS, TILE_INPUTS = 32, 64

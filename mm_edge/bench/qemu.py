@@ -27,9 +27,9 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+from mm_edge.bench.target import Target
 from mm_edge.bench.transport import LocalTransport, printable
 from mm_edge.errors import BenchError, TargetError, unknown_name
-from mm_edge.target import Target
 
 QEMU = "qemu-aarch64-static"
 PACKAGES = ("python3-minimal", "libpython3-stdlib", "libstdc++6", "zlib1g")

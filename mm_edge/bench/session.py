@@ -20,14 +20,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mm_edge import parity
 from mm_edge.bench import host, stats
 from mm_edge.bench.connect import require_ready
+from mm_edge.bench.target import Target
 from mm_edge.bench.transport import DEFAULT_TIMEOUT_S, Transport, file_sha256
 from mm_edge.errors import BenchError
+from mm_edge.plan.n_m import pattern_options
+from mm_edge.quality import parity
 from mm_edge.records import Latency, Parity
-from mm_edge.semi_structured import pattern_options
-from mm_edge.target import Target
 
 SAMPLES_VERSION = 1
 MINIMUM_PAIRS = 200

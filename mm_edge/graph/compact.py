@@ -15,10 +15,10 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from mm_edge.export import RawGraph
-from mm_edge.fold import add_constant_
 from mm_edge.graph.axes import Axis, BoolArray
 from mm_edge.graph.depth import cut_branches_
+from mm_edge.graph.export import RawGraph
+from mm_edge.graph.fold import add_constant_
 from mm_edge.graph.groups import Structure
 from mm_edge.graph.norms import restore_normalization_
 from mm_edge.graph.reading import AttributeEdit, Edit, MeanEdit, OperandEdit

@@ -21,8 +21,8 @@ import onnx_ir.passes.common as ir_passes
 import onnxruntime
 
 from mm_edge.errors import JobError
-from mm_edge.fold import add_constant_
 from mm_edge.graph.axes import Axis, AxisTable, BoolArray
+from mm_edge.graph.fold import add_constant_
 from mm_edge.graph.groups import Structure, Sum
 from mm_edge.graph.rules import added_operands
 

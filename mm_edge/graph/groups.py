@@ -17,9 +17,9 @@ import numpy as np
 import onnx_ir as ir
 
 from mm_edge.errors import UsageError
-from mm_edge.export import RawGraph
 from mm_edge.graph.axes import Axis, AxisTable, BoolArray, IndexArray
 from mm_edge.graph.costs import Cost
+from mm_edge.graph.export import RawGraph
 from mm_edge.graph.reading import AttributeEdit, Axes, Edit, MeanEdit, OperandEdit, Reading, Work, is_static
 from mm_edge.graph.rules import (
     PRODUCTS,

@@ -18,7 +18,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from mm_edge.fold import add_constant_
+from mm_edge.graph.fold import add_constant_
 
 
 def restore_normalization_(model: ir.Model, node: ir.Node, kept: int, dense: int) -> None:

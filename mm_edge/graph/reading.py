@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
-from mm_edge.export import RawGraph, constant_array
 from mm_edge.graph.axes import Axis, AxisTable
+from mm_edge.graph.export import RawGraph, constant_array
 
 Axes = tuple[Axis, ...]
 

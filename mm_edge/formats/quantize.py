@@ -1,0 +1,410 @@
+"""Smaller numbers: a deployed fp32 model to int8 (static, or dynamic for transformers) or to fp16.
+
+A tensor x is stored as q = clamp(round(x / s) + z) in 8 bits, weights with one scale per output channel and z = 0,
+activations with one scale per tensor. Static scales come from calibration images:
+
+    minmax   [min over images of the image's minimum, max over images of its maximum]
+    mean     the means of those: clips what only few images reach
+
+Which of the two, and which layers stay in fp32, is decided by measuring KL(fp32 || int8) on images held back from
+calibration. The order in which layers are tried is the divergence saved by leaving each alone in fp32.
+
+The type of the activations belongs to the instruction set: x86 multiplies unsigned by signed bytes (without VNNI the
+sum of two products saturates 16 bits, so weights get 7 bits there), arm64 and NVIDIA signed by signed.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnxruntime
+from onnxruntime.quantization import CalibrationMethod, QDQQuantizer, QuantType, quantize_dynamic
+from onnxruntime.quantization.calibrate import TensorsData
+
+from mm_edge.bench.target import Target
+from mm_edge.errors import JobError, UsageError
+from mm_edge.formats.int8_graph import (
+    EXTREMES,
+    WEIGHTED_OPS,
+    add_extremes_,
+    free_outputs_,
+    hold_in_fp32_,
+    is_mostly_linear,
+    read_ready,
+    weighted_layers,
+)
+from mm_edge.load.weights import first_line
+from mm_edge.progress import Advance
+from mm_edge.quality.evaluation import compare_logits, run_onnx
+from mm_edge.store import write_atomically
+
+Floats = npt.NDArray[np.float32]
+
+# Operators between the weighted ones that have 8-bit kernels, or only move bytes; leaving one out costs a round trip.
+CARRYING_OPS = tuple(
+    "Add Mul Clip Relu LeakyRelu Sigmoid MaxPool AveragePool GlobalAveragePool Concat Reshape Flatten Squeeze "
+    "Unsqueeze Transpose Split Slice Resize Pad".split()
+)
+# Below this divergence (nats) top-1 agreement is within the noise of some hundred images.
+GOAL_KL = 0.01
+MOST_FP32_LAYERS = 6
+# A layer stays in fp32 only if that alone saves this share of the divergence: each costs time and bytes.
+LEAST_SHARE = 0.1
+VNNI_FLAGS = frozenset({"avx512_vnni", "avx_vnni"})
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How a target wants its 8-bit numbers.
+
+    Attributes:
+        name: activations then weights, "U8S8" or "S8S8".
+        signed: whether activations are signed bytes.
+        symmetric: whether activations have zero point 0.
+        reduce_range: whether weights use 7 of their 8 bits.
+        plain_weights: whether the file keeps fp32 weights with a quantise node behind them, and fp32 biases.
+        reason: why, for the report.
+    """
+
+    name: str
+    signed: bool
+    symmetric: bool
+    reduce_range: bool
+    plain_weights: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Extremes:
+    """The smallest and largest value of every activation in every calibration image, each (images, tensors)."""
+
+    names: tuple[str, ...]
+    low: Floats
+    high: Floats
+
+    def ranges(self, method: str) -> dict[str, tuple[float, float]]:
+        """Return [low, high] by tensor, by "minmax" or "mean" over the images."""
+        low = self.low.min(axis=0) if method == "minmax" else self.low.mean(axis=0)
+        high = self.high.max(axis=0) if method == "minmax" else self.high.mean(axis=0)
+        return {name: (float(a), float(b)) for name, a, b in zip(self.names, low, high, strict=True)}
+
+
+@dataclass(frozen=True)
+class QuantReport:
+    """What was made: `precision` "int8" or "fp16", by "static", "dynamic" or "cast".
+
+    `kl_to_fp32` is on held-back images, None where none were given. `layers` counts the weighted layers in 8 bits.
+    """
+
+    precision: str
+    method: str
+    scheme: str | None
+    ranges: str | None
+    layers: int
+    fp32_layers: tuple[str, ...]
+    kl_to_fp32: float | None
+    agreement_top1: float | None
+    file_bytes: int
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Layers to leave in fp32, in the order found; `saved_kl` is what each saves when left alone."""
+
+    fp32_layers: tuple[str, ...]
+    kl_before: float
+    kl_after: float
+    saved_kl: dict[str, float]
+
+
+def scheme_for(target: Target) -> Scheme:
+    """Return the 8-bit scheme for `target` (`host` resolved).
+
+    Raises:
+        UsageError: the target does not list int8.
+    """
+    _require(target, "int8")
+    if target.provider != Target.provider:
+        reason = f"{target.provider} multiplies signed bytes, with zero point 0 on both sides"
+        return Scheme("S8S8", True, True, False, True, reason)
+    if target.isa == "aarch64":
+        return Scheme("S8S8", True, False, False, False, "arm64 kernels multiply signed bytes")
+    if VNNI_FLAGS & set(target.features):
+        return Scheme("U8S8", False, False, False, False, "VNNI multiplies unsigned by signed bytes without saturating")
+    reason = "without VNNI the sum of two products saturates 16 bits: unsigned activations, 7-bit weights"
+    return Scheme("U8S8", False, False, True, False, reason)
+
+
+def layer_names(model: Path) -> tuple[str, ...]:
+    """Return the names of the layers with constant weights, in graph order; what `fp32_layers` and `exclude` mean."""
+    return tuple(weighted_layers(read_ready(model)))
+
+
+def calibrate(model: Path, images: Iterable[Floats]) -> Extremes:
+    """Run `model` on `images` (batches (N, C, H, W)) and return the extremes of every floating-point activation.
+
+    Raises:
+        UsageError: no images.
+        JobError: an activation is NaN or infinite.
+    """
+    proto = read_ready(model)
+    names = add_extremes_(proto)
+    session = _session(proto.SerializeToString())
+    feed = session.get_inputs()[0].name
+    rows = [session.run([EXTREMES], {feed: image[None]})[0] for batch in images for image in batch]
+    if not rows:
+        raise UsageError("int8 needs calibration images; give --data PATH, or ask for --precision fp32")
+    values = np.stack(rows)
+    if not np.isfinite(values).all():
+        bad = names[int(np.flatnonzero(~np.isfinite(values).all(axis=(0, 1)))[0])]
+        raise JobError(f"activation '{bad}' is not finite on a calibration image, so it has no 8-bit range")
+    return Extremes(names, values[:, 0], values[:, 1])
+
+
+def quantise_static(
+    model: Path, out: Path, ranges: Mapping[str, tuple[float, float]], scheme: Scheme, exclude: Iterable[str] = ()
+) -> QuantReport:
+    """Write `model` with 8-bit layers (QDQ) to `out`; the layers named in `exclude` stay in fp32.
+
+    The same inputs give the same bytes.
+
+    Raises:
+        UsageError: `exclude` names no layer of the model.
+        JobError: ONNX Runtime's quantiser fails.
+    """
+    proto = read_ready(model)
+    left = tuple(exclude)
+    content = _quantised(proto, ranges, scheme, left)
+    write_atomically(out, content)
+    layers = len(weighted_layers(proto)) - len(left)
+    return QuantReport("int8", "static", scheme.name, None, layers, left, None, None, len(content))
+
+
+def quantise_dynamic(model: Path, out: Path, scheme: Scheme) -> QuantReport:
+    """Write `model` with 8-bit weights in its linear layers, activations scaled as they come; convolutions stay fp32.
+
+    Raises:
+        UsageError: the model has no linear layer.
+        JobError: ONNX Runtime's quantiser fails.
+    """
+    proto = read_ready(model)
+    weighted = weighted_layers(proto)
+    linear = [name for name, node in weighted.items() if node.op_type in ("Gemm", "MatMul")]
+    if not linear:
+        raise UsageError("dynamic int8 is for linear layers and this network has none; use static int8")
+    proto.metadata_props.add(key="onnx.quant.pre_process", value="onnxruntime.quant")  # it is: shapes are inferred
+    with tempfile.TemporaryDirectory() as folder:
+        written = Path(folder) / "dynamic.onnx"
+        try:
+            # A Gemm becomes a MatMul first; MatMuls without constant weights are left alone by default.
+            quantize_dynamic(proto, written, ["MatMul"], per_channel=True, reduce_range=scheme.reduce_range)
+        except Exception as error:  # the quantiser's exceptions have no common base
+            raise JobError(f"ONNX Runtime cannot quantise the model: {first_line(error)}") from error
+        made = onnx.load(written)
+    _drop_metadata_(made, "onnx.quant.pre_process")
+    content = made.SerializeToString()
+    write_atomically(out, content)
+    rest = tuple(name for name in weighted if name not in linear)
+    return QuantReport("int8", "dynamic", "U8S8", None, len(linear), rest, None, None, len(content))
+
+
+def find_sensitive_layers(
+    model: Path,
+    ranges: Mapping[str, tuple[float, float]],
+    scheme: Scheme,
+    held_back: Floats,
+    *,
+    goal_kl: float = GOAL_KL,
+    most: int = MOST_FP32_LAYERS,
+    threads: int = 1,
+    advance: Advance | None = None,
+) -> Sensitivity:
+    """Return the layers, at most `most`, whose staying in fp32 brings KL to fp32 towards `goal_kl`.
+
+    Greedy: in the order of what each saves alone, and only while the divergence falls. `held_back` (N, C, H, W) are
+    calibration images that `ranges` were not taken from. Costs one pass over them per layer when int8 misses the goal,
+    one in all when it meets it.
+    """
+    proto = read_ready(model)
+    judge = _Judge(model, held_back, threads)
+
+    def divergence(left: Iterable[str]) -> float:
+        return judge.kl(_quantised(proto, ranges, scheme, tuple(left)))
+
+    before = divergence(())
+    if before <= goal_kl or most < 1:
+        return Sensitivity((), before, before, {})
+    names = tuple(weighted_layers(proto))
+    saved: dict[str, float] = {}
+    for index, name in enumerate(names):
+        saved[name] = before - divergence((name,))
+        if advance is not None:
+            advance(index + 1, len(names))
+    kept: list[str] = []
+    after = before
+    for name in sorted(names, key=lambda item: -saved[item]):
+        if after <= goal_kl or len(kept) == most or saved[name] < LEAST_SHARE * before:
+            break
+        found = divergence((*kept, name))
+        if found < after:
+            kept.append(name)
+            after = found
+    return Sensitivity(tuple(kept), before, after, saved)
+
+
+def quantise(
+    model: Path,
+    out: Path,
+    target: Target,
+    calibration: Iterable[Floats],
+    held_back: Floats,
+    *,
+    goal_kl: float = GOAL_KL,
+    most_fp32_layers: int = MOST_FP32_LAYERS,
+    threads: int = 1,
+    advance: Advance | None = None,
+) -> QuantReport:
+    """Write the int8 version of `model` for `target` that is nearest to fp32 on `held_back` images (N, C, H, W).
+
+    Static with the better of two ranges and sensitive layers left in fp32; dynamic instead where the network is made
+    of linear layers, static misses `goal_kl` and dynamic is nearer.
+
+    Raises:
+        UsageError: the target does not list int8, or there are no calibration images.
+        JobError: it cannot be quantised.
+    """
+    scheme = scheme_for(target)
+    extremes = calibrate(model, calibration)
+    proto = read_ready(model)
+    judge = _Judge(model, held_back, threads)
+    found = {way: judge.kl(_quantised(proto, extremes.ranges(way), scheme, ())) for way in ("minmax", "mean")}
+    way = min(found, key=lambda item: found[item])
+    ranges = extremes.ranges(way)
+    sensitive = find_sensitive_layers(
+        model, ranges, scheme, held_back, goal_kl=goal_kl, most=most_fp32_layers, threads=threads, advance=advance
+    )
+    report = quantise_static(model, out, ranges, scheme, sensitive.fp32_layers)
+    report = judge.complete(replace(report, ranges=way), out)
+    if sensitive.kl_after > goal_kl and is_mostly_linear(proto):
+        report = _dynamic_if_nearer(model, out, scheme, judge, report)
+    return report
+
+
+def convert_fp16(model: Path, out: Path, target: Target) -> QuantReport:
+    """Write `model` with fp16 weights and arithmetic; inputs and outputs stay fp32.
+
+    Raises:
+        UsageError: the target does not list fp16; the message says why and what to use.
+        JobError: the conversion fails.
+    """
+    _require(target, "fp16")
+    from onnxruntime.transformers import float16  # slow to import, and needed here only
+
+    try:
+        made = float16.convert_float_to_float16(read_ready(model), keep_io_types=True)
+        content: bytes = made.SerializeToString()
+        _session(content)
+    except Exception as error:  # the converter's exceptions have no common base
+        raise JobError(f"the model cannot be converted to fp16: {first_line(error)}") from error
+    write_atomically(out, content)
+    return QuantReport("fp16", "cast", None, None, 0, (), None, None, len(content))
+
+
+class _Judge:
+    """Compares int8 models with one fp32 model on the held-back images."""
+
+    def __init__(self, model: Path, images: Floats, threads: int) -> None:
+        if not len(images):
+            raise UsageError("int8 needs images held back from calibration to judge it; give more images with --data")
+        self._batches = [(images, np.zeros(len(images), dtype=np.int64))]
+        self._threads = threads
+        self._reference = run_onnx(model, self._batches, threads)
+
+    def kl(self, content: bytes) -> float:
+        found = compare_logits(run_onnx(content, self._batches, self._threads), None, self._reference).kl_to_dense
+        return float("inf") if found is None else found
+
+    def complete(self, report: QuantReport, path: Path) -> QuantReport:
+        found = compare_logits(run_onnx(path, self._batches, self._threads), None, self._reference)
+        return replace(report, kl_to_fp32=found.kl_to_dense, agreement_top1=found.agreement_top1)
+
+
+def _dynamic_if_nearer(model: Path, out: Path, scheme: Scheme, judge: _Judge, static: QuantReport) -> QuantReport:
+    other = out.with_name(f"{out.stem}.dynamic{out.suffix}")
+    try:
+        dynamic = judge.complete(quantise_dynamic(model, other, scheme), other)
+        nearer = (dynamic.kl_to_fp32 or 0.0) < (static.kl_to_fp32 if static.kl_to_fp32 is not None else float("inf"))
+        if dynamic.kl_to_fp32 is None or not nearer:
+            return static
+        other.replace(out)
+        note = f"static int8 diverges by {static.kl_to_fp32:.3g} nats, dynamic by {dynamic.kl_to_fp32:.3g}"
+        return replace(dynamic, notes=(note,))
+    finally:
+        other.unlink(missing_ok=True)
+
+
+def _require(target: Target, precision: str) -> None:
+    if precision in target.data_types:
+        return
+    have = ", ".join(target.data_types)
+    why = target.sources.get("data_types", "the profile does not list it")
+    raise UsageError(f"{precision} gains nothing on {target.name}, which lists {have} ({why}); use one of these")
+
+
+def _quantised(
+    proto: onnx.ModelProto, ranges: Mapping[str, tuple[float, float]], scheme: Scheme, exclude: tuple[str, ...]
+) -> bytes:
+    unknown = sorted(set(exclude) - set(weighted_layers(proto)))
+    if unknown:
+        raise UsageError(f"no layer of the model is called '{unknown[0]}'; quantize.layer_names lists them")
+    copy = onnx.ModelProto()
+    copy.CopyFrom(proto)
+    values = {name: (np.float32(low), np.float32(high)) for name, (low, high) in ranges.items()}
+    try:
+        quantiser = QDQQuantizer(
+            copy,
+            True,  # one scale per output channel
+            scheme.reduce_range,
+            QuantType.QInt8,
+            QuantType.QInt8 if scheme.signed else QuantType.QUInt8,
+            TensorsData(CalibrationMethod.MinMax, values),
+            [],
+            list(exclude),
+            [*WEIGHTED_OPS, *CARRYING_OPS],
+            {
+                "ActivationSymmetric": scheme.symmetric,
+                "MatMulConstBOnly": True,
+                "AddQDQPairToWeight": scheme.plain_weights,
+                "QuantizeBias": not scheme.plain_weights,
+            },
+        )
+        quantiser.quantize_model()
+    except Exception as error:  # the quantiser's exceptions have no common base
+        raise JobError(f"ONNX Runtime cannot quantise the model: {first_line(error)}") from error
+    made: onnx.ModelProto = quantiser.model.model
+    hold_in_fp32_(made, exclude)
+    free_outputs_(made)
+    content: bytes = made.SerializeToString(deterministic=True)
+    return content
+
+
+def _session(content: bytes) -> Any:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+
+
+def _drop_metadata_(proto: onnx.ModelProto, key: str) -> None:
+    kept = [(entry.key, entry.value) for entry in proto.metadata_props if entry.key != key]
+    del proto.metadata_props[:]
+    for name, value in kept:
+        proto.metadata_props.add(key=name, value=value)

@@ -1,0 +1,392 @@
+"""PyTorch to one raw ONNX graph, once, and from a compact graph to a deployable file.
+
+The raw graph is un-optimised: every parameter and floating-point buffer keeps its PyTorch name, so that
+structure is read and weights are swapped by name. Only what no weight takes part in is folded.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnx_ir.passes.common as ir_passes
+import onnxscript.optimizer
+import onnxscript.rewriter
+import torch
+from onnxscript.rewriter.rules.common import (
+    fuse_batchnorm_into_conv_rule,
+    fuse_batchnorm_into_conv_transpose_rule,
+    fuse_batchnorm_into_gemm_rule,
+)
+from torch import nn
+
+from mm_edge.errors import ExportError, ModelError
+from mm_edge.graph.fold import fold_weight_arithmetic_
+from mm_edge.load.models import LoadedModel
+
+FOLDING_ROUNDS = 4
+FOLDED_BYTES = 1 << 24
+FLOAT_TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE, ir.DataType.BFLOAT16)
+
+
+@dataclass(frozen=True)
+class RawGraph:
+    """The dense network as exported: static shapes, batch 1, weights under their own names.
+
+    Attributes:
+        model: the graph; treat it as read-only, candidates are made from copies.
+        parameters: names of the initialisers that a mask may zero.
+        buffers: names of the other floating-point state (BatchNorm statistics).
+        unused: parameters of the module that its forward pass never reads.
+        folded: parameters whose initialiser holds what the network computes from them (see fold.py): read for
+            structure and scores, never masked nor swapped.
+    """
+
+    model: ir.Model
+    parameters: frozenset[str]
+    buffers: frozenset[str]
+    unused: tuple[str, ...] = ()
+    folded: frozenset[str] = frozenset()
+
+    @property
+    def weights(self) -> frozenset[str]:
+        """Names of the initialisers that are weights: parameters, and what is computed from parameters alone."""
+        return self.parameters | self.folded
+
+
+def export_raw(module: nn.Module, example_input: torch.Tensor) -> RawGraph:
+    """Export `module` for inputs shaped like `example_input` (N, C, H, W).
+
+    Raises:
+        ExportError: torch.export refuses the network, or one of its parameters is lost on the way.
+    """
+    fresh = exportable(module)
+    state = {name for name, _ in fresh.named_parameters()}
+    buffers = {name for name, buffer in fresh.named_buffers() if buffer.is_floating_point()}
+    model = _export(fresh, example_input)
+    _name_tied_(model, fresh)
+    fold_constants(model, keep=state | buffers)
+    present = set(model.graph.initializers)
+    absent = sorted(state - present)
+    unused = _never_read(fresh, example_input, absent)
+    lost = [name for name in absent if name not in unused]
+    if lost:
+        raise ExportError(
+            f"the export lost {len(lost)} of the network's parameters ({', '.join(lost[:3])}); "
+            "its forward pass computes with cached copies of them: clear its caches or give an .onnx file"
+        )
+    return _raw(model, state & present, buffers & present, tuple(absent))
+
+
+def raw_from_onnx(path: Path) -> RawGraph:
+    """Read a user's own .onnx as a raw graph; every floating-point initialiser counts as a parameter.
+
+    Raises:
+        ModelError: the file is not a readable ONNX model, or its shapes are not static at batch 1.
+    """
+    try:
+        model = ir.load(path)
+    except Exception as error:
+        raise ModelError(
+            f"{path} is not an ONNX model ({type(error).__name__}); give a file made by torch.onnx.export"
+        ) from error
+    _fix_batch(model, path)
+    ir_passes.InlinePass()(model)
+    ir_passes.LiftConstantsToInitializersPass(lift_all_constants=False, size_limit=0)(model)
+    ir_passes.IdentityEliminationPass()(model)
+    statistics = {
+        value.name
+        for node in model.graph
+        if node.op_type == "BatchNormalization"
+        for value in node.inputs[3:5]
+        if value is not None and value.name is not None
+    }
+    floats = {
+        name
+        for name, value in model.graph.initializers.items()
+        if value.dtype in FLOAT_TYPES and value.shape is not None and len(value.shape) > 0
+    }
+    fold_constants(model, keep=floats)
+    present = set(model.graph.initializers)
+    return _raw(model, (floats - statistics) & present, statistics & present, ())
+
+
+def _raw(model: ir.Model, parameters: set[str], buffers: set[str], unused: tuple[str, ...]) -> RawGraph:
+    folded = fold_weight_arithmetic_(model, parameters)
+    present = frozenset(model.graph.initializers)
+    return RawGraph(model, frozenset(parameters & present) - folded, frozenset(buffers) & present, unused, folded)
+
+
+def fold_constants(model: ir.Model, keep: Iterable[str]) -> None:
+    """Fold, in place, everything computed from constants alone except from the tensors named in `keep`.
+
+    Afterwards nodes have unique names, constants are initialisers, shapes are inferred, and no
+    floating-point constant has more than one reader.
+    """
+    names = set(keep)
+
+    def should_fold(node: ir.Node) -> bool | None:
+        return False if any(value is not None and value.name in names for value in node.inputs) else None
+
+    # A shape found in one round lets the next fold what was computed from it (swin's rolls need two).
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(FOLDING_ROUNDS):
+            infer_shapes(model)
+            onnxscript.optimizer.fold_constants(
+                model, should_fold=should_fold, input_size_limit=FOLDED_BYTES, output_size_limit=FOLDED_BYTES
+            )
+            ir_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+            ir_passes.RemoveUnusedNodesPass()(model)
+            for value in model.graph.initializers.values():
+                if value.const_value is not None:
+                    value.shape = ir.Shape(value.const_value.shape.numpy())
+            infer_shapes(model)
+            if _all_static(model):
+                break
+    _split_shared_constants(model, names)
+    for position, node in enumerate(model.graph):
+        node.name = f"{node.op_type}_{position}"
+
+
+def read_raw(model: LoadedModel) -> RawGraph:
+    """Export the model once, or read the user's own .onnx."""
+    if model.module is None:
+        assert model.onnx_path is not None
+        raw = raw_from_onnx(model.onnx_path)
+    else:
+        raw = export_raw(model.module, torch.zeros(1, *model.input.shape))
+    return raw
+
+
+def infer_shapes(model: ir.Model) -> None:
+    """Infer shapes in place. ONNX's inference stops at GroupNormalization, whose result has its operand's shape."""
+    ir_passes.ShapeInferencePass()(model)
+    while True:
+        stopped = [
+            (node.inputs[0], node.outputs[0])
+            for node in model.graph
+            if node.op_type == "GroupNormalization" and node.outputs[0].shape is None
+        ]
+        known = [(operand, out) for operand, out in stopped if operand is not None and operand.shape is not None]
+        for operand, out in known:
+            out.shape, out.type = operand.shape, operand.type
+        if not known:
+            return
+        ir_passes.ShapeInferencePass()(model)
+
+
+def _all_static(model: ir.Model) -> bool:
+    shapes = [value.shape for node in model.graph for value in node.outputs]
+    return all(shape is not None and shape.is_static() for shape in shapes)
+
+
+def _export(module: nn.Module, example_input: torch.Tensor) -> ir.Model:
+    loud = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loud]
+    try:
+        for logger in loud:
+            logger.setLevel(logging.CRITICAL)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(module, (example_input,), dynamo=True, optimize=False, verbose=False)
+    except Exception as error:
+        raise ExportError(
+            f"torch.export refuses this network: {_reason(error)}; export it yourself and give the .onnx file"
+        ) from error
+    finally:
+        for logger, level in zip(loud, levels, strict=True):
+            logger.setLevel(level)
+    assert program is not None
+    return program.model
+
+
+def _reason(error: BaseException) -> str:
+    """Return the innermost cause's first line: the exporter wraps what went wrong several times."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+
+
+def exportable(module: nn.Module) -> nn.Module:
+    """Return a copy in eval mode with plain attention, whose lazily filled dictionaries of tensors are empty.
+
+    After one eval-mode forward timm's LeViT reads its attention biases from such a dictionary, and an
+    export would turn them into anonymous constants. timm's fused attention is switched to its plain form: the
+    exporter refuses it on five-dimensional operands (hiera, nest) and takes views of it that do not exist (maxvit).
+    """
+    fresh = copy.deepcopy(module).eval()
+    for part in fresh.modules():
+        if getattr(part, "fused_attn", False) is True:
+            setattr(part, "fused_attn", False)  # noqa: B010  a plain attribute of timm's own modules
+        for value in vars(part).values():
+            own = value is not part._parameters and value is not part._buffers
+            if isinstance(value, dict) and own and all(isinstance(item, torch.Tensor) for item in value.values()):
+                value.clear()
+    return fresh
+
+
+def _name_tied_(model: ir.Model, module: nn.Module) -> None:
+    """Give parameters that a module holds under several names their first one: the exporter may take another."""
+    first = {id(tensor): name for name, tensor in module.named_parameters()}
+    initializers = model.graph.initializers
+    for name, tensor in module.named_parameters(remove_duplicate=False):
+        own = first[id(tensor)]
+        if name == own or name not in initializers:
+            continue
+        value = initializers.pop(name)
+        if own in initializers:
+            value.replace_all_uses_with(initializers[own])
+        else:
+            value.name = own
+            initializers[own] = value
+
+
+def _never_read(module: nn.Module, example_input: torch.Tensor, names: list[str]) -> set[str]:
+    """Return those of `names` that no output depends on, by asking autograd."""
+    if not names:
+        return set()
+    parameters = dict(module.named_parameters())
+    chosen = [parameters[name].requires_grad_(True) for name in names]
+    with torch.enable_grad():
+        outputs = output_tensors(module(example_input))
+        total = sum(output.float().sum() for output in outputs)
+        if not isinstance(total, torch.Tensor) or not total.requires_grad:
+            return set(names)
+        grads = torch.autograd.grad(total, chosen, allow_unused=True)
+    return {name for name, grad in zip(names, grads, strict=True) if grad is None}
+
+
+def output_tensors(value: object) -> list[torch.Tensor]:
+    """Return the tensors in what a module returned, in the order an export lists them."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        return [tensor for item in value for tensor in output_tensors(item)]
+    return []
+
+
+def _fix_batch(model: ir.Model, path: Path) -> None:
+    """Set a symbolic batch of the graph's inputs to 1, and refuse other symbolic sizes."""
+    for value in model.graph.inputs:
+        if value.name in model.graph.initializers or value.shape is None:
+            continue
+        sizes = [size if isinstance(size, int) else None for size in value.shape]
+        if sizes and sizes[0] is None:
+            sizes[0] = 1
+        if None in sizes:
+            raise ModelError(
+                f"{path}: input '{value.name}' has the shape {value.shape}; export it with a fixed height and width"
+            )
+        value.shape = ir.Shape([size for size in sizes if size is not None])
+
+
+def _split_shared_constants(model: ir.Model, keep: set[str]) -> None:
+    """Give every reader of a floating-point constant its own copy: each may lose other indices."""
+    for name, value in list(model.graph.initializers.items()):
+        uses = list(value.uses())
+        if name in keep or len(uses) < 2 or value.const_value is None or value.dtype not in FLOAT_TYPES:
+            continue
+        if value.const_value.size == 1:
+            continue
+        for position, use in enumerate(uses[1:], start=1):
+            twin = ir.Value(
+                name=f"{name}__use{position}", shape=value.shape, type=value.type, const_value=value.const_value
+            )
+            model.graph.register_initializer(twin)
+            use.node.replace_input_with(use.idx, twin)
+
+
+def deploy(model: ir.Model) -> ir.Model:
+    """Turn a raw or compact graph, in place, into what a device loads: see `DEPLOY_PASSES`."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for step in DEPLOY_PASSES:
+            step(model)
+    return model
+
+
+def fuse_batch_normalization(model: ir.Model) -> None:
+    """Fold every BatchNormalization that follows a convolution or a Gemm into its weights."""
+    rules = [fuse_batchnorm_into_conv_rule, fuse_batchnorm_into_conv_transpose_rule, fuse_batchnorm_into_gemm_rule]
+    onnxscript.rewriter.rewrite(model, pattern_rewrite_rules=rules)
+
+
+def fold_weights(model: ir.Model) -> None:
+    """Fold what is computed from weights alone (transposes, bias tables): kernels want constant operands."""
+    onnxscript.optimizer.fold_constants(model, input_size_limit=FOLDED_BYTES * 16, output_size_limit=FOLDED_BYTES * 16)
+
+
+def absorb_added_constants(model: ir.Model) -> None:
+    """Move a constant that is added, one number per channel (what a removed block leaves), into a bias before it."""
+    for node in list(model.graph):
+        if node.op_type != "Add":
+            continue
+        for value, constant in (node.inputs, node.inputs[::-1]):
+            added = constant_array(constant)
+            if value is None or added is None or not _absorb(value, added):
+                continue
+            node.outputs[0].replace_all_uses_with(value)
+            for position, output in enumerate(model.graph.outputs):
+                if output is node.outputs[0]:
+                    value.name, model.graph.outputs[position] = output.name, value
+            model.graph.remove(node, safe=True)
+            break
+
+
+def _absorb(value: ir.Value, added: np.ndarray) -> bool:
+    """Add a constant to the bias of what makes `value`, if nothing else reads it on the way; return whether it was."""
+    node = value.producer()
+    if node is None or len(list(value.uses())) != 1 or value.is_graph_output():
+        return False
+    if node.op_type == "Conv" and len(node.inputs) > 2:
+        per_channel = added.ndim == 4 and added.size == added.shape[1]
+        return per_channel and _add_to_initializer(node.inputs[2], added.reshape(-1))
+    if node.op_type != "Add":
+        return False
+    for operand in node.inputs:
+        if operand is not None and constant_array(operand) is None and _absorb(operand, added):
+            return True
+    return any(_add_to_initializer(operand, added) for operand in node.inputs)
+
+
+def _add_to_initializer(value: ir.Value | None, added: np.ndarray) -> bool:
+    """Add to a constant that has one reader and, axes of size one in front aside, the same shape."""
+    array = constant_array(value)
+    if value is None or array is None or len(list(value.uses())) != 1 or _inner(array) != _inner(added):
+        return False
+    value.const_value = ir.tensor(array + added.reshape(array.shape), name=value.name)
+    return True
+
+
+def _inner(array: np.ndarray) -> tuple[int, ...]:
+    first = next((axis for axis, size in enumerate(array.shape) if size > 1), array.ndim)
+    return array.shape[first:]
+
+
+def tidy(model: ir.Model) -> None:
+    """Constants become initialisers, equal ones are shared, unused nodes go, shapes are inferred."""
+    ir_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    ir_passes.IdentityEliminationPass()(model)
+    ir_passes.RemoveUnusedNodesPass()(model)
+    ir_passes.DeduplicateInitializersPass(size_limit=1024)(model)
+    ir_passes.ShapeInferencePass()(model)
+
+
+DEPLOY_PASSES = (fuse_batch_normalization, fold_weights, absorb_added_constants, tidy)
+
+
+def constant_array(value: ir.Value | None) -> np.ndarray | None:
+    """Return the array of a constant value, or None when it is computed at run time."""
+    if value is None or value.const_value is None:
+        return None
+    return value.const_value.numpy()

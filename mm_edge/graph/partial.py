@@ -1,0 +1,215 @@
+"""A graph that is run in parts: its weights change between runs, its intermediate values are kept.
+
+A *frontier* at position p is every computed value that a node before p makes and a node from p on reads, held for
+all images. From it any later value follows without running the network from its input again, so that a walk which
+changes one layer after the other costs about two forward passes, not one per layer.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnx_ir as ir
+import onnx_ir.passes.common as ir_passes
+
+from mm_edge.quality.evaluation import open_session
+from mm_edge.runtime import in_order
+
+Array = npt.NDArray[Any]
+Values = dict[str, Array]
+
+
+class Network:
+    """One graph at batch 1 with the arrays of its initialisers, which `assign_` replaces.
+
+    Attributes:
+        nodes: in topological order.
+        arrays: the initialisers by name.
+        shapes: the static shape of every value.
+        inputs: names of the graph's inputs.
+        outputs: names of the graph's outputs.
+    """
+
+    def __init__(self, model: ir.Model) -> None:
+        """Take over `model`; its shapes are inferred anew."""
+        ir_passes.ShapeInferencePass()(model)
+        proto = ir.to_proto(model)
+        self.nodes: list[onnx.NodeProto] = list(proto.graph.node)
+        self.arrays: Values = {
+            name: value.const_value.numpy()
+            for name, value in model.graph.initializers.items()
+            if value.const_value is not None
+        }
+        self.inputs = tuple(item.name for item in proto.graph.input if item.name not in self.arrays)
+        self.outputs = tuple(item.name for item in proto.graph.output)
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._types: dict[str, int] = {}
+        for item in (*proto.graph.input, *proto.graph.value_info, *proto.graph.output):
+            tensor = item.type.tensor_type
+            self.shapes[item.name] = tuple(size.dim_value for size in tensor.shape.dim)
+            self._types[item.name] = tensor.elem_type
+        self._opsets = list(proto.opset_import)
+        self._ir_version = proto.ir_version
+        self.made_at = {name: index for index, node in enumerate(self.nodes) for name in node.output}
+        self.read_at: dict[str, list[int]] = {}
+        for index, node in enumerate(self.nodes):
+            for name in node.input:
+                self.read_at.setdefault(name, []).append(index)
+        self._positions = {node.name: index for index, node in enumerate(self.nodes)}
+        self._constant = self._constant_values()
+        self._crossing = self._crossing_sizes()
+
+    def holding(self, arrays: Mapping[str, Array]) -> Network:
+        """Return the same graph with other `arrays`, each of the name and shape of one it has."""
+        assert all(self.arrays[name].shape == array.shape for name, array in arrays.items())
+        twin = copy.copy(self)
+        twin.arrays = {**self.arrays, **arrays}
+        return twin
+
+    def holds(self, node: str) -> bool:
+        """Return whether the node called `node` is there; what led to a removed branch alone is not."""
+        return node in self._positions
+
+    def position(self, node: str) -> int:
+        """Return the position of the node called `node`."""
+        return self._positions[node]
+
+    def node(self, name: str) -> onnx.NodeProto:
+        """Return the node called `name`."""
+        return self.nodes[self._positions[name]]
+
+    def constant(self, value: str) -> Array:
+        """Return a value that no input takes part in, computed where it is not an initialiser."""
+        return self.arrays[value] if value in self.arrays else self.open((), (value,)).run({})[value]
+
+    def is_computed(self, value: str) -> bool:
+        """Return whether `value` depends on the input."""
+        return value not in self._constant
+
+    def live(self, position: int) -> tuple[str, ...]:
+        """Return the computed values that cross `position`: made before it, read at or after it."""
+        names = [*self.inputs, *(name for node in self.nodes[:position] for name in node.output)]
+        return tuple(name for name in names if name not in self._constant and self._last_read(name) >= position)
+
+    def live_size(self, position: int) -> int:
+        """Return how many numbers an image has at `position`."""
+        return int(self._crossing[position])
+
+    def open(self, given: Sequence[str], wanted: Sequence[str]) -> Part:
+        """Return the part of the graph that computes `wanted` from `given`, ready to run."""
+        nodes, names = self._between(set(given), wanted)
+        graph = onnx.helper.make_graph(
+            nodes,
+            "part",
+            [onnx.helper.make_tensor_value_info(name, self._types[name], self.shapes[name]) for name in given],
+            [onnx.helper.make_tensor_value_info(name, self._types[name], self.shapes[name]) for name in wanted],
+            [onnx.numpy_helper.from_array(np.asarray(self.arrays[name], order="C"), name) for name in sorted(names)],
+        )
+        model = onnx.helper.make_model(graph, opset_imports=self._opsets, ir_version=self._ir_version)
+        return Part(open_session(model.SerializeToString()), tuple(given), tuple(wanted))
+
+    def _constant_values(self) -> set[str]:
+        constant = {*self.arrays, ""}
+        for node in self.nodes:
+            if all(name in constant for name in node.input):
+                constant.update(node.output)
+        return constant
+
+    def _last_read(self, name: str) -> int:
+        return len(self.nodes) if name in self.outputs else max(self.read_at.get(name, [-1]))
+
+    def _crossing_sizes(self) -> npt.NDArray[np.int64]:
+        """Return, per position, the size of what crosses it."""
+        change = np.zeros(len(self.nodes) + 2, dtype=np.int64)
+        for name in {*self.inputs, *self.made_at} - self._constant:
+            last = self._last_read(name)
+            first = self.made_at.get(name, -1) + 1
+            if last >= first:
+                size = math.prod(self.shapes[name])
+                change[first] += size
+                change[last + 1] -= size
+        return np.cumsum(change)
+
+    def _between(self, given: set[str], wanted: Iterable[str]) -> tuple[list[onnx.NodeProto], set[str]]:
+        """Return the nodes, in order, and the initialisers that `wanted` needs beyond `given`."""
+        needed: set[int] = set()
+        initializers: set[str] = set()
+        stack = [name for name in wanted if name not in given]
+        while stack:
+            name = stack.pop()
+            if name in self.arrays:
+                initializers.add(name)
+            elif name and self.made_at[name] not in needed:
+                index = self.made_at[name]
+                needed.add(index)
+                stack += [item for item in self.nodes[index].input if item and item not in given]
+        return [self.nodes[index] for index in sorted(needed)], initializers
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some nodes of a network, from `given` values to `wanted` ones."""
+
+    session: Any
+    given: tuple[str, ...]
+    wanted: tuple[str, ...]
+
+    def run(self, values: Mapping[str, Array]) -> Values:
+        """Return the wanted values of one image; those that were given come back as they are."""
+        computed = [name for name in self.wanted if name not in self.given]
+        found = self.session.run(computed, {name: values[name] for name in self.given}) if computed else []
+        return {**dict(zip(computed, found, strict=True)), **{n: values[n] for n in self.wanted if n in self.given}}
+
+
+class Frontier:
+    """The live values of some images at one position of a network.
+
+    Attributes:
+        position: the values are all that a node from here on reads.
+        numbers: the images' numbers, in the order they are run.
+    """
+
+    def __init__(self, network: Network, images: npt.NDArray[np.float32], numbers: Sequence[int]) -> None:
+        """Start at the network's input with some of `images` (N, C, H, W)."""
+        (name,) = network.inputs
+        self.position = 0
+        self.numbers = tuple(numbers)
+        self._rows = {number: row for row, number in enumerate(self.numbers)}
+        self._values: Values = {name: images[list(self.numbers)].reshape(len(self.numbers), *network.shapes[name])}
+
+    def advance_(self, network: Network, position: int, threads: int = 1) -> None:
+        """Run every image on to `position`."""
+        wanted = network.live(position)
+        if not set(wanted) <= set(self._values):
+            after: Values = {}
+            for number, values in self.run(network, wanted, self.numbers, threads):
+                for name, value in values.items():
+                    if name not in after:
+                        after[name] = np.empty((len(self.numbers), *value.shape), dtype=value.dtype)
+                    after[name][self._rows[number]] = value
+            self._values = after
+        self._values = {name: self._values[name] for name in wanted}
+        self.position = position
+
+    def run(
+        self, network: Network, wanted: Sequence[str], images: Sequence[int], threads: int = 1
+    ) -> Iterator[tuple[int, Values]]:
+        """Yield, for one image number after the other, the `wanted` values; `threads` images are run at a time."""
+        part = network.open(tuple(self._values), tuple(dict.fromkeys(wanted)))
+
+        def run_one(number: int) -> Values:
+            return part.run({name: array[self._rows[number]] for name, array in self._values.items()})
+
+        yield from zip(images, in_order(run_one, images, threads), strict=True)
+
+
+def narrowest(network: Network, first: int, last: int) -> int:
+    """Return the position from `first` to `last` where the fewest numbers cross; the later of equal ones."""
+    return min(range(first, last + 1), key=lambda position: (network.live_size(position), -position))

@@ -1,0 +1,1 @@
+"""Reads models, weights and data: the only room that opens what users give."""

@@ -1,0 +1,590 @@
+"""Images with class labels, split into calibration, validation and test, preprocessed as the network expects.
+
+Images come through timm's readers, so the order of classes is timm's: the natural sort of folder names. Every image is
+decoded and resized at most once per run while memory allows (see CACHE_BYTES), and one that cannot be read is left out
+with a warning, never replaced.
+
+One pool is split by a stratified cut: with r the random rank of an image among the n of its class and u one random
+number per class, images sorted by (r + u) / n are cut at the cumulative fractions. Each split has its exact size and
+each class its share of it to within one image.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import itertools
+import re
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+from timm.data import create_dataset, create_transform
+from timm.data.readers.reader_image_folder import ReaderImageFolder
+from timm.data.readers.reader_image_in_tar import ReaderImageInTar
+from torch.utils.data import IterableDataset
+
+from mm_edge.errors import DataError
+from mm_edge.load.weights import first_line
+from mm_edge.records import InputSpec
+
+Labels = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float32]
+Bytes = npt.NDArray[np.uint8]
+
+SPLITS = ("calibration", "validation", "test")
+# Preprocessed images kept in memory per data source: 10,000 images of 224 x 224, or 500,000 of 32 x 32.
+CACHE_BYTES = 1536 * 2**20
+# A stream has no index to come back to, so its images are kept: this many at most.
+STREAM_LIMIT = 10_000
+
+_FOLDER_NAMES = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation", "eval"),
+    "test": ("test", "testing"),
+}
+_DATASET_SPEC = re.compile(r"(?:hfds|hfids|tfds|wds|torch)/", re.IGNORECASE)
+# Pillow raises OSError for most damaged files and these for some.
+_UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+_JPEG_END = b"\xff\xd9"
+_JPEG_TAIL = 1024  # cameras and editors leave some bytes after the marker
+
+
+class Source(Protocol):
+    """Labelled images by index. `decode` raises one of Pillow's errors for an image that cannot be read."""
+
+    classes: tuple[str, ...]
+    labels: Labels
+
+    def decode(self, index: int) -> Image.Image:
+        """Return the decoded image."""
+
+    def check(self, index: int) -> None:
+        """Raise one of Pillow's errors when a look at the file, short of decoding it, shows it cannot be read."""
+
+    def name(self, index: int) -> str:
+        """Return what the user knows the image by."""
+
+    def identity(self) -> str:
+        """Return a text that changes when the images do, without reading them."""
+
+
+class _ReaderSource:
+    """A folder or tar of class folders, through timm's readers."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._reader = _open_reader(path)
+        folder = isinstance(self._reader, ReaderImageFolder)
+        to_index = self._reader.class_to_idx if folder else self._reader.class_name_to_idx
+        targets = [target for _, target in self._reader.samples] if folder else self._reader.targets
+        self.classes = tuple(sorted(to_index, key=to_index.__getitem__))
+        self.labels = np.asarray(targets, dtype=np.int64)
+
+    def _read(self, index: int) -> io.BytesIO:
+        if isinstance(self._reader, ReaderImageFolder):
+            with self._reader[index][0] as file:
+                return io.BytesIO(file.read())
+        # The same bytes as timm's reader gives, without the open tar it keeps.
+        member, _, inner_tar = self._reader.samples[index]
+        with self._path.open("rb") as file:
+            file.seek(member.offset_data + (inner_tar.offset_data if inner_tar is not None else 0))
+            return io.BytesIO(file.read(member.size))
+
+    def decode(self, index: int) -> Image.Image:
+        image = Image.open(self._read(index))
+        image.load()
+        return image
+
+    def check(self, index: int) -> None:
+        file = self._read(index)
+        image = Image.open(file)
+        # Pillow verifies PNG's checksums but nothing of a JPEG: one without its end marker is decoded to be sure.
+        if image.format == "JPEG" and _JPEG_END not in file.getvalue()[-_JPEG_TAIL:]:
+            image.load()
+        else:
+            image.verify()
+
+    def name(self, index: int) -> str:
+        return str(self._reader.filename(index))
+
+    def identity(self) -> str:
+        folder = isinstance(self._reader, ReaderImageFolder)
+        files = [Path(name) for name, _ in self._reader.samples] if folder else [self._path]
+        stamps = [(stat.st_size, stat.st_mtime_ns) for stat in map(Path.stat, files)]
+        return repr((self.labels.tolist(), [str(file) for file in files], stamps))
+
+
+class _DatasetSource:
+    """A data set that timm opens by its specification; one without an index is kept in memory."""
+
+    def __init__(self, dataset: Any, classes: Sequence[str], spec: str) -> None:
+        self._spec = spec
+        if isinstance(dataset, IterableDataset):
+            dataset = [sample for sample, _ in zip(dataset, range(STREAM_LIMIT), strict=False)]
+        self._dataset = dataset
+        self.files = getattr(dataset, "samples", None)
+        targets = getattr(dataset, "targets", None)
+        if targets is None and hasattr(getattr(dataset, "reader", None), "iter_targets"):
+            targets = list(dataset.reader.iter_targets())
+        if targets is None:
+            targets = [dataset[index][1] for index in range(len(dataset))]
+        self.labels = np.asarray(targets, dtype=np.int64)
+        count = int(self.labels.max()) + 1 if len(self.labels) else 0
+        self.classes = tuple(classes) or tuple(str(index) for index in range(count))
+
+    def decode(self, index: int) -> Image.Image:
+        image: Image.Image = self._dataset[index][0]
+        image.load()
+        return image
+
+    def check(self, index: int) -> None:
+        """Nothing short of decoding is possible through timm's data sets."""
+
+    def name(self, index: int) -> str:
+        return f"{self._spec}[{index}]"
+
+    def identity(self) -> str:
+        return repr((self._spec, self.labels.tolist()))
+
+
+@dataclass
+class _Holdings:
+    """What pools of one source share, at whatever size they prepare its images.
+
+    `readable` says per image whether it can be read, `unreadable` names those that cannot, `cached_bytes` is what the
+    prepared images kept in memory take.
+    """
+
+    readable: npt.NDArray[np.bool_]
+    unreadable: list[str] = field(default_factory=list)
+    cached_bytes: int = 0
+
+
+class _Pool:
+    """One source with its preprocessing and what has been read of it so far."""
+
+    def __init__(self, source: Source, spec: InputSpec, holdings: _Holdings | None = None) -> None:
+        self.source = source
+        self.spec = spec
+        self._holdings = holdings or _Holdings(np.ones(len(source.labels), dtype=bool))
+        self._cache: dict[int, Bytes] = {}
+        self._transform = create_transform(
+            input_size=spec.shape,
+            interpolation=spec.interpolation,
+            crop_pct=spec.crop_pct,
+            is_training=False,
+            normalize=False,
+        )
+
+    @property
+    def readable(self) -> npt.NDArray[np.bool_]:
+        """Whether each image can be read, as far as is known."""
+        return self._holdings.readable
+
+    @property
+    def unreadable(self) -> list[str]:
+        """Names of the images that cannot."""
+        return self._holdings.unreadable
+
+    def prepared_for(self, spec: InputSpec) -> _Pool:
+        """Return a pool of the same images for another input."""
+        return _Pool(self.source, spec, self._holdings)
+
+    def check_all(self) -> None:
+        """Leave out what is visibly no image; damage further into a file shows when it is decoded."""
+        for index in range(len(self.readable)):
+            try:
+                self.source.check(index)
+            except _UNREADABLE:
+                self._leave_out(index)
+
+    def _leave_out(self, index: int) -> None:
+        self.readable[index] = False
+        self.unreadable.append(self.source.name(index))
+
+    def decode(self, index: int) -> Image.Image | None:
+        """Return image `index` with the channels the model takes; None, and left out from then on, if unreadable."""
+        try:
+            return self.source.decode(index).convert("L" if self.spec.shape[0] == 1 else "RGB")
+        except _UNREADABLE:
+            if self.readable[index]:
+                self._leave_out(index)
+            return None
+
+    def pixels(self, index: int) -> Bytes | None:
+        """Return image `index` resized and cropped, uint8 (C, H, W); None, and left out from then on, if unreadable."""
+        if index in self._cache:
+            return self._cache[index]
+        image = self.decode(index)
+        if image is None:
+            return None
+        pixels: Bytes = self._transform(image).numpy()
+        if self._holdings.cached_bytes + pixels.nbytes <= CACHE_BYTES:
+            self._cache[index] = pixels
+            self._holdings.cached_bytes += pixels.nbytes
+        return pixels
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Some images of a pool, in a fixed order; reading it twice gives the same.
+
+    An image found unreadable while decoding is left out, of `labels` and `len` as well, from then on.
+    """
+
+    _pool: _Pool
+    _members: npt.NDArray[np.intp]
+
+    @property
+    def _indices(self) -> npt.NDArray[np.intp]:
+        return self._members[self._pool.readable[self._members]]
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self._indices)
+
+    @property
+    def labels(self) -> Labels:
+        """Class indices, (len,)."""
+        return self._pool.source.labels[self._indices]
+
+    def batches(self, batch_size: int) -> Iterator[tuple[Floats, Labels]]:
+        """Yield normalised images (n, C, H, W) with their labels (n,); every n but the last is `batch_size`."""
+        images: list[Bytes] = []
+        labels: list[int] = []
+        for index in self._indices:
+            pixels = self._pool.pixels(int(index))
+            if pixels is None:
+                continue
+            images.append(pixels)
+            labels.append(int(self._pool.source.labels[index]))
+            if len(images) == batch_size:
+                yield _normalise(np.stack(images), self._pool.spec), np.asarray(labels, dtype=np.int64)
+                images, labels = [], []
+        if images:
+            yield _normalise(np.stack(images), self._pool.spec), np.asarray(labels, dtype=np.int64)
+
+    def take(self, count: int) -> ImageSet:
+        """Return the first `count` images; sets are shuffled when made, so these are of mixed classes."""
+        return ImageSet(self._pool, self._indices[:count])
+
+    @property
+    def places(self) -> int:
+        """Number of images, the unreadable ones included: a place does not move when one is left out."""
+        return len(self._members)
+
+    def at(self, place: int) -> tuple[Image.Image, int] | None:
+        """Return the decoded image at `place` (0 to `places` - 1) and its label; None if it cannot be read."""
+        index = int(self._members[place])
+        image = self._pool.decode(index)
+        return None if image is None else (image, int(self._pool.source.labels[index]))
+
+    def raw(self, index: int) -> Bytes:
+        """Return image `index` decoded, before any preprocessing: uint8 (H, W, 3).
+
+        Raises:
+            DataError: the image cannot be read.
+        """
+        position = int(self._indices[index])
+        try:
+            return np.array(self._pool.source.decode(position).convert("RGB"))
+        except _UNREADABLE as error:
+            raise DataError(f"image {self._pool.source.name(position)} cannot be read") from error
+
+
+@dataclass(frozen=True)
+class DataSplits:
+    """The three disjoint sets of a run. `classes` are the names in the order of the labels."""
+
+    source: str
+    classes: tuple[str, ...]
+    calibration: ImageSet
+    validation: ImageSet
+    test: ImageSet
+    how: str
+    seed: int
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def _pools(self) -> tuple[_Pool, ...]:
+        sets = (self.calibration, self.validation, self.test)
+        return tuple({id(images._pool): images._pool for images in sets}.values())
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the user should know, the images that could not be read so far among it."""
+        names = [name for pool in self._pools for name in pool.unreadable]
+        if not names:
+            return self.notes
+        total = sum(len(pool.readable) for pool in self._pools)
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        return (
+            *self.notes,
+            f"{len(names)} of {total} images cannot be read and are left out: {', '.join(names[:5])}{more}",
+        )
+
+    def prepared_for(self, spec: InputSpec) -> DataSplits:
+        """Return the same images in the same splits and order, prepared for another input."""
+        pools = {id(pool): pool.prepared_for(spec) for pool in self._pools}
+        sets = [
+            ImageSet(pools[id(images._pool)], images._members)
+            for images in (self.calibration, self.validation, self.test)
+        ]
+        return replace(self, calibration=sets[0], validation=sets[1], test=sets[2])
+
+    @cached_property
+    def identity(self) -> str:
+        """A digest that changes when the images, their labels or the splits do; files by name, size and time."""
+        sources = [pool.source.identity() for pool in self._pools]
+        return hashlib.sha256(repr([*sources, self.how, self.seed]).encode()).hexdigest()
+
+    def describe(self) -> dict[str, Any]:
+        """Return the report's `data` section: where the images come from and how many each split has."""
+        sizes = {name: len(getattr(self, name)) for name in SPLITS}
+        unreadable = sum(len(pool.unreadable) for pool in self._pools)
+        return {
+            "source": self.source,
+            "classes": len(self.classes),
+            **sizes,
+            "split": self.how,
+            "seed": self.seed,
+            "unreadable": unreadable,
+        }
+
+
+def open_data(
+    path: str,
+    spec: InputSpec,
+    num_classes: int | None,
+    split: tuple[float, float, float] = (0.5, 0.25, 0.25),
+    seed: int = 0,
+) -> DataSplits:
+    """Open a folder or tar of class folders, or a data set as timm names it (`hfds/NAME`, `torch/NAME:ROOT`, ...).
+
+    With train/ val/ test/ inside, or `-train` `-val` `-test` files or folders beside the one given: calibration from
+    train, validation from val, test from test; what is missing is cut from the nearest, and a fraction of 0 in `split`
+    empties a set. Otherwise the images are one pool, split by the fractions.
+
+    Raises:
+        DataError: the path, the images or the fractions cannot be used as given.
+    """
+    _check_split(split)
+    if spec.shape[0] not in (1, 3):
+        raise DataError(f"images have 1 or 3 channels; the model takes {spec.shape[0]}, so it cannot be given --data")
+    sources, parts = _open_sources(path)
+    classes = next(iter(sources.values())).classes
+    _check_classes(path, classes, num_classes)
+    pools = {name: _Pool(source, spec) for name, source in sources.items()}
+    for pool in pools.values():
+        pool.check_all()
+    members = {part: (pools[name], indices[pools[name].readable[indices]]) for part, (name, indices) in parts.items()}
+    if not sum(len(indices) for _, indices in members.values()):
+        raise DataError(f"'{path}' holds no image that can be read")
+    return _divide(path, classes, members, split, seed)
+
+
+def noise_batches(spec: InputSpec, count: int = 8, seed: int = 0) -> Iterator[Floats]:
+    """Yield `count` inputs of standard normal noise, (1, C, H, W) each, the same for the same seed."""
+    generator = np.random.default_rng(seed)
+    for _ in range(count):
+        yield generator.standard_normal((1, *spec.shape), dtype=np.float32)
+
+
+def _normalise(pixels: Bytes, spec: InputSpec) -> Floats:
+    mean = np.asarray(spec.mean, dtype=np.float32).reshape(1, -1, 1, 1)
+    std = np.asarray(spec.std, dtype=np.float32).reshape(1, -1, 1, 1)
+    scaled = pixels.astype(np.float32) / np.float32(255)
+    return np.asarray((scaled - mean) / std, dtype=np.float32)
+
+
+# ---- opening
+
+# For each part found ("train", "val", "test" or "pool"): the name of its source and its images there.
+_Parts = dict[str, tuple[str, npt.NDArray[np.intp]]]
+
+
+def _open_sources(path: str) -> tuple[dict[str, Source], _Parts]:
+    if not Path(path).exists():
+        if _DATASET_SPEC.match(path):
+            return _open_specification(path)
+        raise DataError(
+            f"data '{path}' does not exist; give a folder or tar of class folders, or a data set as timm names them "
+            "(hfds/NAME, wds/NAME, torch/NAME:ROOT)"
+        )
+    beside = _siblings(Path(path))
+    if beside:
+        sources: dict[str, Source] = {part: _ReaderSource(found) for part, found in beside.items()}
+        for part, source in sources.items():
+            _check_same_classes(beside[part], source, sources["train"])
+        return sources, {part: (part, np.arange(len(source.labels))) for part, source in sources.items()}
+    source = _ReaderSource(Path(path))
+    parts = _parts_inside(source)
+    return {"pool": source}, {part: ("pool", indices) for part, indices in parts.items()}
+
+
+def _open_reader(path: Path) -> Any:
+    if path.is_file() and path.suffix.lower() != ".tar":
+        raise DataError(f"'{path}' is neither a folder nor a .tar; unpack it, or give a folder of class folders")
+    try:
+        return ReaderImageFolder(str(path)) if path.is_dir() else ReaderImageInTar(str(path), cache_tarinfo=False)
+    except tarfile.TarError as error:
+        raise DataError(f"'{path}' is not a tar, or it is cut short: {first_line(error)}") from error
+    except (RuntimeError, ValueError) as error:  # how timm's readers say that they found nothing
+        raise DataError(f"'{path}' holds no images (.png, .jpg, .jpeg) in class folders") from error
+    except OSError as error:
+        raise DataError(f"'{path}' cannot be read: {first_line(error)}") from error
+
+
+def _siblings(path: Path) -> dict[str, Path]:
+    """The train, val and test files or folders of one data set, where `path` is named as its train part."""
+    found: dict[str, Path] = {}
+    marked = re.compile(r"(?<![a-zA-Z])train(?:ing)?(?![a-zA-Z])")
+    if not marked.search(path.name):
+        return {}
+    for part in ("val", "test"):
+        for name in _FOLDER_NAMES[part]:
+            candidate = path.with_name(marked.sub(name, path.name))
+            if part not in found and candidate.exists():
+                found[part] = candidate
+    return {"train": path, **found} if found else {}
+
+
+def _parts_inside(source: _ReaderSource) -> dict[str, npt.NDArray[np.intp]]:
+    """Images by the split folder above their class folder; one pool where there is no such folder."""
+    named = {name: part for part, names in _FOLDER_NAMES.items() for name in names}
+    part_of = []
+    for index in range(len(source.labels)):
+        above = Path(source.name(index)).parts[:-2]
+        part_of.append(next((named[folder.lower()] for folder in above if folder.lower() in named), "pool"))
+    parts = {part: np.flatnonzero(np.asarray(part_of) == part) for part in dict.fromkeys(part_of)}
+    split = {part: indices for part, indices in parts.items() if part != "pool"}
+    return split if len(split) > 1 else {"pool": np.arange(len(source.labels))}
+
+
+def _check_same_classes(path: Path, source: Source, train: Source) -> None:
+    if source.classes != train.classes:
+        odd = sorted(set(source.classes) ^ set(train.classes))
+        raise DataError(f"'{path}' and its train part differ in their classes: {', '.join(odd[:3])}")
+
+
+def _open_specification(spec: str) -> tuple[dict[str, Source], _Parts]:
+    name, _, root = spec.partition(":")
+    sources: dict[str, Source] = {}
+    reason = ""
+    # torchvision's own data sets have one part beside train, which timm finds under this name.
+    parts = {"train": "train", "val": "validation", "test": "test"}
+    if name.lower().startswith("torch/"):
+        parts = {"train": "train", "test": "validation"}
+    for part, split in parts.items():
+        try:
+            dataset = create_dataset(name, root=root or None, split=split)
+            sources[part] = _DatasetSource(dataset, _class_names(dataset), f"{name} {split}")
+        except (Exception, SystemExit) as error:  # each kind of data set fails in its own way
+            reason = reason or first_line(error)
+    if not sources:
+        raise DataError(f"data set '{spec}' cannot be opened: {reason}")
+    if len(sources) == 1 or _are_one(list(sources.values())):
+        sources = {"pool": next(iter(sources.values()))}
+    return sources, {part: (part, np.arange(len(source.labels))) for part, source in sources.items()}
+
+
+def _are_one(sources: list[Source]) -> bool:
+    """Whether every part turned out to be the same files, as of a folder that has no parts."""
+    first = sources[0]
+    same_labels = all(np.array_equal(source.labels, first.labels) for source in sources)
+    listings = [getattr(source, "files", None) for source in sources]
+    return same_labels and listings[0] is not None and all(listing == listings[0] for listing in listings)
+
+
+def _class_names(dataset: Any) -> Sequence[str]:
+    to_index = getattr(dataset, "class_to_idx", None) or getattr(getattr(dataset, "reader", None), "class_to_idx", None)
+    return tuple(sorted(to_index, key=to_index.__getitem__)) if to_index else ()
+
+
+def _check_classes(path: str, classes: tuple[str, ...], num_classes: int | None) -> None:
+    if len(classes) < 2:
+        only = f"one class ({classes[0]})" if classes and classes[0] else "no class folders"
+        raise DataError(f"'{path}' has {only}; at least two class folders are needed")
+    if num_classes is not None and len(classes) != num_classes:
+        raise DataError(
+            f"'{path}' has {len(classes)} classes ({', '.join(classes[:3])}, ...) and the model {num_classes}; "
+            "give the images the model was trained for, one folder per class"
+        )
+
+
+def _check_split(split: tuple[float, float, float]) -> None:
+    if len(split) != 3 or any(not 0 <= fraction <= 1 for fraction in split) or not 0 < sum(split) <= 1 + 1e-9:
+        given = ",".join(f"{fraction:g}" for fraction in split)
+        raise DataError(f"--split {given} must be three fractions from 0 to 1 with a sum above 0 and at most 1")
+
+
+# ---- dividing
+
+_Members = tuple[_Pool, npt.NDArray[np.intp]]
+
+
+def _divide(
+    path: str,
+    classes: tuple[str, ...],
+    members: dict[str, _Members],
+    split: tuple[float, float, float],
+    seed: int,
+) -> DataSplits:
+    generator = np.random.default_rng(seed)
+    if "pool" in members:
+        pool, indices = members["pool"]
+        sets = [(pool, cut) for cut in _cut(pool, indices, split, generator)]
+        how = f"{','.join(f'{fraction:g}' for fraction in split)} of one pool by seed"
+    else:
+        sets = _assign(members, split, generator)
+        how = f"by the parts it has: {', '.join(members)}"
+    made = [
+        ImageSet(pool, generator.permutation(indices if keep else indices[:0]))
+        for (pool, indices), keep in zip(sets, split, strict=True)
+    ]
+    notes = tuple(
+        f"the {name} split is empty: '{path}' holds too few images for it"
+        for name, images, fraction in zip(SPLITS, made, split, strict=True)
+        if fraction and not len(images)
+    )
+    return DataSplits(path, classes, made[0], made[1], made[2], how, seed, notes)
+
+
+def _assign(
+    members: dict[str, _Members], split: tuple[float, float, float], generator: np.random.Generator
+) -> list[_Members]:
+    """Give each split its own part; a split without one shares the nearest part, by the fractions of the sharers."""
+    calibration, validation, test = split
+    nearest = [("train", "val", "test"), ("val", "train", "test"), ("test", "val", "train")]
+    chosen = [next(part for part in order if part in members) for order in nearest]
+    sets: list[_Members | None] = [None, None, None]
+    for part, (pool, indices) in members.items():
+        sharers = [position for position in range(3) if chosen[position] == part]
+        weights = [(calibration, validation, test)[position] for position in sharers]
+        total = sum(weights)
+        fractions = [weight / total for weight in weights] if total else [0.0] * len(sharers)
+        for position, cut in zip(sharers, _cut(pool, indices, fractions, generator), strict=True):
+            sets[position] = (pool, cut)
+    return [entry for entry in sets if entry is not None]
+
+
+def _cut(
+    pool: _Pool, indices: npt.NDArray[np.intp], fractions: Sequence[float], generator: np.random.Generator
+) -> list[npt.NDArray[np.intp]]:
+    """Cut `indices` at the cumulative `fractions`, stratified by class (see the top of the file)."""
+    labels = pool.source.labels[indices]
+    place = np.empty(len(indices))
+    for label in np.unique(labels):
+        of_class = np.flatnonzero(labels == label)
+        ranks = generator.permutation(len(of_class))
+        place[of_class] = (ranks + generator.random()) / len(of_class)
+    order = indices[np.argsort(place, kind="stable")]
+    ends = np.rint(np.cumsum([0.0, *fractions]) * len(indices)).astype(int)
+    return [order[start:end] for start, end in itertools.pairwise(ends)]

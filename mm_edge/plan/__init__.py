@@ -1,0 +1,1 @@
+"""What to remove: scores, ranges, strategies, masks, budgets and plans."""

@@ -1,0 +1,36 @@
+"""What `mm-edge inspect` shows: layers, roles, ranges, coupled groups, and what is pinned and why."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mm_edge.graph.export import read_raw
+from mm_edge.graph.groups import read_structure
+from mm_edge.graph.layers import read_layers
+from mm_edge.load.models import LoadedModel
+from mm_edge.plan.ranges import apply_constraints, rule_ranges
+from mm_edge.records import to_json
+
+
+def describe_model(model: LoadedModel, keep: tuple[str, ...]) -> dict[str, Any]:
+    """Return the document `inspect --json` prints."""
+    raw = read_raw(model)
+    structure = read_structure(raw, keep)
+    layers = tuple(layer for layer in read_layers(raw) if layer.fqn in raw.weights)
+    ranges = apply_constraints(layers, rule_ranges(layers, model.family), structured=True)
+    return {
+        "model": {**to_json(model.info), "macs": round(structure.macs())},
+        "layers": [
+            {
+                **to_json(layer),
+                "lo": ranges[layer.fqn].lo,
+                "hi": ranges[layer.fqn].hi,
+                "range": ranges[layer.fqn].reason,
+            }
+            for layer in layers
+        ],
+        "groups": [{"id": g.id, "size": g.size, "tensors": list(g.tensors)} for g in structure.groups],
+        "pinned": [
+            {"id": p.id, "size": p.size, "tensors": list(p.tensors), "reason": p.reason} for p in structure.pinned
+        ],
+    }

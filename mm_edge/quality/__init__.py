@@ -1,0 +1,1 @@
+"""How like the dense network, and how good."""

@@ -1,0 +1,135 @@
+"""Runs deployed models on images and compares what they say.
+
+Agreement is the fraction of images on which two models put the same class first. The divergence is
+    KL(dense || candidate) = sum_c p_c (log p_c - log q_c),   p, q = softmax of the logits,
+in nats, the mean over images, in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime
+
+from mm_edge.errors import JobError, ModelError
+from mm_edge.load.weights import first_line
+from mm_edge.runtime import in_order
+
+Floats = npt.NDArray[np.float32]
+Labels = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `count` images say of a model; None where there was nothing to compare with."""
+
+    accuracy_top1: float | None
+    agreement_top1: float | None
+    kl_to_dense: float | None
+    count: int
+
+
+def run_onnx(
+    model: Path | bytes,
+    batches: Iterable[tuple[Floats, Labels]],
+    threads: int,
+    on_images: Callable[[int], None] | None = None,
+) -> Floats:
+    """Return the first output for every image, (images, classes), from ONNX Runtime on the CPU.
+
+    A model made for a fixed batch is fed that many images at a time, to `threads` threads at once. `on_images` is told
+    of each batch done.
+
+    Raises:
+        ModelError: ONNX Runtime cannot load the model.
+        JobError: it failed while running.
+    """
+    session = open_session(model)
+    feed = session.get_inputs()[0]
+    fixed = feed.shape[0] if isinstance(feed.shape[0], int) else None
+    output = session.get_outputs()[0].name
+    dtype = np.float16 if feed.type == "tensor(float16)" else np.float32
+
+    def run_one(piece: tuple[Floats, int]) -> Floats:
+        images, used = piece
+        try:
+            scores = session.run([output], {feed.name: images.astype(dtype, copy=False)})[0]
+        except Exception as error:  # ONNX Runtime's own exception types have no common base
+            raise JobError(f"ONNX Runtime failed on {_describe(model)}: {first_line(error)}") from error
+        return np.asarray(scores, dtype=np.float32)[:used]
+
+    found: list[Floats] = []
+    for images, _ in batches:
+        found += in_order(run_one, _pieces(images, fixed), threads)
+        if on_images is not None:
+            on_images(len(images))
+    return np.concatenate(found) if found else np.zeros((0, 0), dtype=np.float32)
+
+
+def compare_logits(logits: Floats, labels: Labels | None, dense_logits: Floats | None) -> Evaluation:
+    """Compare logits (n, classes) with labels (n,) and with the dense model's logits (n, classes).
+
+    An image with a NaN or infinite logit counts as wrong and as disagreement, and leaves the divergence None.
+    """
+    finite = np.isfinite(logits).all(axis=1)
+    predicted = np.where(finite, logits.argmax(axis=1) if logits.size else 0, -1)
+    if len(logits) == 0:
+        return Evaluation(None, None, None, 0)
+    accuracy = None if labels is None else float((predicted == labels).mean())
+    if dense_logits is None:
+        return Evaluation(accuracy, None, None, len(logits))
+    agreement = float((predicted == dense_logits.argmax(axis=1)).mean())
+    usable = bool(finite.all() and np.isfinite(dense_logits).all())
+    # Rounding can leave -1e-17 for equal logits.
+    divergence = max(0.0, float(divergence_per_row(dense_logits, logits).mean())) if usable else None
+    return Evaluation(accuracy, agreement, divergence, len(logits))
+
+
+def divergence_per_row(dense: Floats, candidate: Floats) -> npt.NDArray[np.float64]:
+    """Return KL(dense || candidate) of every row of two sets of finite logits (n, classes), in nats."""
+    log_p, log_q = log_softmax(dense), log_softmax(candidate)
+    return np.asarray((np.exp(log_p) * (log_p - log_q)).sum(axis=1))
+
+
+def log_softmax(logits: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
+    """Return the logarithm of the softmax of every row (n, classes)."""
+    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)), dtype=np.float64)
+
+
+def open_session(model: Path | bytes) -> Any:
+    """Return an ONNX Runtime session of one thread on the CPU: images run side by side (parallel.py).
+
+    Raises:
+        ModelError: ONNX Runtime cannot load the model.
+    """
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3  # warnings on stderr about graphs that run all the same
+    try:
+        return onnxruntime.InferenceSession(
+            model if isinstance(model, bytes) else str(model), options, providers=["CPUExecutionProvider"]
+        )
+    except Exception as error:  # ONNX Runtime's own exception types have no common base
+        raise ModelError(f"ONNX Runtime cannot load {_describe(model)}: {first_line(error)}") from error
+
+
+def _describe(model: Path | bytes) -> str:
+    return f"'{model}'" if isinstance(model, Path) else "the model"
+
+
+def _pieces(images: Floats, fixed: int | None) -> Iterator[tuple[Floats, int]]:
+    """Cut a batch to the `fixed` size a model takes, the last piece filled up; with each, how many images count."""
+    size = fixed or len(images)
+    for start in range(0, len(images), size):
+        piece = images[start : start + size]
+        used = len(piece)
+        if fixed and used < fixed:
+            piece = np.concatenate([piece, np.repeat(piece[-1:], fixed - used, axis=0)])
+        yield piece, used

@@ -1,0 +1,85 @@
+"""Exactness (E8), checked on every artifact: the compact model against its masked model on the same inputs.
+
+    max_rel_err = max |compact - masked| / max |masked|
+
+A top-1 answer agrees when the masked model gives the compact model's class its highest value, to within the
+tolerance: classes that tie to rounding count as the same answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import onnxruntime
+import torch
+from torch import nn
+
+from mm_edge.errors import ParityError
+from mm_edge.graph.export import output_tensors
+from mm_edge.records import Parity, ParityInputs
+
+TOLERANCE = 1e-4
+
+FloatArray = npt.NDArray[np.float32]
+Run = Callable[[FloatArray], list[FloatArray]]
+
+
+def compare(run: Run, reference: Run, inputs: FloatArray, kind: str) -> Parity:
+    """Compare two models on `inputs` (N, C, H, W), one at a time, over all of their outputs.
+
+    Raises:
+        ParityError: the number or the shapes of the outputs differ.
+    """
+    abs_err = scale = rel_err = 0.0
+    agreed = 0
+    for image in inputs:
+        outputs, expected = run(image[None]), reference(image[None])
+        shapes, wanted = [item.shape for item in outputs], [item.shape for item in expected]
+        if shapes != wanted:
+            raise ParityError(f"outputs have the shapes {shapes}, the masked model's {wanted}")
+        for got, want in zip(outputs, expected, strict=True):
+            error, scale = float(np.abs(got - want).max()), float(np.abs(want).max())
+            # np.maximum, not max: what is no number must stay so and fail.
+            abs_err = float(np.maximum(abs_err, error))
+            rel_err = float(np.maximum(rel_err, error / max(scale, 1e-30)))
+        agreed += _same_answer(outputs[0], expected[0])
+    return Parity(abs_err, rel_err, agreed / len(inputs), ParityInputs(len(inputs), kind))
+
+
+def require(parity: Parity, what: str) -> None:
+    """Raise ParityError unless `parity` is within tolerance."""
+    if not (parity.max_rel_err <= TOLERANCE and parity.top1_agreement == 1.0):
+        raise ParityError(
+            f"{what} differs from its masked model: relative error {parity.max_rel_err:.1e} (allowed {TOLERANCE:.0e}), "
+            f"top-1 agreement {parity.top1_agreement:.1%}; it was not kept as an artifact"
+        )
+
+
+def onnx_runner(model: ir.Model | Path, threads: int = 1) -> Run:
+    """Return a function that runs `model` on one input with ONNX Runtime's CPU provider."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    source = str(model) if isinstance(model, Path) else ir.to_proto(model).SerializeToString()
+    session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return lambda inputs: session.run(None, {name: inputs})
+
+
+def torch_runner(module: nn.Module) -> Run:
+    """Return a function that runs `module` in eval mode without gradients."""
+
+    def run(inputs: FloatArray) -> list[FloatArray]:
+        with torch.inference_mode():
+            return [tensor.numpy() for tensor in output_tensors(module(torch.from_numpy(inputs)))]
+
+    return run
+
+
+def _same_answer(got: FloatArray, want: FloatArray) -> bool:
+    flat = want.reshape(-1)
+    return bool(flat[int(got.reshape(-1).argmax())] >= flat.max() - TOLERANCE * np.abs(flat).max())

@@ -1,0 +1,320 @@
+"""Consumers: the nodes that multiply activations by one weight, and what their result is added to.
+
+A consumer computes y = W h for every position, W (O, K) in `groups` independent blocks. What follows it is, up to the
+next addition or non-linearity, affine per channel (its bias, BatchNorm, a layer scale):
+
+    z = scale * y + offset            and, at a residual addition,           block output = z + skip
+
+so that a wanted block output A says what y should have been: y = (A - skip - offset) / scale.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+
+from mm_edge.graph.export import RawGraph
+from mm_edge.graph.partial import Network
+
+Array = npt.NDArray[Any]
+Indices = npt.NDArray[np.int64]
+
+MOVES = frozenset("Transpose Reshape Squeeze Unsqueeze Flatten Identity Dropout".split())
+
+
+@dataclass(frozen=True)
+class Window:
+    """The patch a convolution reads per output position: kernel, strides, dilations, pads before and after."""
+
+    kernel: tuple[int, ...]
+    strides: tuple[int, ...]
+    dilations: tuple[int, ...]
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Shift:
+    """Where a change of a consumer's mean output goes: it is added, times `sign`, to `tensor`."""
+
+    tensor: str
+    sign: float
+
+    def moved(self, array: Array, change: npt.NDArray[np.float64]) -> Array:
+        """Return the tensor's `array` with the `change` of the consumer's mean output in it."""
+        return (array + self.sign * change).astype(array.dtype)
+
+
+@dataclass(frozen=True)
+class Consumer:
+    """One product of activations with a weight.
+
+    Attributes:
+        node: name of the node.
+        weight: name of the initialiser.
+        in_axis: the weight's axis of inputs (per group); its outputs are on the other of the first two.
+        groups: independent blocks.
+        window: of a convolution, None for a matrix product.
+        shift: where its mean may move, None where nothing holds one.
+    """
+
+    node: str
+    weight: str
+    in_axis: int
+    groups: int
+    window: Window | None
+    shift: Shift | None
+
+    def matrix(self, weight: Array) -> npt.NDArray[np.float64]:
+        """Return `weight` as blocks (groups, outputs per group, K)."""
+        rows = np.moveaxis(weight, self.in_axis, 1) if weight.ndim > 1 else weight[:, None]
+        return np.asarray(rows, dtype=np.float64).reshape(self.groups, rows.shape[0] // self.groups, -1)
+
+    def weight_of(self, blocks: npt.NDArray[np.float64], like: Array) -> Array:
+        """Return the blocks of `matrix` in the layout and type of `like`."""
+        rows = np.moveaxis(like, self.in_axis, 1)
+        return np.moveaxis(blocks.reshape(rows.shape), 1, self.in_axis).astype(like.dtype)
+
+
+@dataclass(frozen=True)
+class Branch:
+    """What follows a consumer's product y in one network.
+
+    Attributes:
+        result: the value that is wanted right: a residual addition, or the end of the affine chain.
+        skip: what the addition adds, None without one.
+        index: for (position, output channel) of y, where it lies in the flattened `result`.
+        scale: per output channel.
+        offset: per output channel.
+    """
+
+    result: str
+    skip: str | None
+    index: Indices
+    scale: npt.NDArray[np.float64]
+    offset: npt.NDArray[np.float64]
+
+
+def read_consumers(raw: RawGraph, network: Network) -> tuple[Consumer, ...]:
+    """Return, in graph order, every convolution, Gemm and MatMul whose weight is a parameter read only there.
+
+    Weights that pass through arithmetic first (weight standardisation) are left out: their columns cannot be solved.
+    """
+    found = []
+    for node in network.nodes:
+        consumer = _consumer(raw, network, node)
+        if consumer is not None:
+            found.append(consumer)
+    return tuple(found)
+
+
+def read_branch(network: Network, consumer: Consumer) -> Branch:
+    """Follow the product of `consumer` through `network` to the value that should be right."""
+    node = network.node(consumer.node)
+    value = node.output[0]
+    index = _channels_last(np.arange(_count(network.shapes[value])).reshape(network.shapes[value]), consumer)
+    scale, offset = np.ones(index.shape[1]), np.zeros(index.shape[1])
+    if len(node.input) > 2 and node.input[2]:
+        offset = offset + _vector(network, node.input[2], value, index)
+    while True:
+        step = _follow(network, value, index)
+        if step is None:
+            return Branch(value, None, index, scale, offset)
+        following, kind, factor, term = step
+        if kind == "add":
+            skip = next((name for name in following.input if name != value), value)
+            return Branch(following.output[0], skip, index, scale, offset)
+        if kind == "move":
+            index = _moved(network, following, index)
+        else:
+            scale, offset = scale * factor, offset * factor + term
+        value = following.output[0]
+
+
+def input_of(network: Network, consumer: Consumer) -> str:
+    """Return the name of the value that `consumer` reads in `network`."""
+    return str(network.node(consumer.node).input[0])
+
+
+def columns(data: Array, consumer: Consumer, positions: Indices) -> npt.NDArray[np.float32]:
+    """Return what `consumer` reads at some output positions, (positions, groups, K), from its input at batch 1."""
+    if consumer.window is None:
+        rows = data.reshape(-1, data.shape[-1])[positions]
+    elif all(size == 1 for size in consumer.window.kernel) and not any(consumer.window.before + consumer.window.after):
+        rows = _strided(data[0], consumer.window).reshape(data.shape[1], -1)[:, positions].T
+    else:
+        rows = _patches(data[0], consumer.window, positions)
+    return np.asarray(rows, dtype=np.float32).reshape(len(positions), consumer.groups, -1)
+
+
+def count_positions(network: Network, consumer: Consumer) -> int:
+    """Return how many output positions `consumer` has per image."""
+    shape = network.shapes[network.node(consumer.node).output[0]]
+    return _count(shape[2:]) if consumer.window is not None else _count(shape[:-1])
+
+
+def _consumer(raw: RawGraph, network: Network, node: onnx.NodeProto) -> Consumer | None:
+    if node.op_type not in ("Conv", "Gemm", "MatMul") or not network.is_computed(node.input[0]):
+        return None
+    weight, turned = _origin(network, node.input[1])
+    if weight not in raw.parameters or len(network.read_at[weight]) != 1 or network.arrays[weight].ndim < 2:
+        return None
+    attributes = {item.name: onnx.helper.get_attribute_value(item) for item in node.attribute}
+    window, groups, in_axis = None, 1, 0
+    if node.op_type == "Conv":
+        window = _window(attributes, network.arrays[weight].shape[2:], network.shapes[node.input[0]][2:])
+        groups, in_axis = int(attributes.get("group", 1)), 1
+    elif network.arrays[weight].ndim != 2 or attributes.get("transA") or attributes.get("alpha", 1.0) != 1.0:
+        return None
+    elif turned != bool(attributes.get("transB")):
+        in_axis = 1
+    return Consumer(node.name, weight, in_axis, groups, window, _shift(raw, network, node))
+
+
+def _origin(network: Network, value: str) -> tuple[str, bool]:
+    """Return the initialiser behind `value` and whether it was transposed."""
+    if value in network.arrays or value not in network.made_at:
+        return value, False
+    node = network.nodes[network.made_at[value]]
+    if node.op_type != "Transpose" or len(network.read_at[value]) != 1:
+        return "", False
+    return str(node.input[0]), True
+
+
+def _window(attributes: dict[str, Any], kernel: tuple[int, ...], size: tuple[int, ...]) -> Window:
+    strides = tuple(attributes.get("strides", [1] * len(kernel)))
+    dilations = tuple(attributes.get("dilations", [1] * len(kernel)))
+    pads = tuple(attributes.get("pads", [0] * 2 * len(kernel)))
+    mode = attributes.get("auto_pad", b"NOTSET").decode()
+    if mode.startswith("SAME"):
+        total = [
+            max(0, (-(-side // stride) - 1) * stride + (edge - 1) * dilation + 1 - side)
+            for side, stride, edge, dilation in zip(size, strides, kernel, dilations, strict=True)
+        ]
+        less, more = tuple(item // 2 for item in total), tuple(item - item // 2 for item in total)
+        pads = less + more if mode == "SAME_UPPER" else more + less
+    return Window(tuple(kernel), strides, dilations, pads[: len(kernel)], pads[len(kernel) :])
+
+
+def _shift(raw: RawGraph, network: Network, node: onnx.NodeProto) -> Shift | None:
+    """Return the bias that is added to the product, or the running mean that is subtracted from it.
+
+    One that something else reads too cannot be moved for this product alone.
+    """
+    if len(node.input) > 2 and node.input[2] in raw.parameters:
+        return _sole(network, node.input[2], 1.0)
+    value = node.output[0]
+    while True:
+        readers = network.read_at.get(value, [])
+        if len(readers) != 1 or value in network.outputs:
+            return None
+        following = network.nodes[readers[0]]
+        if following.op_type in MOVES:
+            value = following.output[0]
+            continue
+        if following.op_type == "BatchNormalization" and following.input[3] in raw.buffers | raw.parameters:
+            return _sole(network, following.input[3], -1.0)
+        if following.op_type == "Add":
+            other = next((name for name in following.input if name != value), "")
+            if other in raw.parameters and network.arrays[other].ndim == 1:
+                return _sole(network, other, 1.0)
+        return None
+
+
+def _sole(network: Network, tensor: str, sign: float) -> Shift | None:
+    return Shift(tensor, sign) if len(network.read_at[tensor]) == 1 else None
+
+
+def _follow(network: Network, value: str, index: Indices) -> tuple[onnx.NodeProto, str, Array, Array] | None:
+    """Return the only reader of `value` with what it does to y: "move", "affine" (factor, term) or "add"."""
+    readers = network.read_at.get(value, [])
+    if len(readers) != 1 or value in network.outputs:
+        return None
+    node = network.nodes[readers[0]]
+    one, zero = np.ones(1), np.zeros(1)
+    if node.op_type in MOVES:
+        return node, "move", one, zero
+    if node.op_type == "BatchNormalization":
+        scale, shift, mean, variance = (np.asarray(network.arrays[name], dtype=np.float64) for name in node.input[1:5])
+        epsilon = next((item.f for item in node.attribute if item.name == "epsilon"), 1e-5)
+        factor = scale / np.sqrt(variance + epsilon)
+        shape = (1, -1, *[1] * (len(network.shapes[value]) - 2))
+        found = [_spread(item.reshape(shape), network.shapes[value], index) for item in (factor, shift - mean * factor)]
+        return None if found[0] is None or found[1] is None else (node, "affine", found[0], found[1])
+    if node.op_type not in ("Add", "Mul") or network.shapes[node.output[0]] != network.shapes[value]:
+        return None
+    other = next((name for name in node.input if name != value), value)
+    if network.is_computed(other):
+        fits = node.op_type == "Add" and other != value and network.shapes[other] == network.shapes[value]
+        return (node, "add", one, zero) if fits else None
+    vector = _spread(np.asarray(network.constant(other), dtype=np.float64), network.shapes[value], index)
+    if vector is None:
+        return None
+    return (node, "affine", one, vector) if node.op_type == "Add" else (node, "affine", vector, zero)
+
+
+def _vector(network: Network, name: str, value: str, index: Indices) -> Array:
+    bias = np.asarray(network.constant(name), dtype=np.float64)
+    shape = network.shapes[value]
+    if network.nodes[network.made_at[value]].op_type == "Conv":
+        bias = bias.reshape(1, -1, *[1] * (len(shape) - 2))
+    found = _spread(bias, shape, index)
+    return np.zeros(index.shape[1]) if found is None else found
+
+
+def _spread(array: Array, shape: tuple[int, ...], index: Indices) -> Array | None:
+    """Return what an operand of a value of `shape` holds per output channel, None where it differs by position."""
+    rows = np.broadcast_to(array, shape).reshape(-1)[index]
+    return rows[0] if (rows == rows[:1]).all() else None
+
+
+def _moved(network: Network, node: onnx.NodeProto, index: Indices) -> Indices:
+    """Return where the entries at `index` of the node's input lie in its output."""
+    before, after = network.shapes[node.input[0]], network.shapes[node.output[0]]
+    if node.op_type != "Transpose":
+        return index
+    order = next((list(item.ints) for item in node.attribute if item.name == "perm"), list(range(len(before)))[::-1])
+    source = np.arange(_count(before)).reshape(before).transpose(order).reshape(-1)
+    target = np.empty_like(source)
+    target[source] = np.arange(_count(after))
+    return np.asarray(target[index], dtype=np.int64)
+
+
+def _channels_last(array: Array, consumer: Consumer) -> Indices:
+    if consumer.window is not None:
+        array = np.moveaxis(array, 1, -1)
+    return np.asarray(array.reshape(-1, array.shape[-1]), dtype=np.int64)
+
+
+def _strided(image: Array, window: Window) -> Array:
+    return image[(slice(None), *(slice(None, None, stride) for stride in window.strides))]
+
+
+def _patches(image: Array, window: Window, positions: Indices) -> Array:
+    """Return the patches of `image` (C, *spatial) at flat output positions, (positions, C * kernel)."""
+    padded = np.pad(image, [(0, 0), *zip(window.before, window.after, strict=True)])
+    sizes = [
+        (side - (edge - 1) * dilation - 1) // stride + 1
+        for side, edge, dilation, stride in zip(
+            padded.shape[1:], window.kernel, window.dilations, window.strides, strict=True
+        )
+    ]
+    where = np.unravel_index(positions, sizes)
+    rank = len(sizes)
+    grid: list[Any] = [slice(None)]
+    for axis in range(rank):
+        offsets = np.arange(window.kernel[axis]) * window.dilations[axis]
+        shape = [1] * rank
+        shape[axis] = -1
+        start = where[axis] * window.strides[axis]
+        grid.append(start.reshape(-1, *[1] * rank) + offsets.reshape(1, *shape))
+    found = padded[tuple(grid)]  # (C, positions, *kernel)
+    return np.asarray(np.moveaxis(found, 0, 1).reshape(len(positions), -1))
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    return int(np.prod(shape, dtype=np.int64))

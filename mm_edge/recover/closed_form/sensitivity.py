@@ -1,0 +1,240 @@
+"""Allocation by measured sensitivity (recipe A, point 5).
+
+One group after the other is pruned alone, at a few widths, recovered by the closed form from the dense moments, and
+run on the held-back images: KL(g, count). Between the measured widths log KL is linear in the log of the group's
+cumulative brain-surgeon error, whose shape is known at every width. Under a budget (of multiply-adds, parameters or
+modelled time) the groups then give up steps of their ladders, the step (or run of a few steps) with the least KL per
+cost first:
+
+    argmin_(g, c)  [KL(g, c) - KL(g, now)] / [cost(now) - cost(g at c)]
+
+Each group is measured with both selections: brain surgeon re-solved at the usual ridge, and |W_j|^2 re-solved gently.
+The better one at a width is what a candidate uses there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mm_edge.graph.axes import Axis
+from mm_edge.graph.compact import Keep
+from mm_edge.graph.costs import Cost, RunningCost
+from mm_edge.graph.groups import Group, Structure
+from mm_edge.graph.partial import Frontier, Network, narrowest
+from mm_edge.graph.widths import Counts, Ladder
+from mm_edge.progress import Advance
+from mm_edge.recover.closed_form.context import (
+    RecoveryContext,
+    divergence,
+    energy_order,
+    pruned_network,
+    readers_of,
+    surgeon_order,
+)
+from mm_edge.recover.closed_form.solve import GENTLE, screen
+from mm_edge.recover.closed_form.surgeon import RIDGE, Order
+
+RATIOS = (0.25, 0.5, 0.75, 0.9)
+HOPELESS = 0.7
+LOOKAHEAD = 6
+LEAST_KEPT = 0.1
+FLOOR = 1e-6
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What pruning one group alone to `count` indices costs, with the better selection.
+
+    `ridge` is the lambda its readers were re-solved with.
+    """
+
+    count: int
+    kl: float
+    select: str
+    ridge: float
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """One group's measurements, by falling count, and its two orders of removal."""
+
+    leaf: Axis
+    surgeon: Order
+    energy: Order
+    points: tuple[Measured, ...]
+
+    def kl(self, count: int) -> float:
+        """Return the divergence at `count` indices kept: interpolated, and beyond the last point extrapolated."""
+        size = len(self.surgeon.removed)
+        if count >= size:
+            return 0.0
+        error = np.log(max(self.surgeon.error_at(count), FLOOR))
+        known = [(np.log(max(self.surgeon.error_at(p.count), FLOOR)), np.log(max(p.kl, FLOOR))) for p in self.points]
+        if len(known) == 1 or error <= known[0][0]:
+            slope = _slope(known[0], known[1]) if len(known) > 1 else 1.0
+            return float(np.exp(known[0][1] + max(slope, 1.0) * (error - known[0][0])))
+        if error >= known[-1][0]:
+            return float(np.exp(known[-1][1] + max(_slope(known[-2], known[-1]), 1.0) * (error - known[-1][0])))
+        return float(np.exp(np.interp(error, [x for x, _ in known], [y for _, y in known])))
+
+    def choice(self, count: int) -> Measured:
+        """Return the measurement at the width nearest to `count`."""
+        return min(self.points, key=lambda point: abs(math.log(point.count / count)))
+
+    def keep(self, count: int) -> npt.NDArray[np.bool_]:
+        """Return the indices that stay at `count`, by the selection that measured better near it."""
+        order = self.surgeon if self.choice(count).select == "obs" else self.energy
+        return order.keep(count)
+
+
+def measure_sensitivities(
+    context: RecoveryContext, ladders: Sequence[Ladder], progress: Advance | None = None
+) -> dict[Axis, Sensitivity]:
+    """Return the sensitivity of every group that something reads and whose ladder has a step to give."""
+    network = context.network
+    widths = {item.leaf: item.widths for item in ladders}
+    groups = [group for group in context.structure.groups if len(widths.get(group.leaf, ())) > 1]
+    groups = sorted((group for group in groups if readers_of(context, group)), key=lambda g: first_use(network, g))
+    frontier = Frontier(network, context.images, context.held_back)
+    found: dict[Axis, Sensitivity] = {}
+    for done, group in enumerate(groups):
+        frontier.advance_(network, narrowest(network, frontier.position, first_use(network, group)), context.threads)
+        found[group.leaf] = _measure(context, group, widths[group.leaf], frontier)
+        if progress is not None:
+            progress(done + 1, len(groups))
+    return found
+
+
+def to_arrays(structure: Structure, sensitivities: Mapping[Axis, Sensitivity]) -> dict[str, npt.NDArray[Any]]:
+    """Return measured sensitivities as named arrays, for the run directory."""
+    numbers = {group.leaf: number for number, group in enumerate(structure.groups)}
+    arrays: dict[str, npt.NDArray[Any]] = {"groups": np.array([numbers[leaf] for leaf in sensitivities], np.int64)}
+    for leaf, item in sensitivities.items():
+        for name, order in (("surgeon", item.surgeon), ("energy", item.energy)):
+            arrays[f"{numbers[leaf]}/{name}/removed"] = order.removed
+            arrays[f"{numbers[leaf]}/{name}/error"] = order.error
+        points = [(point.count, point.kl, point.select == "obs", point.ridge) for point in item.points]
+        arrays[f"{numbers[leaf]}/points"] = np.array(points, dtype=np.float64)
+    return arrays
+
+
+def from_arrays(structure: Structure, arrays: Mapping[str, npt.NDArray[Any]]) -> dict[Axis, Sensitivity]:
+    """Return what `to_arrays` was given."""
+    found: dict[Axis, Sensitivity] = {}
+    for number in arrays["groups"]:
+        surgeon, energy = (
+            Order(arrays[f"{number}/{name}/removed"], arrays[f"{number}/{name}/error"])
+            for name in ("surgeon", "energy")
+        )
+        points = tuple(
+            Measured(int(count), float(kl), "obs" if by_surgeon else "energy", float(ridge))
+            for count, kl, by_surgeon, ridge in arrays[f"{number}/points"]
+        )
+        leaf = structure.groups[number].leaf
+        found[leaf] = Sensitivity(leaf, surgeon, energy, points)
+    return found
+
+
+def first_use(network: Network, group: Group) -> int:
+    """Return the position of the first node that reads a tensor of `group`."""
+    return min(at for name in group.tensors for at in network.read_at.get(name, [len(network.nodes)]))
+
+
+def _measure(context: RecoveryContext, group: Group, widths: Sequence[int], frontier: Frontier) -> Sensitivity:
+    surgeon, energy = surgeon_order(context, group), energy_order(context, group)
+    assert surgeon is not None and energy is not None
+    points: list[Measured] = []
+    counts = [min(widths[:-1], key=lambda width: abs(width - (1 - ratio) * group.size)) for ratio in RATIOS]
+    for count in dict.fromkeys(counts):
+        tried: list[Measured] = []
+        pruned: Network | None = None
+        for select, order, ridge in (("obs", surgeon, RIDGE), ("energy", energy, GENTLE)):
+            keep = {group.leaf: order.keep(count)}
+            tensors = screen(context, keep, {consumer.weight: ridge for consumer, _ in readers_of(context, group)})
+            pruned = pruned_network(context, keep, tensors, pruned)
+            tried.append(Measured(count, divergence(context, pruned, frontier), select, ridge))
+        points.append(min(tried, key=lambda item: item.kl))
+        if points[-1].kl > HOPELESS:
+            break
+    return Sensitivity(group.leaf, surgeon, energy, tuple(points))
+
+
+def allocate(
+    cost: Cost,
+    sensitivities: Mapping[Axis, Sensitivity],
+    budget: float,
+    ladders: Sequence[Ladder],
+    start: Counts | None = None,
+) -> Counts:
+    """Return counts whose `cost` is at most `budget`, or the least the ladders allow.
+
+    What the last steps saved too much is given back where it helps most. Groups that were not measured stay whole.
+    `start` continues from narrower counts than the dense ones.
+    """
+    widths = {item.leaf: item.widths for item in ladders}
+    costs = RunningCost(cost, {leaf: items[-1] for leaf, items in widths.items()} | dict(start or {}))
+    while costs.total > budget:
+        move = _cheapest(costs, sensitivities, widths, budget)
+        if move is None:
+            break
+        costs.apply(*move)
+    while (back := _dearest(costs, sensitivities, widths, budget, start or {})) is not None:
+        costs.apply(*back)
+    return costs.counts
+
+
+def select_by_sensitivity(sensitivities: Mapping[Axis, Sensitivity], counts: Counts) -> Keep:
+    """Return the indices that stay in every measured group that gives some up."""
+    return {
+        leaf: sensitivities[leaf].keep(count)
+        for leaf, count in counts.items()
+        if leaf in sensitivities and count < len(sensitivities[leaf].surgeon.removed)
+    }
+
+
+def _cheapest(
+    costs: RunningCost, sensitivities: Mapping[Axis, Sensitivity], widths: Mapping[Axis, Sequence[int]], budget: float
+) -> tuple[Axis, int] | None:
+    best: tuple[float, Axis, int] | None = None
+    for leaf, item in sensitivities.items():
+        now = costs.counts[leaf]
+        below = [width for width in widths[leaf] if LEAST_KEPT * widths[leaf][-1] <= width < now]
+        kl = item.kl(now)
+        for count in below[::-1][:LOOKAHEAD]:
+            saved = min(-costs.change(leaf, count), costs.total - budget)
+            if saved <= 0:
+                continue
+            rate = (item.kl(count) - kl) / saved
+            if best is None or rate < best[0]:
+                best = (rate, leaf, count)
+    return None if best is None else (best[1], best[2])
+
+
+def _dearest(
+    costs: RunningCost,
+    sensitivities: Mapping[Axis, Sensitivity],
+    widths: Mapping[Axis, Sequence[int]],
+    budget: float,
+    start: Counts,
+) -> tuple[Axis, int] | None:
+    """Return the widening within `budget` that brings the divergence down most, none past where a group started."""
+    best: tuple[float, Axis, int] | None = None
+    for leaf, item in sensitivities.items():
+        now = costs.counts[leaf]
+        for count in [width for width in widths[leaf] if now < width <= start.get(leaf, width)]:
+            if costs.total + costs.change(leaf, count) > budget:
+                break
+            gain = item.kl(now) - item.kl(count)
+            if gain > 0 and (best is None or gain > best[0]):
+                best = (gain, leaf, count)
+    return None if best is None else (best[1], best[2])
+
+
+def _slope(left: tuple[float, float], right: tuple[float, float]) -> float:
+    return (right[1] - left[1]) / max(right[0] - left[0], 1e-9)

@@ -1,0 +1,182 @@
+"""Distilling from larger pictures: gradient steps at a smaller input size, taught by the dense network at its own.
+
+    loss = mean KL(softmax(d) || softmax(s)) + mean_i (f_si - f_di)^2 / mean_i Var(f_di)
+
+d and s are the answers of the dense network to a picture at the size it was given at and of the student to the same
+picture at its own; f is what the last layer reads, where both have as much of it. No labels, and few steps: a few
+hundred images teach a network to answer smaller pictures alike, and soon after that to know those images. Measured on
+EfficientNet-Lite0, two splits, images never seen: a rate of 3e-4 takes the divergence of the dense network at 192 px
+from 0.110 to 0.100 in 150 steps and to 0.090 in 3,000 of twice the batch; ten times the rate more than doubled that of
+a pruned one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mm_edge.graph.compact import Keep, mask_tensors
+from mm_edge.progress import Advance
+from mm_edge.recover.closed_form.context import RecoveryContext, Tensors
+from mm_edge.recover.training import descent
+from mm_edge.recover.training.judging import Tuned, go, judge_views, mirrored, resized
+from mm_edge.recover.training.pair import Pair, make_pair, masked_state
+from mm_edge.recover.training.traced import Traced, Values, channels_last
+
+STEPS = 200
+RATE = 3e-4
+SMALLEST_CROP = 0.6
+WHOLE = 0.5
+
+Arrays = dict[str, npt.NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class Sized:
+    """The dense network at one input size, and what recovery works from there."""
+
+    context: RecoveryContext
+    module: nn.Module
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of an image, (C, H, W)."""
+        return self.context.images.shape[1:]
+
+
+def distil(
+    own: Sized, given: Sized, keep: Keep, tensors: Tensors, *, seed: int = 0, progress: Advance | None = None
+) -> Tuned:
+    """Teach what runs at the size of `own` what the dense network answers at the size of `given`.
+
+    Args:
+        own: the size to run at.
+        given: the size the network was given at.
+        keep: the indices that stay, by group at the size to run at.
+        tensors: what runs there now, dense-shaped and masked, solved without the held-back images.
+        seed: of crops, mixtures and order.
+        progress: called with (batches cached and steps done, of how many).
+    """
+    views = resized(mirrored(given.context), own.context)
+    before = judge_views(views, keep, tensors)
+    dense, teacher = (Traced(item.module, item.shape, descent.BATCH) for item in (own, given))
+    masks = mask_tensors(own.context.structure, keep)
+    whole = masked_state(dense, masks, tensors)
+    compared = _compared(dense, teacher)
+    pair = make_pair(own.context, own.module, dense, keep, whole, [name for name, _ in compared])
+    found = _Distiller(own.context, given.context, teacher, pair, pair.zeros(masks), compared, seed).run(progress)
+    ends = {name: pair.shrunk.put(name, array, whole[name]) for name, array in found.items()}
+    note = f"distilled {STEPS} steps from larger pictures"
+    return go(views, keep, tensors, before, (whole, ends), note, what="distilling")
+
+
+def _compared(dense: Traced, teacher: Traced) -> list[tuple[str, str]]:
+    """Return the values that are compared, by their names at either size: the answers, and what the last layer reads.
+
+    The latter stands second, and is left out where the sizes differ in it: nothing was pooled before the last layer.
+    """
+    answers = (dense.output, teacher.output)
+    read = _last_read(dense), _last_read(teacher)
+    if read[0] is None or read[1] is None or dense.shape(read[0]) != teacher.shape(read[1]):
+        return [answers]
+    return [answers, (read[0], read[1])]
+
+
+def _last_read(traced: Traced) -> str | None:
+    """Return the value that goes into the last layer with weights: the narrowest of the few places before it."""
+    last = max((position for positions in traced.readers.values() for position in positions), default=0)
+    cuts = [cut for cut in range(max(1, last - 3), last + 1) if descent.is_single(traced, cut)]
+    if not cuts:
+        return None
+    (name,) = traced.live(min(cuts, key=lambda cut: (traced.size(cut), -cut)))
+    return name
+
+
+class _Distiller:
+    """The tensors of one run of distilling."""
+
+    def __init__(
+        self,
+        own: RecoveryContext,
+        given: RecoveryContext,
+        teacher: Traced,
+        pair: Pair,
+        masks: dict[str, Tensor],
+        compared: list[tuple[str, str]],
+        seed: int,
+    ) -> None:
+        self.own, self.given, self.teacher, self.pair, self.masks = own, given, teacher, pair, masks
+        self.student, self.compared = pair.student, compared
+        self.state = {name: channels_last(value) for name, value in pair.student.state.items()}
+        self.generator = torch.Generator().manual_seed(seed)
+        end = len(self.student.nodes)
+        starts = (cut for cut in range(end) if descent.is_single(self.student, cut))
+        self.start = next((cut for cut in starts if descent.is_affordable(self.student, cut, end)), end)
+        self.inputs = self.student.live(self.start)
+
+    def run(self, progress: Advance | None) -> Arrays:
+        """Return the weights after the last step, in the student's shapes."""
+        advance = progress or (lambda done, total: None)
+        batches = -(-descent.CROPS // descent.BATCH)
+        kept, targets = self._cache(lambda done: advance(done, batches + STEPS))
+        names = descent.trainable(self.student, self.own.raw.parameters, self.start, len(self.student.nodes))
+        weights = {name: nn.Parameter(self.state[name].clone()) for name in names}
+        if not weights:
+            return {}
+
+        def loss(chosen: Tensor) -> Tensor:
+            feed = {name: channels_last(value[chosen]) for name, value in kept.items()}
+            found = self.student.run({**self.state, **weights}, feed, [name for name, _ in self.compared])
+            return _loss([found[name] for name, _ in self.compared], [value[chosen] for value in targets])
+
+        def after(step: int) -> None:
+            advance(batches + step, batches + STEPS)
+
+        descent.descend(weights, self.masks, loss, rate=RATE, steps=STEPS, generator=self.generator, after=after)
+        return {name: item.detach().numpy().copy() for name, item in weights.items()}
+
+    @torch.no_grad()
+    def _cache(self, advance: Callable[[int], None]) -> tuple[Values, list[Tensor]]:
+        """Return the student's values at the start and the dense network's that are compared, for every crop."""
+        kept: dict[str, list[Tensor]] = {name: [] for name in self.inputs}
+        targets: list[list[Tensor]] = [[] for _ in self.compared]
+        taught = {name: channels_last(value) for name, value in self.teacher.state.items()}
+        sizes = self._images()
+        pictures = descent.crops(sizes, self.generator, smallest=SMALLEST_CROP, whole=WHOLE)
+        for done, (large, small) in enumerate(pictures):
+            found = self.student.run(self.state, {self.student.input: channels_last(small)}, self.inputs)
+            for name, value in found.items():
+                kept[name].append(value)
+            there = [name for _, name in self.compared]
+            wanted = self.teacher.run(taught, {self.teacher.input: channels_last(large)}, there)
+            for (here, name), values in zip(self.compared, targets, strict=True):
+                values.append(self.pair.counterpart(here, wanted[name]))
+            advance(done + 1)
+        return {name: torch.cat(values) for name, values in kept.items()}, [torch.cat(values) for values in targets]
+
+    def _images(self) -> list[npt.NDArray[np.float32]]:
+        """Return the images to learn from at the size given and at the student's own."""
+        fitted = list(self.given.fitted)
+        large = self.given.images[fitted]
+        if len(self.own.images) == len(self.given.images):
+            return [large, self.own.images[fitted]]
+        _, height, width = self.own.images.shape[1:]
+        return [large, descent.resize(torch.from_numpy(large), (height, width)).numpy()]
+
+
+def _loss(found: list[Tensor], wanted: list[Tensor]) -> Tensor:
+    """Return the loss of the top of the file: answers first, then what the last layer reads if it is there."""
+    taught = wanted[0].flatten(0, -2).log_softmax(1)
+    total = functional.kl_div(found[0].flatten(0, -2).log_softmax(1), taught, log_target=True, reduction="batchmean")
+    for mine, theirs in zip(found[1:], wanted[1:], strict=True):
+        spread = theirs.flatten(1).var(dim=0).mean().clamp_min(1e-12)
+        # A removed channel that the student still computes is zero, whatever the dense network has there.
+        live = (mine.detach().abs().amax(dim=0, keepdim=True) > 0).to(mine.dtype)
+        total = total + ((mine - theirs) * live).square().mean() / spread
+    return total

@@ -1,0 +1,104 @@
+"""How long a plan takes on the target, before anything is recovered or judged: time does not depend on the weights.
+
+A plan's graph with the dense weights is timed against the dense model, in turn, in a short measurement; the final rows
+are measured at length later. What was measured is kept per device, under the hash of all it depends on.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from mm_edge.bench.session import environment, measure_pair
+from mm_edge.bench.target import Target
+from mm_edge.bench.transport import Transport
+from mm_edge.errors import BenchError
+from mm_edge.formats.device_files import write_model
+from mm_edge.graph.compact import Keep, materialise
+from mm_edge.graph.export import RawGraph, deploy
+from mm_edge.graph.groups import Structure
+from mm_edge.store import RunStore, hash_file, hash_key
+
+PAIRS = 60
+
+
+@dataclass(frozen=True)
+class Clock:
+    """The way to time graphs on one device.
+
+    Attributes:
+        dense: the dense model's file, which everything is compared with.
+        target: gives threads and session options.
+        transport: the way to the device.
+        fingerprint: the device's.
+        store: where times are kept.
+        pairs: how many pairs of runs one measurement takes.
+    """
+
+    dense: Path
+    target: Target
+    transport: Transport
+    fingerprint: str
+    store: RunStore
+    pairs: int = PAIRS
+
+    def share(self, key: Mapping[str, Any], raw: RawGraph, structure: Structure, keep: Keep, *, quiet: bool) -> float:
+        """Return the time of what `keep` leaves of a network, as a share of the dense model's.
+
+        Args:
+            key: what tells the network apart; the widths are added.
+            raw: the network.
+            structure: its coupled groups.
+            keep: the indices that stay, by group.
+            quiet: of undisturbed runs: less noise where small differences are compared, no time to expect.
+
+        Raises:
+            BenchError: the device could not measure.
+        """
+        widths = [int(keep[group.leaf].sum()) if group.leaf in keep else group.size for group in structure.groups]
+        found = self._timed({**key, "widths": widths}, lambda: materialise(raw, structure, keep))
+        return found[2 if quiet else 0]
+
+    def dense_ms(self) -> float:
+        """Return the dense model's median latency.
+
+        Raises:
+            BenchError: the device could not measure.
+        """
+        return self._timed({"model": "dense"}, None)[1]
+
+    def _timed(self, key: Mapping[str, Any], make: Callable[[], ir.Model] | None) -> tuple[float, float, float]:
+        """Return (share, dense milliseconds, quiet share); without `make` the dense model is timed against itself."""
+        full = {
+            **key,
+            "dense": hash_file(self.dense),
+            "target": self.target,
+            "fingerprint": self.fingerprint,
+            "pairs": self.pairs,
+        }
+        name = f"timed/{hash_key(full)[:16]}"
+        stored = self.store.load_json(name, full)
+        if stored is None:
+            with tempfile.TemporaryDirectory() as folder:
+                file = self.dense
+                if make is not None:
+                    file = Path(folder) / "plan.onnx"
+                    write_model(ir.to_proto(deploy(make())), file)
+                found = measure_pair(self.dense, file, self.target, transport=self.transport, pairs=self.pairs)
+            if found.speedup is None or found.quiet_ratio is None or found.dense_latency.p50 is None:
+                raise BenchError(f"{self.transport.name} gives no times, and a budget of time was asked for")
+            stored = [1 / found.speedup, found.dense_latency.p50, 1 / found.quiet_ratio]
+            self.store.save_json(name, full, stored)
+        return float(stored[0]), float(stored[1]), float(stored[2])
+
+
+def open_clock(dense: Path, target: Target, transport: Transport | None, store: RunStore) -> Clock | None:
+    """Return the clock of the device behind `transport`; None where nothing is measured, or what is is no time."""
+    if transport is None or transport.source == "emulated":
+        return None
+    return Clock(dense, target, transport, str(environment(target, transport)["fingerprint"]), store)

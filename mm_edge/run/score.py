@@ -1,0 +1,113 @@
+"""Scores and ranges of a run: gradient passes over calibration images, kept for the next run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from mm_edge.graph.export import RawGraph
+from mm_edge.graph.layers import read_weights as read_layer_weights
+from mm_edge.load.models import LoadedModel
+from mm_edge.memory import release_memory
+from mm_edge.plan.ranges import observed_ranges, rule_ranges
+from mm_edge.plan.scores import GRASP_IMAGES, Scores, gradients, hessian_gradient_products, score_weights
+from mm_edge.records import Layer, SparsityRange
+from mm_edge.run.job import BATCH, Job
+
+# E2 asks for 5-10 % of the training data; beyond this many images the gradient's ranking no longer moves.
+GRADIENT_IMAGES = 1024
+# Two images of 224 x 224: at 32 of them EfficientNet-Lite0 alone keeps 2.8 GB of activations, no faster an image.
+GRADIENT_PIXELS = 2 * 224 * 224
+
+Array = npt.NDArray[np.float32]
+
+
+def read_ranges(
+    job_ranges: str,
+    layers: tuple[Layer, ...],
+    family: str,
+    weights: Mapping[str, Array],
+    gradient: Mapping[str, Array] | None = None,
+    products: Mapping[str, Array] | None = None,
+) -> dict[str, SparsityRange]:
+    """Return the ranges from either source, before constraints."""
+    if job_ranges == "observed":
+        return observed_ranges(layers, weights, gradient, products)
+    return rule_ranges(layers, family)
+
+
+def score_network(
+    job: Job, raw: RawGraph, layers: tuple[Layer, ...]
+) -> tuple[Scores, dict[str, SparsityRange], list[str]]:
+    """Return the scores of every signal asked for and possible, the ranges before constraints, and what to tell."""
+    weights = read_layer_weights(raw, layers)
+    notes: list[str] = []
+    gradient: dict[str, Array] = {}
+    signals = job.request.signals
+    if signals != ("magnitude",) or job.request.ranges == "observed":
+        gradient, note = _gradients(job)
+        notes += note
+        if not gradient:
+            signals = ("magnitude",)
+    with job.stages.stage("scores"):
+        scores = score_weights(weights, gradient, signals)
+    products = _products(job, layers) if job.request.ranges == "observed" and gradient else None
+    bounds = read_ranges(job.request.ranges, layers, job.model.family, weights, gradient or None, products)
+    return scores, bounds, notes
+
+
+def _gradients(job: Job) -> tuple[dict[str, Array], list[str]]:
+    """One gradient pass over the calibration images, kept for the next run."""
+    if job.model.module is None:
+        return {}, ["a network given as .onnx has no gradients: signal magnitude only"]
+    if job.data is None or not len(job.data.calibration):
+        return {}, ["no calibration images: signal magnitude only; give --data PATH for the other signals"]
+    key = job.key(data=job.data_key, images=GRADIENT_IMAGES)
+    stored = job.store.load_arrays("gradients", key)
+    if stored is None:
+        images = job.data.calibration.take(GRADIENT_IMAGES)
+        with job.stages.stage("gradients") as advance:
+            found = gradients(job.model.module, _Batches(images, _gradient_batch(job.model)), job.request.seed, advance)
+        stored = found.values
+        job.store.save_arrays("gradients", key, stored)
+        release_memory()
+    return stored, []
+
+
+def _products(job: Job, layers: tuple[Layer, ...]) -> dict[str, Array]:
+    """GraSP's Hessian-gradient products, kept for the next run."""
+    assert job.model.module is not None and job.data is not None
+    key = job.key(data=job.data_key, images=GRASP_IMAGES)
+    stored = job.store.load_arrays("hessian_gradients", key)
+    if stored is None:
+        images = _Batches(job.data.calibration.take(GRASP_IMAGES), _gradient_batch(job.model))
+        names = [layer.fqn for layer in layers]
+        with job.stages.stage("hessian-gradient products") as advance:
+            stored = hessian_gradient_products(job.model.module, images, names, job.request.seed, advance)
+        job.store.save_arrays("hessian_gradients", key, stored)
+    return stored
+
+
+class _Batches:
+    """Calibration images as the batches of tensors that scoring reads."""
+
+    def __init__(self, images: Any, size: int) -> None:
+        self._images = images
+        self._size = size
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+        for images, labels in self._images.batches(self._size):
+            yield torch.from_numpy(images), torch.from_numpy(labels)
+
+    def __len__(self) -> int:
+        return -(-len(self._images) // self._size)
+
+
+def _gradient_batch(model: LoadedModel) -> int:
+    """Return how many images a backward pass holds at once: GRADIENT_PIXELS bounds the activations kept for it."""
+    _, height, width = model.input.shape
+    return max(1, min(BATCH, GRADIENT_PIXELS // (height * width)))

@@ -1,0 +1,208 @@
+"""Measuring through a transport: records, what is refused, what is reused."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from bench_models import save_convs
+from scripted import HOST, Scripted
+
+from mm_edge.bench import session, transport
+from mm_edge.bench.transport import LocalTransport
+from mm_edge.errors import BenchError
+
+
+def samples(**changes) -> dict:
+    state = {"frequency_khz": 1_800_000, "temperature_c": None}
+    return {
+        "dense_ns": [2_000_000] * 200,
+        "candidate_ns": [1_000_000] * 200,
+        "block": 4,
+        "threads": 2,
+        "warm_up_runs": 20,
+        "warm_up_stable": True,
+        "before": state,
+        "after": state,
+        **changes,
+    }
+
+
+@pytest.fixture
+def models(tmp_path) -> tuple[Path, Path]:
+    return save_convs(tmp_path / "dense.onnx", 32), save_convs(tmp_path / "small.onnx", 8)
+
+
+def test_local_measurement(models):
+    with LocalTransport() as here:
+        measured = session.measure_pair(*models, HOST, transport=here)
+        machine = session.environment(HOST, here)
+        peak = session.measure_memory(models[0], HOST, transport=here)
+    assert measured.latency.samples == 200
+    assert measured.latency.source == "host"
+    assert measured.latency.p50 <= measured.latency.p90 <= measured.latency.p99
+    assert measured.speedup > 1
+    assert measured.speedup_ci[0] <= measured.speedup <= measured.speedup_ci[1]
+    assert len(machine["fingerprint"]) == 16
+    assert machine["transport"] == "this machine"
+    assert peak >= 0
+
+
+def test_speedup_is_the_median_ratio(models):
+    device = Scripted(samples(candidate_ns=[500_000] * 200))
+    measured = session.measure_pair(*models, HOST, transport=device)
+    assert (measured.speedup, measured.speedup_ci) == (4.0, (4.0, 4.0))
+    assert measured.latency.p50 == 0.5
+    assert measured.dense_latency.source == "device"
+    assert measured.latency.threads == 2
+    assert measured.doubts == ()
+
+
+def test_emulated_times_are_not_even_taken(models):
+    device = Scripted({}, source="emulated")
+    measured = session.measure_pair(*models, HOST, transport=device)
+    assert (measured.speedup, measured.latency.p50, measured.latency.source) == (None, None, None)
+    assert measured.doubts == (session.EMULATED,)
+    assert session.measure_memory(models[0], HOST, transport=device) is None
+    assert session.measure_footprint(models[0], HOST, transport=device).file_bytes == models[0].stat().st_size
+    assert session.measure_null(HOST, transport=device) is None
+    assert device.asked == []
+
+
+def test_doubtful_runs_say_so_and_name_the_remedy(models):
+    noisy = [1_000_000, 3_000_000] * 100
+    slowing = [1_000_000] * 100 + [1_200_000] * 100
+    changes = {
+        "candidate_ns": noisy,
+        "dense_ns": slowing,
+        "after": {"frequency_khz": 900_000},
+        "warm_up_stable": False,
+    }
+    measured = session.measure_pair(*models, HOST, transport=Scripted(samples(**changes)))
+    text = "\n".join(doubt.text for doubt in measured.doubts)
+    assert "the spread of the samples is 100% of their median: stop other programs" in text
+    assert "ended 20% slower than it began" in text
+    assert "the clock fell from 1800 to 900 MHz" in text
+    assert "warm-up did not settle" in text
+
+
+def test_one_sentence_per_kind_of_doubt_the_worst_with_its_count(models):
+    def measure(**changes):
+        return session.measure_pair(*models, HOST, transport=Scripted(samples(**changes)))
+
+    mild, wild = [1_000_000, 1_500_000] * 100, [1_000_000, 3_000_000] * 100
+    rows = [measure(candidate_ns=mild), measure(candidate_ns=wild), measure(), measure(warm_up_stable=False)]
+    spread, warm_up = session.merge_doubts(rows)
+    assert spread.startswith("the spread of the samples is 100% of their median: stop other programs")
+    assert spread.endswith("and measure again (the worst of 2 such among 4 measurements)")
+    assert warm_up == "warm-up did not settle: stop other programs and measure again"
+    assert session.merge_doubts(rows[2:3]) == []
+
+
+def test_samples_are_kept_and_reused_only_where_they_belong(models, tmp_path):
+    raw = tmp_path / "raw" / "a.json"
+    device = Scripted(samples())
+
+    def measure(**changes):
+        arguments = {"transport": device, "raw_samples": raw, "fingerprint": "machine-a", **changes}
+        return session.measure_pair(*models, HOST, **arguments)
+
+    first = measure()
+    assert json.loads(raw.read_text())["result"]["dense_ns"] == [2_000_000] * 200
+    assert measure() == first
+    assert len(device.asked) == 1
+    measure(fingerprint="machine-b")
+    assert len(device.asked) == 2
+    raw.write_text("{ damaged")
+    measure(fingerprint="machine-b")
+    assert len(device.asked) == 3
+    save_convs(models[1], 12)
+    measure(fingerprint="machine-b")
+    assert len(device.asked) == 4
+    assert [p.name for p in raw.parent.iterdir()] == ["a.json"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dense_ns": ["fast"] * 200}, "the board sent dense_ns that are not times; the answer was refused"),
+        ({"dense_ns": [-1] * 200}, "the board sent dense_ns that are not times"),
+        ({"dense_ns": [1] * 20}, "the board sent 20 dense_ns where 200 were asked for"),
+        ({"dense_ns": [1] * 100_000}, "the board sent 100000 dense_ns where 200 were asked for"),
+        ({"dense_ns": [1] * 204}, "the board sent unequal numbers of samples"),
+        ({"block": 0}, "the board sent block 0"),
+        ({"threads": "all"}, "the board sent threads 'all'"),
+        ({"warm_up_stable": "yes"}, "the board sent no warm_up_stable"),
+        ({"after": None}, "the board sent after 'no record'"),
+    ],
+)
+def test_a_lying_device_is_refused(models, changes, message):
+    with pytest.raises(BenchError, match=message):
+        session.measure_pair(*models, HOST, transport=Scripted(samples(**changes)))
+
+
+@pytest.mark.parametrize(
+    ("reply", "message"),
+    [
+        ({"shape": [2, 2], "data": "AAAA"}, r"sent 3 bytes for outputs of shape \[2, 2\]"),
+        ({"shape": [2, -2], "data": ""}, r"sent outputs of shape \[2, -2\]"),
+        ({"shape": [3, 1], "data": ""}, r"sent outputs of shape \[3, 1\] for 2 images"),
+        ({"shape": [2], "data": "?!"}, "sent outputs that are not base64"),
+    ],
+)
+def test_evaluate_refuses_what_does_not_fit(tmp_path, reply, message):
+    np.save(tmp_path / "i.npy", np.zeros((2, 1), np.float32))
+    with pytest.raises(BenchError, match=message):
+        session.evaluate(tmp_path / "m.onnx", tmp_path / "i.npy", HOST, transport=Scripted(reply))
+
+
+def test_evaluate_here(models, tmp_path):
+    np.save(tmp_path / "images.npy", np.zeros((2, 3, 24, 24), np.float32))
+    outputs = session.evaluate(models[1], tmp_path / "images.npy", HOST, transport=LocalTransport())
+    assert outputs.shape == (2, 8)
+    np.testing.assert_array_equal(outputs, 0)
+
+
+def test_environment_refuses_a_wrong_record():
+    with pytest.raises(BenchError, match="the board sent isa None; the answer was refused"):
+        session.environment(HOST, Scripted({}))
+
+
+def fake_worker(tmp_path: Path, body: str) -> LocalTransport:
+    script = tmp_path / "fake.py"
+    script.write_text(body)
+    return LocalTransport(python=[sys.executable, str(script)])
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("print('hello')", r"^the worker on this machine did not answer in JSON; it printed: hello$"),
+        ("print('MM-EDGE-RESULT {')", "did not answer in JSON"),
+        ("print('MM-EDGE-RESULT [1]')", "did not answer in JSON"),
+        ("print('MM-EDGE-RESULT {\"schema_version\": 1}')", "sent an answer without a result"),
+        ("print('MM-EDGE-RESULT {\"schema_version\": 9}')", "speaks schema 9; this is 1"),
+        ("import sys; sys.exit('no such library')", "ended with status 1: no such library"),
+        ("import os; os.kill(os.getpid(), 9)", "was killed, most likely for want of memory"),
+        ("import sys\nwhile True: sys.stdout.write('x' * 65536)", "sent more than 1 MB; the answer was refused"),
+        ("import time; time.sleep(60)", "did not answer in time and was stopped"),
+        ("print('\\x1b[31mred')", r"it printed: \[31mred$"),
+    ],
+)
+def test_workers_that_go_wrong(tmp_path, monkeypatch, body, message):
+    monkeypatch.setattr(transport, "MAX_ANSWER_BYTES", 1 << 20)
+    with pytest.raises(BenchError, match=message):
+        fake_worker(tmp_path, body).ask("info", {}, {}, timeout_s=2.0)
+
+
+def test_a_login_banner_is_not_the_answer(tmp_path):
+    body = 'print(\'Welcome!\'); print(\'MM-EDGE-RESULT {"schema_version": 1, "result": {"a": 1}}\')'
+    assert fake_worker(tmp_path, body).ask("info", {}, {}) == {"a": 1}
+
+
+def test_missing_interpreter():
+    with pytest.raises(BenchError, match=r"^cannot run /no/python: No such file or directory$"):
+        LocalTransport(python=["/no/python"]).ask("info", {}, {})

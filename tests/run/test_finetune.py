@@ -1,0 +1,206 @@
+"""Fine-tuning as a stage of the whole job: which rows it takes, what they say, what is on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx.numpy_helper
+import pytest
+import safetensors
+import timm
+import torch
+from tiny_job import CLASSES, SIDE, save_checkpoint, write_images
+
+from mm_edge.api import Setting, make_request, run_job
+from mm_edge.errors import UsageError
+from mm_edge.graph.export import read_raw
+from mm_edge.graph.layers import read_layers
+from mm_edge.load.data import open_data
+from mm_edge.load.models import LoadedModel, LoadOptions, load_model
+from mm_edge.plan.ranges import apply_constraints, rule_ranges
+from mm_edge.plan.strategies import assign
+from mm_edge.progress import Stages
+from mm_edge.records import Candidate, DenseRow, Latency, Report
+from mm_edge.run.finetune import worth_training
+
+
+def load(folder: Path) -> LoadedModel:
+    return load_model(str(folder / "net.pt"), LoadOptions(input_size=(3, SIDE, SIDE)))
+
+
+def run(files: Path, out: Path, **fields: Any) -> Report:
+    setting = Setting(out=out, data=str(files / "images"), bench=False)
+    asked: Any = {"signals": ("magnitude",), "strategies": ("balanced",), "recover": "finetune", "epochs": 2, **fields}
+    return run_job(lambda: load(files), setting, make_request(setting, **asked), Stages())
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A network that has learnt the colours, so that there is accuracy to lose."""
+    folder = tmp_path_factory.mktemp("files")
+    save_checkpoint(folder / "net.pt")
+    write_images(folder / "images")
+    model = load(folder)
+    network = model.module
+    assert network is not None
+    torch.manual_seed(0)
+    optimiser = torch.optim.AdamW(network.parameters(), 3e-3)
+    images = open_data(str(folder / "images"), model.input, CLASSES, (1.0, 0.0, 0.0)).calibration
+    network.train()
+    for _ in range(12):
+        for batch, labels in images.batches(16):
+            loss = torch.nn.functional.cross_entropy(network(torch.from_numpy(batch)), torch.from_numpy(labels))
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+    save_checkpoint(folder / "net.pt", state_dict=network.state_dict())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def done(files: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Report]:
+    out = tmp_path_factory.mktemp("run")
+    kinds = ("structured", "unstructured")
+    return out, run(files, out, kinds=kinds, strategies=("max_aggressive",), macs=(0.5,))
+
+
+def test_rows_say_how_long_and_why(done: tuple[Path, Report]) -> None:
+    _, report = done
+    assert report.schema_version == 4
+    tuned = [row for row in report.candidates if row.epochs is not None]
+    assert {row.kind for row in tuned} == {"structured", "unstructured"}
+    assert any(row.recovered_by == "finetune" for row in tuned)
+    for row in report.candidates:
+        if row.recovered_by == "finetune":
+            assert row.epochs == 2 and row.stopped is not None and row.stopped.startswith("all 2 epochs done; epoch ")
+            assert row.artifact is not None and row.artifact.endswith("-finetuned.onnx")
+            assert row.parity is not None and row.parity.max_rel_err <= 1e-4
+    budget = [row for row in report.candidates if row.strategy == "macs_0.5"]
+    assert sum(row.epochs is not None for row in budget) >= 1
+
+
+def test_the_masked_state_is_timms_and_holds_the_masks(done: tuple[Path, Report]) -> None:
+    out, report = done
+    for row in report.candidates:
+        if row.recovered_by != "finetune" or row.kind != "structured":
+            continue
+        assert row.masked_state_dict is not None
+        with safetensors.safe_open(out / row.masked_state_dict, framework="pt") as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            assert "kept" in file.metadata()
+        timm.create_model("test_resnet", num_classes=CLASSES).load_state_dict(state, strict=True)
+        assert any((tensor == 0).any() for name, tensor in state.items() if name.endswith("conv1.weight"))
+
+
+def test_unstructured_zeros_are_those_asked_for_within_one_weight_a_layer(
+    files: Path, done: tuple[Path, Report]
+) -> None:
+    out, report = done
+    (row,) = [row for row in report.candidates if row.kind == "unstructured"]
+    assert row.recovered_by == "finetune" and row.artifact is not None
+    model = load(files)
+    layers = read_layers(read_raw(model))
+    ranges = apply_constraints(layers, rule_ranges(layers, model.family), False)
+    wanted = assign(("max_aggressive",), "magnitude", layers, ranges)[0].sparsity
+    graph = onnx.load(out / row.artifact).graph
+    tensors = {item.name: onnx.numpy_helper.to_array(item) for item in graph.initializer}
+    weights = [tensors[node.input[1]] for node in graph.node if node.op_type in ("Conv", "Gemm", "MatMul")]
+    assert [weight.size for weight in weights] == [layer.numel for layer in layers]
+    for layer, weight in zip(layers, weights, strict=True):
+        assert abs(int((weight == 0).sum()) - wanted[layer.fqn] * layer.numel) <= 1, layer.fqn
+    total = sum(layer.numel for layer in layers)
+    assert abs(row.sparsity * total - sum(wanted[layer.fqn] * layer.numel for layer in layers)) <= len(layers)
+
+
+def test_a_second_run_trains_nothing_and_more_epochs_train_again(files: Path, tmp_path: Path) -> None:
+    kinds = ("unstructured",)  # no closed form before it
+    first = run(files, tmp_path / "run", kinds=kinds, epochs=1)
+    path = tmp_path / "run" / ".mm-edge" / "finetuned" / "magnitude-balanced-unstructured-fp32.json"
+    made = path.stat().st_mtime_ns
+    again = run(files, tmp_path / "run", kinds=kinds, epochs=1)
+    assert path.stat().st_mtime_ns == made
+    assert again.candidates == first.candidates
+    assert list(path.parent.glob("*unfinished*")) == []
+    assert run(files, tmp_path / "run", kinds=kinds, epochs=2).candidates[0].epochs == 2
+    assert path.stat().st_mtime_ns > made
+
+
+def test_what_cannot_be_trained_is_refused(files: Path, done: tuple[Path, Report], tmp_path: Path) -> None:
+    setting = Setting(out=tmp_path / "run", data=str(files / "images"), bench=False)
+    request = make_request(setting, recover="finetune")
+    assert request.epochs == 10 and request.select == "auto"
+    dense = load_model(str(done[0] / "dense.onnx"), LoadOptions())
+    with pytest.raises(UsageError) as caught:
+        run_job(lambda: dense, setting, request, Stages())
+    assert str(caught.value) == (
+        "--recover finetune trains a PyTorch module, and an .onnx file holds none; "
+        "give the checkpoint with --arch, or use --recover closed-form"
+    )
+    with pytest.raises(UsageError, match=r"^--recover finetune trains on calibration images, and there are none; "):
+        empty = Setting(out=tmp_path / "run", data=str(files / "images"), split=(0.0, 0.5, 0.5), bench=False)
+        run_job(lambda: load(files), empty, request, Stages())
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(UsageError, match=r"^--epochs 3 is for fine-tuning; give --recover finetune with it$"):
+        make_request(setting, recover="closed-form", epochs=3)
+    with pytest.raises(UsageError, match=r"^--epochs 0 trains nothing; give at least 1$"):
+        make_request(setting, recover="finetune", epochs=0)
+
+
+def row(
+    name: str, accuracy: float | None, macs: int = 90, sparsity: float = 0.1, kind: str = "structured"
+) -> Candidate:
+    strategy = name.split("/")[1]
+    return Candidate(
+        id=f"{name}/{kind}/fp32",
+        signal="s",
+        strategy=strategy,
+        kind=kind,
+        precision="fp32",
+        sparsity=sparsity,
+        params=1,
+        macs=macs,
+        input_shape=(3, 8, 8),
+        accuracy_top1=accuracy,
+        kl_to_dense=0.1,
+    )
+
+
+DENSE = DenseRow(0.9, Latency(), None, None, 1, 100)
+
+
+def test_the_front_and_the_best_of_each_budget_are_worth_training() -> None:
+    rows = [
+        row("a/balanced", 0.8, 60),
+        row("b/balanced", 0.7, 70),
+        row("a/macs_0.5", 0.5, 65),
+        row("b/macs_0.5", 0.6, 65),
+        row("c/macs_0.5", 0.59, 59),
+        row("c/balanced", 0.4, 100, 0.5, "unstructured"),
+        row("d/balanced", 0.3, 100, 0.4, "unstructured"),
+        row("e/balanced", 0.2, 100, 0.6, "unstructured"),
+    ]
+    chosen = [item.id for item in worth_training(rows, DENSE)]
+    assert chosen == [
+        "a/balanced/structured/fp32",
+        "b/macs_0.5/structured/fp32",
+        "c/balanced/unstructured/fp32",
+        "e/balanced/unstructured/fp32",
+    ]
+
+
+def test_a_whole_network_is_no_rival_to_what_is_pruned_under_a_budget() -> None:
+    rows = [row("a/macs_0.5", 0.5, 65), row("b/macs_0.5", 0.6, 65), row("c/macs_0.5", 0.7, 60, 0.0)]
+    chosen = [item.id for item in worth_training(rows, DENSE)]
+    assert chosen == ["b/macs_0.5/structured/fp32", "c/macs_0.5/structured/fp32"]
+
+
+def test_without_accuracy_all_are_trained() -> None:
+    rows = [row("a/balanced", None), row("b/balanced", None)]
+    assert worth_training(rows, DENSE) == rows
+
+
+def test_equal_rows_are_both_kept() -> None:
+    rows = [row("a/balanced", 0.5, 100, 0.5, "n:m"), row("b/balanced", 0.5, 100, 0.5, "n:m")]
+    assert worth_training(rows, DENSE) == rows

@@ -1,0 +1,182 @@
+"""Tuning as a stage of the whole job: rows on the front go on from the closed form, or say that they did not."""
+
+from __future__ import annotations
+
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx.numpy_helper
+import pytest
+import safetensors.numpy
+from tiny_job import SIDE
+
+from mm_edge.api import Setting, make_request, run_job
+from mm_edge.errors import UsageError
+from mm_edge.graph.compact import Keep
+from mm_edge.load.models import LoadOptions, load_model
+from mm_edge.progress import Stages
+from mm_edge.records import Candidate, Report
+from mm_edge.recover.closed_form.context import Judged, RecoveryContext, Tensors
+from mm_edge.recover.closed_form.recovery import Recovered
+from mm_edge.recover.training import adapt, descent, distil, judging
+from mm_edge.recover.training import tune as module_under_test
+from mm_edge.recover.training.judging import Tuned
+from mm_edge.recover.training.tune import tune
+from mm_edge.run import make as candidates
+from mm_edge.run.make import recover_keep
+
+
+def run(files: Path, out: Path, rate: float, monkeypatch: pytest.MonkeyPatch, **more: Any) -> Report:
+    for name, value in {"STEPS": 40, "CHECK": 10, "RATE": rate}.items():
+        monkeypatch.setattr(module_under_test, name, value)
+    for name, value in {"WARM_UP": 5, "CROPS": 64, "BATCH": 8}.items():
+        monkeypatch.setattr(descent, name, value)
+    monkeypatch.setattr(distil, "STEPS", 40)
+    setting = Setting(out=out, data=str(files / "images"), split=(0.75, 0.25, 0.0), bench=False)
+    wanted = {"signals": ("magnitude",), "strategies": ("max_aggressive",), "macs": (0.5,), **more}
+    request = make_request(setting, recover="tune", **wanted)
+    loaded = load_model(str(files / "net.pt"), LoadOptions(input_size=(3, SIDE, SIDE)))
+    return run_job(lambda: loaded, setting, request, Stages())
+
+
+def _let_tuning_win(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make held-back images call every later state the better one: the closed form leaves little on so small a net."""
+    asked = count()
+    monkeypatch.setattr(judging, "is_better", lambda new, old: True)
+    monkeypatch.setattr(
+        module_under_test, "judge_answers", lambda context, logits: Judged(np.array([1 / (1 + next(asked))]), 1.0)
+    )
+
+
+def test_tuned_rows_go_on_from_the_closed_form(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _let_tuning_win(monkeypatch)
+    report = run(files, tmp_path, 4e-3, monkeypatch)
+    said = [row for row in report.candidates if row.stopped is not None]
+    assert said
+    assert all(row.recovered_by in ("tune", "closed-form", "closed-form (screened)") for row in report.candidates)
+    tuned = [row for row in said if row.recovered_by == "tune"]
+    assert tuned
+    for row in tuned:
+        assert row.stopped is not None and row.stopped.startswith("tuned ")
+        assert row.artifact is not None and row.artifact.endswith("-tuned.onnx")
+        assert row.parity is not None and row.parity.max_rel_err < 1e-4
+        assert _zeros(tmp_path, row) >= row.sparsity - 1e-9
+
+
+def _zeros(folder: Path, row: Candidate) -> float:
+    """Return the share of zeros in the weights of the masked state: no less than what the row says is gone."""
+    assert row.masked_state_dict is not None
+    state = safetensors.numpy.load_file(folder / row.masked_state_dict)
+    weights = [array for array in state.values() if array.ndim > 1]
+    return sum(int((array == 0).sum()) for array in weights) / sum(array.size for array in weights)
+
+
+def test_a_row_that_was_not_bettered_says_so(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = run(files, tmp_path, 100.0, monkeypatch)
+    said = [row for row in report.candidates if row.stopped is not None]
+    assert said
+    for row in said:
+        assert row.stopped == "tuning dropped: no better on held-back images"
+        assert row.recovered_by is not None and row.recovered_by.startswith("closed-form")
+
+
+def test_what_is_tuned_was_not_solved_for_the_images_that_judge_it(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    walked: list[Recovered] = []
+    given: list[Tensors] = []
+
+    def recover(*args: Any, **more: Any) -> Recovered:
+        found = recover_keep(*args, **more)
+        if more["walked"]:
+            walked.append(found)
+        return found
+
+    def tune_(context: RecoveryContext, module: object, keep: Keep, start: Tensors, **more: Any) -> Tuned:
+        given.append(start)
+        return Tuned(start, 1.0, 1.0, False, "not tried")
+
+    monkeypatch.setattr(candidates, "recover_keep", recover)
+    monkeypatch.setattr(adapt, "tune", tune_)
+    run(files, tmp_path, 4e-3, monkeypatch)
+    assert given and walked
+    solved = [item for item in walked if any((item.fitted[n] != item.tensors[n]).any() for n in item.fitted)]
+    assert solved  # else the two cannot be told apart
+    for start in given:
+        alike = [item for item in walked if all(np.array_equal(start[n], item.fitted[n]) for n in item.fitted)]
+        assert alike
+
+
+def test_rows_on_smaller_pictures_are_tuned_at_the_size_that_was_given(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _let_tuning_win(monkeypatch)
+    sides: list[int] = []
+
+    def tune_(context: RecoveryContext, *args: Any, **more: Any) -> Tuned:
+        sides.append(context.images.shape[-1])
+        return tune(context, *args, **more)
+
+    monkeypatch.setattr(adapt, "tune", tune_)
+    report = run(files, tmp_path, 4e-3, monkeypatch, macs=(0.4,), input_sizes=(SIDE, 24))
+    tuned = [row for row in report.candidates if row.recovered_by == "tune"]
+    smaller = [row for row in tuned if row.input_shape[-1] == 24]
+    assert smaller
+    assert set(sides) == {SIDE}
+    for row in smaller:
+        assert row.artifact is not None and row.artifact.endswith("-tuned.onnx")
+        assert row.parity is not None and row.parity.max_rel_err < 1e-4
+        assert _zeros(tmp_path, row) >= row.sparsity - 1e-9
+
+
+def test_the_whole_network_within_a_budget_is_taught_the_answers_to_larger_pictures(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _let_tuning_win(monkeypatch)
+    report = run(files, tmp_path, 4e-3, monkeypatch, macs=(0.7,), input_sizes=(SIDE, 24))
+    row = next(row for row in report.candidates if row.id == "sensitivity/macs_0.7/structured/fp32@24")
+    control = next(row for row in report.candidates if row.id == "dense@24")
+    assert (row.sparsity, row.macs, row.is_pruned) == (0.0, control.macs, False)
+    assert row.recovered_by == "tune" and row.stopped is not None and row.stopped.startswith("distilled 40 steps")
+    assert row.parity is not None and row.parity.max_rel_err < 1e-4
+    assert row.artifact is not None and control.artifact is not None
+    weights = [_weights(tmp_path / path) for path in (row.artifact, control.artifact)]
+    assert row.params == control.params
+    assert any((weights[0][name] != weights[1][name]).any() for name in weights[0].keys() & weights[1].keys())
+
+
+def test_the_whole_network_that_was_not_bettered_is_the_control_alone(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(judging, "is_better", lambda new, old: False)
+    report = run(files, tmp_path, 4e-3, monkeypatch, macs=(0.7,), input_sizes=(SIDE, 24))
+    at_24 = [row for row in report.candidates if row.input_shape[-1] == 24]
+    assert [row.id for row in at_24 if not row.is_pruned] == ["dense@24"]
+    assert any(row.id == "sensitivity/macs_0.7/structured/fp32" for row in report.candidates)
+    assert (
+        "sensitivity/macs_0.7/structured/fp32@24, the whole network, is the control again: "
+        "distilling dropped: no better on held-back images"
+    ) in report.warnings
+
+
+def _weights(path: Path) -> dict[str, np.ndarray]:
+    return {item.name: onnx.numpy_helper.to_array(item) for item in onnx.load(path).graph.initializer}
+
+
+def test_an_onnx_file_cannot_be_tuned(files: Path, tmp_path: Path) -> None:
+    path = tmp_path / "net.onnx"
+    weight = onnx.numpy_helper.from_array(np.ones((2, 3, 1, 1), dtype=np.float32), "w")
+    node = onnx.helper.make_node("Conv", ["x", "w"], ["y"])
+    shape = [onnx.helper.make_tensor_value_info(n, 1, [1, c, SIDE, SIDE]) for n, c in (("x", 3), ("y", 2))]
+    onnx.save(onnx.helper.make_model(onnx.helper.make_graph([node], "g", shape[:1], shape[1:], [weight])), path)
+    loaded = load_model(str(path), LoadOptions())
+    setting = Setting(out=tmp_path / "run", data=str(files / "images"), bench=False)
+    with pytest.raises(UsageError) as caught:
+        run_job(lambda: loaded, setting, make_request(setting, recover="tune"), Stages())
+    assert str(caught.value) == (
+        "--recover tune trains a PyTorch module, and an .onnx file holds none; "
+        "give the checkpoint with --arch, or use --recover closed-form"
+    )
