@@ -38,8 +38,8 @@ from mm_edge.bench.session import measure_pair
 from mm_edge.bench.target import Target, load_target, resolve_host
 from mm_edge.bench.transport import LocalTransport
 from mm_edge.formats.device_files import write_model
-from mm_edge.graph.axes import Axis
-from mm_edge.graph.compact import Keep, materialise
+from mm_edge.graph.axes import Axis, Keep
+from mm_edge.graph.compact import materialise
 from mm_edge.graph.costs import Cost
 from mm_edge.graph.export import RawGraph, deploy, read_raw
 from mm_edge.graph.groups import Structure, read_structure

@@ -38,7 +38,8 @@ from latency_aware import read_sensitivities
 from mm_edge.bench.session import measure_pair
 from mm_edge.bench.target import load_target, resolve_host
 from mm_edge.bench.transport import LocalTransport
-from mm_edge.graph.compact import Keep, materialise
+from mm_edge.graph.axes import Keep
+from mm_edge.graph.compact import materialise
 from mm_edge.graph.depth import find_branches, renamed
 from mm_edge.graph.export import RawGraph, deploy, read_raw
 from mm_edge.graph.groups import Structure, read_structure

@@ -43,7 +43,8 @@ import torch
 from torch import nn
 
 from mm_edge.bench.target import load_target
-from mm_edge.graph.compact import Keep, mask_tensors, materialise
+from mm_edge.graph.axes import Keep
+from mm_edge.graph.compact import mask_tensors, materialise
 from mm_edge.graph.export import RawGraph, deploy, export_raw
 from mm_edge.graph.groups import Structure, read_structure
 from mm_edge.graph.layers import read_layers, read_weights

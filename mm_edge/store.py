@@ -28,13 +28,12 @@ from typing import Any, TypeVar
 import numpy as np
 import safetensors
 import safetensors.numpy
-from numpy.typing import NDArray
 
+from mm_edge.arrays import Array, Arrays
 from mm_edge.errors import JobError, UsageError
 from mm_edge.records import from_json, to_json
 
 T = TypeVar("T")
-Arrays = dict[str, NDArray[Any]]
 
 _NAME = re.compile(r"[A-Za-z0-9_@+=,-][A-Za-z0-9_@+=,.-]*(/[A-Za-z0-9_@+=,-][A-Za-z0-9_@+=,.-]*)*")
 _CHUNK = 1 << 20
@@ -187,7 +186,7 @@ class RunStore:
         except ValueError:
             return None
 
-    def save_arrays(self, name: str, key: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
+    def save_arrays(self, name: str, key: Mapping[str, Any], arrays: Mapping[str, Array]) -> None:
         """Keep `arrays`.
 
         Raises:
@@ -229,7 +228,7 @@ def _sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def _hash_arrays(arrays: Mapping[str, NDArray[Any]]) -> str:
+def _hash_arrays(arrays: Mapping[str, Array]) -> str:
     digest = hashlib.sha256()
     for name in sorted(arrays):
         array = arrays[name]

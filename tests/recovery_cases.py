@@ -8,10 +8,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from mm_edge.graph.compact import Keep, materialise
+from mm_edge.graph.axes import Keep
+from mm_edge.graph.compact import materialise
 from mm_edge.graph.export import RawGraph, export_raw
 from mm_edge.graph.groups import Structure, read_structure
-from mm_edge.graph.partial import Frontier, Network
+from mm_edge.graph.partial import Frontier, RunnableGraph
 from mm_edge.quality.evaluation import divergence_per_row
 from mm_edge.recover.closed_form.context import RecoveryContext, Tensors, answers, build_context
 
@@ -109,6 +110,6 @@ class Case:
 
 def kl_as_it_is(context: RecoveryContext, keep: Keep, tensors: Tensors) -> float:
     """Return KL(dense || network) on held-back images of the network as it would be written, its answers not scaled."""
-    network = Network(materialise(context.raw, context.structure, keep, tensors))
+    network = RunnableGraph(materialise(context.raw, context.structure, keep, tensors))
     found = answers(network, Frontier(network, context.images, context.held_back), context.held_back)
     return float(divergence_per_row(context.logits, found).mean())

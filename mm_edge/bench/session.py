@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from mm_edge.arrays import Float32Array
 from mm_edge.bench import host, stats
 from mm_edge.bench.connect import require_ready
 from mm_edge.bench.target import Target
@@ -189,7 +189,7 @@ def measure_products(
     return list(zip(*kinds, strict=True))
 
 
-def evaluate(model: Path, images: Path, target: Target, *, transport: Transport) -> NDArray[np.float32]:
+def evaluate(model: Path, images: Path, target: Target, *, transport: Transport) -> Float32Array:
     """Return the first output of `model` on the device for every row of the .npy file `images`.
 
     Raises:
@@ -215,9 +215,7 @@ def evaluate(model: Path, images: Path, target: Target, *, transport: Transport)
     return np.frombuffer(data, dtype="<f4").reshape(shape).astype(np.float32)
 
 
-def evaluate_in_pieces(
-    model: Path, pieces: Sequence[Path], target: Target, *, transport: Transport
-) -> NDArray[np.float32]:
+def evaluate_in_pieces(model: Path, pieces: Sequence[Path], target: Target, *, transport: Transport) -> Float32Array:
     """Return the first output of `model` on the device for every row of the .npy files `pieces`, in their order.
 
     Pieces keep what a device must hold at once small, and are sent once for all models.

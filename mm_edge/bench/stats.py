@@ -15,8 +15,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
+from mm_edge.arrays import Float64Array
 from mm_edge.records import Latency
 
 SPREAD_LIMIT = 0.10
@@ -44,14 +44,14 @@ def summarise_latency(samples_ns: Sequence[int], threads: int, source: str) -> L
     )
 
 
-def pair_ratios(dense_ns: Sequence[int], candidate_ns: Sequence[int]) -> NDArray[np.float64]:
+def pair_ratios(dense_ns: Sequence[int], candidate_ns: Sequence[int]) -> Float64Array:
     """Return dense / candidate for every pair; ValueError if the lists differ in length or are empty."""
     if len(dense_ns) != len(candidate_ns) or not dense_ns:
         raise ValueError(f"expected as many dense as candidate samples, got {len(dense_ns)} and {len(candidate_ns)}")
     return np.asarray(dense_ns, dtype=np.float64) / np.asarray(candidate_ns, dtype=np.float64)
 
 
-def bootstrap_median(values: NDArray[np.float64], block: int, seed: int = 0) -> tuple[float, float]:
+def bootstrap_median(values: Float64Array, block: int, seed: int = 0) -> tuple[float, float]:
     """Return the 95 % interval of the median of `values` by circular block bootstrap, blocks of `block` values."""
     generator = np.random.default_rng(seed)
     count = len(values)

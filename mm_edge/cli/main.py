@@ -362,4 +362,3 @@ def _add_bench_commands() -> None:
 
 
 _add_bench_commands()
-

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 import onnx
 
+from mm_edge.arrays import Float32Array
 from mm_edge.bench.target import Target
 from mm_edge.formats.device_files import convert_to_ort, write_model
 from mm_edge.formats.preprocess import bake_preprocess
@@ -24,7 +23,7 @@ def write_bundle(
     chosen: Candidate,
     spec: InputSpec,
     target: Target,
-    inputs: npt.NDArray[np.float32],
+    inputs: Float32Array,
     kind: str,
     *,
     ort: bool,

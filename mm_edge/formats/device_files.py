@@ -19,19 +19,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import onnx
 import onnxruntime
 
+from mm_edge.arrays import Float32Array
 from mm_edge.bench.target import Target, matches_this_machine
 from mm_edge.errors import JobError, ModelError
 from mm_edge.load.weights import first_line
 from mm_edge.quality.parity import Run, compare, onnx_runner, require
 from mm_edge.records import InputSpec, Parity, to_json
 from mm_edge.store import disk_errors, write_atomically
-
-Floats = npt.NDArray[np.float32]
 
 KEY_PREFIX = "mm_edge."
 # Protocol buffers end at 2 GiB; weights move out well before.
@@ -114,7 +111,7 @@ def stored_bytes(path: Path) -> int:
     return path.stat().st_size + (data.stat().st_size if data.is_file() else 0)
 
 
-def convert_to_ort(model: Path, folder: Path, target: Target, inputs: Floats, kind: str) -> OrtFiles:
+def convert_to_ort(model: Path, folder: Path, target: Target, inputs: Float32Array, kind: str) -> OrtFiles:
     """Write `model` in ONNX Runtime's format for `target` into `folder`, and check it against the .onnx.
 
     `inputs` (N, C, H, W) and their `kind` are those of the parity check.

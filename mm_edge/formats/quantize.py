@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 import onnxruntime
 from onnxruntime.quantization import CalibrationMethod, QDQQuantizer, QuantType, quantize_dynamic
 from onnxruntime.quantization.calibrate import TensorsData
 
+from mm_edge.arrays import Float32Array
 from mm_edge.bench.target import Target
 from mm_edge.errors import JobError, UsageError
 from mm_edge.formats.int8_graph import (
@@ -44,8 +44,6 @@ from mm_edge.load.weights import first_line
 from mm_edge.progress import Advance
 from mm_edge.quality.evaluation import compare_logits, run_onnx
 from mm_edge.store import write_atomically
-
-Floats = npt.NDArray[np.float32]
 
 # Operators between the weighted ones that have 8-bit kernels, or only move bytes; leaving one out costs a round trip.
 CARRYING_OPS = tuple(
@@ -86,8 +84,8 @@ class Extremes:
     """The smallest and largest value of every activation in every calibration image, each (images, tensors)."""
 
     names: tuple[str, ...]
-    low: Floats
-    high: Floats
+    low: Float32Array
+    high: Float32Array
 
     def ranges(self, method: str) -> dict[str, tuple[float, float]]:
         """Return [low, high] by tensor, by "minmax" or "mean" over the images."""
@@ -148,7 +146,7 @@ def layer_names(model: Path) -> tuple[str, ...]:
     return tuple(weighted_layers(read_ready(model)))
 
 
-def calibrate(model: Path, images: Iterable[Floats]) -> Extremes:
+def calibrate(model: Path, images: Iterable[Float32Array]) -> Extremes:
     """Run `model` on `images` (batches (N, C, H, W)) and return the extremes of every floating-point activation.
 
     Raises:
@@ -220,7 +218,7 @@ def find_sensitive_layers(
     model: Path,
     ranges: Mapping[str, tuple[float, float]],
     scheme: Scheme,
-    held_back: Floats,
+    held_back: Float32Array,
     *,
     goal_kl: float = GOAL_KL,
     most: int = MOST_FP32_LAYERS,
@@ -264,8 +262,8 @@ def quantise(
     model: Path,
     out: Path,
     target: Target,
-    calibration: Iterable[Floats],
-    held_back: Floats,
+    calibration: Iterable[Float32Array],
+    held_back: Float32Array,
     *,
     goal_kl: float = GOAL_KL,
     most_fp32_layers: int = MOST_FP32_LAYERS,
@@ -321,7 +319,7 @@ def convert_fp16(model: Path, out: Path, target: Target) -> QuantReport:
 class _Judge:
     """Compares int8 models with one fp32 model on the held-back images."""
 
-    def __init__(self, model: Path, images: Floats, threads: int) -> None:
+    def __init__(self, model: Path, images: Float32Array, threads: int) -> None:
         if not len(images):
             raise UsageError("int8 needs images held back from calibration to judge it; give more images with --data")
         self._batches = [(images, np.zeros(len(images), dtype=np.int64))]

@@ -18,15 +18,16 @@ smaller than the whole and factors of size one are dropped, so the bindings form
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
+
+from mm_edge.arrays import BoolArray, IntArray
 
 Axis = int
-BoolArray = npt.NDArray[np.bool_]
-IndexArray = npt.NDArray[np.int64]
+# Which indices each group keeps, by the group's leaf; a group that is absent keeps them all.
+Keep = Mapping[Axis, BoolArray]
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ class AxisTable:
         rest = iter(parts)
         return [next(rest) if size > 0 else self.fresh(0) for size in sizes]
 
-    def kept(self, axis: Axis, keep: dict[Axis, BoolArray]) -> BoolArray:
+    def kept(self, axis: Axis, keep: Keep) -> BoolArray:
         """Return which indices of `axis` stay, a bool array of its size, given those of its leaves.
 
         A leaf that is not in `keep` stays whole.
@@ -180,7 +181,7 @@ class AxisTable:
         parts = [self.kept_size(part, counts) for part in binding.parts]
         return math.prod(parts) if binding.kind == "product" else math.fsum(parts)
 
-    def coordinates(self, axis: Axis, leaf: Axis) -> list[IndexArray]:
+    def coordinates(self, axis: Axis, leaf: Axis) -> list[IntArray]:
         """Return, for each occurrence of `leaf` in `axis`, the leaf's index at every position of the axis.
 
         Arrays have the axis' size; -1 stands where the occurrence does not cover a position.
@@ -189,7 +190,7 @@ class AxisTable:
         binding = self._binding[root]
         if binding is None:
             return [np.arange(self._size[root])] if root == self.find(leaf) else []
-        found: list[IndexArray] = []
+        found: list[IntArray] = []
         before = 0 if binding.kind == "sum" else 1
         for part in binding.parts:
             size = self._size[part]

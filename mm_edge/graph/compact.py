@@ -9,22 +9,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
-from mm_edge.graph.axes import Axis, BoolArray
+from mm_edge.arrays import Array, Arrays, BoolArray
+from mm_edge.graph.axes import Axis, Keep
 from mm_edge.graph.depth import cut_branches_
 from mm_edge.graph.export import RawGraph
 from mm_edge.graph.fold import add_constant_
 from mm_edge.graph.groups import Structure
 from mm_edge.graph.norms import restore_normalization_
 from mm_edge.graph.reading import AttributeEdit, Edit, MeanEdit, OperandEdit
-
-Keep = dict[Axis, BoolArray]
-Tensors = Mapping[str, npt.NDArray[np.generic]]
 
 
 @dataclass(frozen=True)
@@ -58,14 +54,14 @@ def mask_tensors(structure: Structure, keep: Keep) -> dict[str, AxisMask]:
     return masks
 
 
-def apply_mask(array: npt.NDArray[np.generic], mask: AxisMask | None) -> npt.NDArray[np.generic]:
+def apply_mask(array: Array, mask: AxisMask | None) -> Array:
     """Return `array` with the removed positions of every axis set to zero."""
     if mask is None:
         return array
     return np.where(mask.dense(), array, np.zeros((), dtype=array.dtype))
 
 
-def masked_model(raw: RawGraph, masks: Mapping[str, AxisMask], tensors: Tensors | None = None) -> ir.Model:
+def masked_model(raw: RawGraph, masks: Mapping[str, AxisMask], tensors: Mapping[str, Array] | None = None) -> ir.Model:
     """Return the dense-shaped graph with `tensors` swapped in by name and `masks` applied: the reference of parity."""
     model = raw.model.clone()
     for name, value in model.graph.initializers.items():
@@ -78,7 +74,9 @@ def masked_model(raw: RawGraph, masks: Mapping[str, AxisMask], tensors: Tensors 
     return model
 
 
-def materialise(raw: RawGraph, structure: Structure, keep: Keep, tensors: Tensors | None = None) -> ir.Model:
+def materialise(
+    raw: RawGraph, structure: Structure, keep: Keep, tensors: Mapping[str, Array] | None = None
+) -> ir.Model:
     """Return the compact graph: `tensors` swapped in by name, removed indices dropped, constants rewritten.
 
     Groups of which nothing is kept must make whole residual branches (see depth.py).
@@ -101,13 +99,13 @@ def materialise(raw: RawGraph, structure: Structure, keep: Keep, tensors: Tensor
 
 
 def compact_arrays(
-    raw: RawGraph, structure: Structure, keep: Keep, tensors: Tensors | None = None
-) -> dict[str, npt.NDArray[Any]]:
+    raw: RawGraph, structure: Structure, keep: Keep, tensors: Mapping[str, Array] | None = None
+) -> Arrays:
     """Return the initialisers that `materialise` changes, by name: swapped in from `tensors`, removed indices dropped.
 
     They are all that two compact graphs with as many indices of every group, and no group emptied, differ in.
     """
-    found: dict[str, npt.NDArray[Any]] = {}
+    found: Arrays = {}
     for name, value in raw.model.graph.initializers.items():
         swapped = None if name in raw.folded else (tensors or {}).get(name)
         axes = structure.kept(name, keep) if name in structure.tensor_axes else ()
@@ -142,7 +140,7 @@ def _apply_edit(model: ir.Model, node: ir.Node, edit: Edit, structure: Structure
             restore_normalization_(model, node, kept_size, dense_size)
 
 
-def _set_operand(model: ir.Model, node: ir.Node, index: int, array: npt.NDArray[np.generic], name: str) -> None:
+def _set_operand(model: ir.Model, node: ir.Node, index: int, array: Array, name: str) -> None:
     value = add_constant_(model, name, array)
     # Explicit sizes replace what only made sense with the old ones.
     for implied in ("allowzero", "num_outputs"):

@@ -15,22 +15,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 import onnx_ir.passes.common as ir_passes
 import onnxruntime
 
+from mm_edge.arrays import Array
 from mm_edge.errors import JobError
-from mm_edge.graph.axes import Axis, AxisTable, BoolArray
+from mm_edge.graph.axes import Axis, AxisTable, Keep
 from mm_edge.graph.fold import add_constant_
 from mm_edge.graph.groups import Structure, Sum
 from mm_edge.graph.rules import added_operands
 
 # Ends the names of the constants that stand where nothing is summed over.
 EMPTIED = "/emptied"
-
-Keep = Mapping[Axis, BoolArray]
-FloatArray = npt.NDArray[np.generic]
 
 
 @dataclass(frozen=True)
@@ -242,7 +239,7 @@ def _started_constant(model: ir.Model) -> set[ir.Value]:
     return started
 
 
-def _evaluate(model: ir.Model, wanted: list[ir.Value]) -> dict[ir.Value, FloatArray]:
+def _evaluate(model: ir.Model, wanted: list[ir.Value]) -> dict[ir.Value, Array]:
     if not wanted:
         return {}
     part = model.clone()
@@ -259,7 +256,7 @@ def _evaluate(model: ir.Model, wanted: list[ir.Value]) -> dict[ir.Value, FloatAr
     return dict(zip(wanted, session.run(None, feeds), strict=True))
 
 
-def _collapse(array: FloatArray) -> FloatArray:
+def _collapse(array: Array) -> Array:
     """Return a constant without the axes along which it repeats itself: an addition broadcasts."""
     for axis in range(array.ndim):
         first = np.take(array, [0], axis=axis)

@@ -16,8 +16,9 @@ from fnmatch import fnmatchcase
 import numpy as np
 import onnx_ir as ir
 
+from mm_edge.arrays import BoolArray, IntArray
 from mm_edge.errors import UsageError
-from mm_edge.graph.axes import Axis, AxisTable, BoolArray, IndexArray
+from mm_edge.graph.axes import Axis, AxisTable, Keep
 from mm_edge.graph.costs import Cost
 from mm_edge.graph.export import RawGraph
 from mm_edge.graph.reading import AttributeEdit, Axes, Edit, MeanEdit, OperandEdit, Reading, Work, is_static
@@ -42,7 +43,7 @@ class TensorSlice:
 
     tensor: str
     axis: int
-    coordinates: IndexArray
+    coordinates: IntArray
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ class Structure:
     parameters: frozenset[str]
     sums: tuple[Sum, ...] = ()
 
-    def kept(self, tensor: str, keep: dict[Axis, BoolArray]) -> tuple[BoolArray, ...]:
+    def kept(self, tensor: str, keep: Keep) -> tuple[BoolArray, ...]:
         """Return, per axis of `tensor`, which positions stay."""
         return tuple(self.table.kept(axis, keep) for axis in self.tensor_axes[tensor])
 
@@ -301,7 +302,7 @@ def _is_channel(item: TensorSlice) -> bool:
     return item.axis < 2
 
 
-def _run_length(coordinates: IndexArray) -> int:
+def _run_length(coordinates: IntArray) -> int:
     """Return how many consecutive positions share the first index that occurs."""
     covered = coordinates[coordinates >= 0]
     changes = np.flatnonzero(covered != covered[0])

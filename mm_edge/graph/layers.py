@@ -18,8 +18,8 @@ from functools import cached_property
 
 import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 
+from mm_edge.arrays import Float32Arrays
 from mm_edge.errors import ModelError
 from mm_edge.graph.export import RawGraph
 from mm_edge.records import Layer
@@ -94,13 +94,13 @@ def read_layers(raw: RawGraph) -> tuple[Layer, ...]:
     return tuple(layers.values())
 
 
-def read_weights(raw: RawGraph, layers: Iterable[Layer]) -> dict[str, NDArray[np.float32]]:
+def read_weights(raw: RawGraph, layers: Iterable[Layer]) -> Float32Arrays:
     """Return the dense weights of `layers` as float32 arrays by fqn, in the layers' order.
 
     Raises:
         ModelError: a weight has no data or holds NaN or infinite values; the message names it.
     """
-    weights: dict[str, NDArray[np.float32]] = {}
+    weights: Float32Arrays = {}
     for layer in layers:
         tensor = raw.model.graph.initializers[layer.fqn].const_value
         if tensor is None:

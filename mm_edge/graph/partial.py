@@ -14,19 +14,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as ir_passes
 
+from mm_edge.arrays import Array, Arrays, Float32Array, IntArray
 from mm_edge.quality.evaluation import open_session
 from mm_edge.runtime import in_order
 
-Array = npt.NDArray[Any]
-Values = dict[str, Array]
+Values = Arrays
 
 
-class Network:
+class RunnableGraph:
     """One graph at batch 1 with the arrays of its initialisers, which `assign_` replaces.
 
     Attributes:
@@ -66,7 +65,7 @@ class Network:
         self._constant = self._constant_values()
         self._crossing = self._crossing_sizes()
 
-    def holding(self, arrays: Mapping[str, Array]) -> Network:
+    def holding(self, arrays: Mapping[str, Array]) -> RunnableGraph:
         """Return the same graph with other `arrays`, each of the name and shape of one it has."""
         assert all(self.arrays[name].shape == array.shape for name, array in arrays.items())
         twin = copy.copy(self)
@@ -125,7 +124,7 @@ class Network:
     def _last_read(self, name: str) -> int:
         return len(self.nodes) if name in self.outputs else max(self.read_at.get(name, [-1]))
 
-    def _crossing_sizes(self) -> npt.NDArray[np.int64]:
+    def _crossing_sizes(self) -> IntArray:
         """Return, per position, the size of what crosses it."""
         change = np.zeros(len(self.nodes) + 2, dtype=np.int64)
         for name in {*self.inputs, *self.made_at} - self._constant:
@@ -176,7 +175,7 @@ class Frontier:
         numbers: the images' numbers, in the order they are run.
     """
 
-    def __init__(self, network: Network, images: npt.NDArray[np.float32], numbers: Sequence[int]) -> None:
+    def __init__(self, network: RunnableGraph, images: Float32Array, numbers: Sequence[int]) -> None:
         """Start at the network's input with some of `images` (N, C, H, W)."""
         (name,) = network.inputs
         self.position = 0
@@ -184,7 +183,7 @@ class Frontier:
         self._rows = {number: row for row, number in enumerate(self.numbers)}
         self._values: Values = {name: images[list(self.numbers)].reshape(len(self.numbers), *network.shapes[name])}
 
-    def advance_(self, network: Network, position: int, threads: int = 1) -> None:
+    def advance_(self, network: RunnableGraph, position: int, threads: int = 1) -> None:
         """Run every image on to `position`."""
         wanted = network.live(position)
         if not set(wanted) <= set(self._values):
@@ -199,7 +198,7 @@ class Frontier:
         self.position = position
 
     def run(
-        self, network: Network, wanted: Sequence[str], images: Sequence[int], threads: int = 1
+        self, network: RunnableGraph, wanted: Sequence[str], images: Sequence[int], threads: int = 1
     ) -> Iterator[tuple[int, Values]]:
         """Yield, for one image number after the other, the `wanted` values; `threads` images are run at a time."""
         part = network.open(tuple(self._values), tuple(dict.fromkeys(wanted)))
@@ -210,6 +209,6 @@ class Frontier:
         yield from zip(images, in_order(run_one, images, threads), strict=True)
 
 
-def narrowest(network: Network, first: int, last: int) -> int:
+def narrowest(network: RunnableGraph, first: int, last: int) -> int:
     """Return the position from `first` to `last` where the fewest numbers cross; the later of equal ones."""
     return min(range(first, last + 1), key=lambda position: (network.live_size(position), -position))

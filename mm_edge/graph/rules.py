@@ -31,16 +31,16 @@ from mm_edge.graph.reading import (
     shape_of,
 )
 
-Rule = Callable[[Reading, ir.Node], None]
-RULES: dict[str, Rule] = {}
+OperatorRule = Callable[[Reading, ir.Node], None]
+OPERATOR_RULES: dict[str, OperatorRule] = {}
 
 
-def rule(*operators: str) -> Callable[[Rule], Rule]:
+def rule(*operators: str) -> Callable[[OperatorRule], OperatorRule]:
     """Register the decorated function as the rule of `operators`."""
 
-    def register(function: Rule) -> Rule:
+    def register(function: OperatorRule) -> OperatorRule:
         for operator in operators:
-            RULES[operator] = function
+            OPERATOR_RULES[operator] = function
         return function
 
     return register
@@ -48,7 +48,7 @@ def rule(*operators: str) -> Callable[[Rule], Rule]:
 
 def apply_rule(reading: Reading, node: ir.Node) -> None:
     """Read one node; what its rule does not describe is pinned with the operator's name."""
-    known = RULES.get(node.op_type) if node.domain in ("", "ai.onnx") else None
+    known = OPERATOR_RULES.get(node.op_type) if node.domain in ("", "ai.onnx") else None
     try:
         if known is None:
             raise StructureMismatch(f"operator {node.op_type} has no rule")

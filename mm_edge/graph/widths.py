@@ -24,17 +24,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-from mm_edge.graph.axes import Axis
-from mm_edge.graph.compact import Keep
+from mm_edge.arrays import Array, BoolArray, Float64Array
+from mm_edge.graph.axes import Axis, Keep
 from mm_edge.graph.costs import Cost, RunningCost
 from mm_edge.graph.groups import Group, Structure
 from mm_edge.records import Layer
 
 Fractions = dict[Axis, float]
 Counts = dict[Axis, int]
-FloatArray = npt.NDArray[np.float64]
 
 K_MIN = 0.1
 RIDGE = 1e-8
@@ -77,7 +75,7 @@ def solve_widths(
 
 def _linearise(
     structure: Structure, layers: Sequence[Layer], free: Sequence[Axis], kept: Fractions
-) -> tuple[FloatArray, FloatArray]:
+) -> tuple[Float64Array, Float64Array]:
     """Return log of the kept fraction of each layer's weights, and its slopes by the free groups' logs."""
     column = {leaf: index for index, leaf in enumerate(free)}
     value = np.zeros(len(layers))
@@ -113,7 +111,7 @@ def _fraction(structure: Structure, axis: Axis, kept: Fractions) -> tuple[float,
     return total, gradient
 
 
-def _bounded_least_squares(slope: FloatArray, goal: FloatArray, weight: FloatArray) -> FloatArray:
+def _bounded_least_squares(slope: Float64Array, goal: Float64Array, weight: Float64Array) -> Float64Array:
     """Minimise sum w (slope x - goal)^2 within log K_MIN <= x <= 0: a direct solution, then coordinate descent.
 
     A trace of ridge makes the solution unique: groups that only occur together share evenly. Descent alone would
@@ -137,7 +135,7 @@ def _bounded_least_squares(slope: FloatArray, goal: FloatArray, weight: FloatArr
     return x
 
 
-def _solve_clipped(gram: FloatArray, right: FloatArray) -> FloatArray:
+def _solve_clipped(gram: Float64Array, right: Float64Array) -> Float64Array:
     """Solve gram x = right, fixing at its bound what passes it and solving again for the rest."""
     low, high = math.log(K_MIN), 0.0
     x = np.zeros(len(right))
@@ -262,13 +260,13 @@ def lead(structure: Structure, counts: Mapping[Axis, int]) -> Keep:
     return {leaf: np.arange(structure.table.size(leaf)) < count for leaf, count in counts.items()}
 
 
-def group_scores(structure: Structure, scores: Mapping[str, npt.NDArray[np.floating]]) -> dict[Axis, FloatArray]:
+def group_scores(structure: Structure, scores: Mapping[str, Array]) -> dict[Axis, Float64Array]:
     """Return each group's channel scores: the sum over its weight slices of their normalised scores (E1-E3).
 
     `scores` holds, per layer fqn, an array of the weight's shape; tensors without scores add nothing.
     """
     totals = {group.leaf: np.zeros(group.size) for group in structure.groups}
-    sums: dict[tuple[str, int], FloatArray] = {}
+    sums: dict[tuple[str, int], Float64Array] = {}
     for group in structure.groups:
         for item in group.slices:
             if item.tensor not in scores:
@@ -283,9 +281,9 @@ def group_scores(structure: Structure, scores: Mapping[str, npt.NDArray[np.float
     return totals
 
 
-def select_indices(counts: Counts, scores: Mapping[Axis, FloatArray]) -> Keep:
+def select_indices(counts: Counts, scores: Mapping[Axis, Float64Array]) -> Keep:
     """Return, per group, which indices stay: the highest scores, ties to the lower index."""
-    keep: Keep = {}
+    keep: dict[Axis, BoolArray] = {}
     for leaf, count in counts.items():
         order = np.argsort(-scores[leaf], kind="stable")
         mask = np.zeros(len(order), dtype=np.bool_)

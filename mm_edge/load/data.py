@@ -30,12 +30,11 @@ from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torch.utils.data import IterableDataset
 
+from mm_edge.arrays import BoolArray, Float32Array, IntArray
 from mm_edge.errors import DataError
 from mm_edge.load.weights import first_line
 from mm_edge.records import InputSpec
 
-Labels = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
 
 SPLITS = ("calibration", "validation", "test")
@@ -60,7 +59,7 @@ class Source(Protocol):
     """Labelled images by index. `decode` raises one of Pillow's errors for an image that cannot be read."""
 
     classes: tuple[str, ...]
-    labels: Labels
+    labels: IntArray
 
     def decode(self, index: int) -> Image.Image:
         """Return the decoded image."""
@@ -162,7 +161,7 @@ class _Holdings:
     prepared images kept in memory take.
     """
 
-    readable: npt.NDArray[np.bool_]
+    readable: BoolArray
     unreadable: list[str] = field(default_factory=list)
     cached_bytes: int = 0
 
@@ -184,7 +183,7 @@ class _Pool:
         )
 
     @property
-    def readable(self) -> npt.NDArray[np.bool_]:
+    def readable(self) -> BoolArray:
         """Whether each image can be read, as far as is known."""
         return self._holdings.readable
 
@@ -251,11 +250,11 @@ class ImageSet:
         return len(self._indices)
 
     @property
-    def labels(self) -> Labels:
+    def labels(self) -> IntArray:
         """Class indices, (len,)."""
         return self._pool.source.labels[self._indices]
 
-    def batches(self, batch_size: int) -> Iterator[tuple[Floats, Labels]]:
+    def batches(self, batch_size: int) -> Iterator[tuple[Float32Array, IntArray]]:
         """Yield normalised images (n, C, H, W) with their labels (n,); every n but the last is `batch_size`."""
         images: list[Bytes] = []
         labels: list[int] = []
@@ -390,14 +389,14 @@ def open_data(
     return _divide(path, classes, members, split, seed)
 
 
-def noise_batches(spec: InputSpec, count: int = 8, seed: int = 0) -> Iterator[Floats]:
+def noise_batches(spec: InputSpec, count: int = 8, seed: int = 0) -> Iterator[Float32Array]:
     """Yield `count` inputs of standard normal noise, (1, C, H, W) each, the same for the same seed."""
     generator = np.random.default_rng(seed)
     for _ in range(count):
         yield generator.standard_normal((1, *spec.shape), dtype=np.float32)
 
 
-def _normalise(pixels: Bytes, spec: InputSpec) -> Floats:
+def _normalise(pixels: Bytes, spec: InputSpec) -> Float32Array:
     mean = np.asarray(spec.mean, dtype=np.float32).reshape(1, -1, 1, 1)
     std = np.asarray(spec.std, dtype=np.float32).reshape(1, -1, 1, 1)
     scaled = pixels.astype(np.float32) / np.float32(255)

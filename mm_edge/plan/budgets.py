@@ -19,8 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from mm_edge.graph.axes import Axis
-from mm_edge.graph.compact import Keep
+from mm_edge.graph.axes import Axis, Keep
 from mm_edge.graph.costs import Cost
 from mm_edge.records import Constraints
 

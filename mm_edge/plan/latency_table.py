@@ -20,10 +20,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 
-from mm_edge.graph.axes import Axis
-from mm_edge.graph.compact import Keep
+from mm_edge.arrays import Float64Array
+from mm_edge.graph.axes import Axis, Keep
 from mm_edge.graph.costs import Cost
 from mm_edge.graph.groups import Structure
 from mm_edge.graph.widths import Ladder, lead
@@ -35,8 +34,6 @@ PARTS = (0.5, 0.25)
 LEAST_NOISE = 0.003
 FITS = 4
 SWEEPS = 1000
-
-FloatArray = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -95,7 +92,7 @@ def _falls(cost: Cost, entry: TimedWidth) -> list[float]:
     return [1 - cost.of_item(item, counts) / cost.of_item(item, {}) for item in cost.items]
 
 
-def _non_negative(rows: FloatArray, goal: FloatArray, start: FloatArray, spread: FloatArray) -> FloatArray:
+def _non_negative(rows: Float64Array, goal: Float64Array, start: Float64Array, spread: Float64Array) -> Float64Array:
     """Minimise |rows t - goal|^2 + |(t - start) / spread|^2 over t >= 0 by coordinate descent."""
     gram = rows.T @ rows + np.diag(spread**-2)
     right = rows.T @ goal + start * spread**-2

@@ -14,29 +14,27 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
+from mm_edge.arrays import BoolArray, Float32Array
 from mm_edge.errors import JobError
 from mm_edge.records import Assignment, Layer
-
-Mask = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
 class Ranking:
     """One layer's scores (the weight's shape) and the same values flat in ascending order."""
 
-    score: NDArray[np.float32]
-    ascending: NDArray[np.float32]
+    score: Float32Array
+    ascending: Float32Array
 
 
-def rank(score: NDArray[np.float32]) -> Ranking:
+def rank(score: Float32Array) -> Ranking:
     """Sort one layer's scores."""
     return Ranking(score, np.sort(score, axis=None))
 
 
-def rank_scores(layers: Iterable[Layer], scores: Mapping[str, NDArray[np.float32]]) -> dict[str, Ranking]:
+def rank_scores(layers: Iterable[Layer], scores: Mapping[str, Float32Array]) -> dict[str, Ranking]:
     """Sort one signal's scores of all `layers`, once for all strategies.
 
     Raises:
@@ -50,13 +48,13 @@ def rank_scores(layers: Iterable[Layer], scores: Mapping[str, NDArray[np.float32
     return rankings
 
 
-def build_mask(ranking: Ranking, sparsity: float) -> Mask:
+def build_mask(ranking: Ranking, sparsity: float) -> BoolArray:
     """Return the mask (the weight's shape, True keeps) that prunes the lowest `sparsity` share, half rounded up."""
     pruned = min(math.floor(sparsity * ranking.ascending.size + 0.5), ranking.ascending.size)
     if pruned == 0:
         return np.ones(ranking.score.shape, dtype=np.bool_)
     threshold = ranking.ascending[pruned - 1]
-    mask: Mask = np.asarray(ranking.score > threshold)
+    mask: BoolArray = np.asarray(ranking.score > threshold)
     equal = int(np.searchsorted(ranking.ascending, threshold, side="right")) - pruned
     if equal:
         ties = np.flatnonzero(ranking.score == threshold)
@@ -64,7 +62,7 @@ def build_mask(ranking: Ranking, sparsity: float) -> Mask:
     return mask
 
 
-def build_masks(rankings: Mapping[str, Ranking], assignment: Assignment) -> dict[str, Mask]:
+def build_masks(rankings: Mapping[str, Ranking], assignment: Assignment) -> dict[str, BoolArray]:
     """Return the mask of every layer in `assignment`, by fqn."""
     return {fqn: build_mask(rankings[fqn], sparsity) for fqn, sparsity in assignment.sparsity.items()}
 
@@ -83,7 +81,7 @@ class BoundMasks:
             parameter.masked_fill_(pruned, 0.0)
 
 
-def bind_masks(module: nn.Module, masks: Mapping[str, Mask]) -> BoundMasks:
+def bind_masks(module: nn.Module, masks: Mapping[str, BoolArray]) -> BoundMasks:
     """Return `masks` bound to the parameters of `module` they name.
 
     Raises:
@@ -97,7 +95,7 @@ def bind_masks(module: nn.Module, masks: Mapping[str, Mask]) -> BoundMasks:
     return BoundMasks(tuple(bound))
 
 
-def measure_sparsity(weights: Mapping[str, NDArray[np.float32]], layers: Sequence[Layer]) -> float:
+def measure_sparsity(weights: Mapping[str, Float32Array], layers: Sequence[Layer]) -> float:
     """Return zero weights over all weights of `layers`; 0 without layers."""
     total = sum(weights[layer.fqn].size for layer in layers)
     zeros = sum(weights[layer.fqn].size - int(np.count_nonzero(weights[layer.fqn])) for layer in layers)

@@ -19,16 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
+from mm_edge.arrays import BoolArray, Float32Array, Float32Arrays, Float64Array
 from mm_edge.bench.target import Target
 from mm_edge.errors import ParityError, UsageError
 from mm_edge.graph.export import constant_array, raw_from_onnx
-from mm_edge.plan.masks import Mask
 from mm_edge.records import Layer
-
-Floats = npt.NDArray[np.float32]
 
 # The pattern halves a layer: a strategy that wants to lose less than half of that leaves the layer dense.
 LEAST_RHO = 0.25
@@ -75,7 +72,7 @@ class Projection:
     """Masks by fqn of the layers that take the pattern, and why each other layer stays dense."""
 
     pattern: Pattern
-    masks: dict[str, Mask]
+    masks: dict[str, BoolArray]
     dense: dict[str, str]
 
 
@@ -143,7 +140,7 @@ def reduced_axes(model: ir.Model) -> dict[str, int]:
     return axes
 
 
-def project_mask(score: Floats, pattern: Pattern, axis: int) -> Mask:
+def project_mask(score: Float32Array, pattern: Pattern, axis: int) -> BoolArray:
     """Return the mask (the score's shape, True keeps) with the best n of every m scores along `axis`."""
     moved = np.moveaxis(score, axis, -1)
     length = moved.shape[-1]
@@ -159,7 +156,7 @@ def project_mask(score: Floats, pattern: Pattern, axis: int) -> Mask:
 
 def project(
     layers: Sequence[Layer],
-    scores: Mapping[str, Floats],
+    scores: Mapping[str, Float32Array],
     sparsity: Mapping[str, float],
     axes: Mapping[str, int],
     pattern: Pattern,
@@ -171,7 +168,7 @@ def project(
 
     `scores` have each layer's weight shape, `sparsity` is the strategy's rho by fqn, `axes` come from `reduced_axes`.
     """
-    masks: dict[str, Mask] = {}
+    masks: dict[str, BoolArray] = {}
     dense: dict[str, str] = {}
     for layer in layers:
         reason = _why_dense(layer, sparsity.get(layer.fqn, 0.0), axes, pattern, least_rho, least_channels)
@@ -183,7 +180,7 @@ def project(
 
 
 def check_pattern(
-    model: ir.Model | Path, masks: Mapping[str, Mask], axes: Mapping[str, int], pattern: Pattern
+    model: ir.Model | Path, masks: Mapping[str, BoolArray], axes: Mapping[str, int], pattern: Pattern
 ) -> tuple[Violation, ...]:
     """Return the layers of `masks` whose weights in a deployed model do not follow `pattern`.
 
@@ -206,7 +203,7 @@ def check_pattern(
 
 
 def require_pattern(
-    model: ir.Model | Path, masks: Mapping[str, Mask], axes: Mapping[str, int], pattern: Pattern
+    model: ir.Model | Path, masks: Mapping[str, BoolArray], axes: Mapping[str, int], pattern: Pattern
 ) -> None:
     """Raise ParityError unless every layer of `masks` follows `pattern` in the deployed `model`."""
     violations = check_pattern(model, masks, axes, pattern)
@@ -219,7 +216,7 @@ def require_pattern(
         )
 
 
-def compensate(weight: Floats, moment: npt.NDArray[np.float64], mask: Mask, ridge: float = 0.01) -> Floats:
+def compensate(weight: Float32Array, moment: Float64Array, mask: BoolArray, ridge: float = 0.01) -> Float32Array:
     """Return the masked weight (outputs, inputs) that makes good what `mask` (same shape) removes.
 
     `moment` is H (inputs, inputs), the uncentred second moment of the inputs. Formula at the top of the file.
@@ -356,9 +353,9 @@ def _untransposed(value: ir.Value | None, axis: int) -> tuple[str, int] | None:
     return value.name, axis
 
 
-def _stored_weights(model: ir.Model) -> dict[str, Floats]:
+def _stored_weights(model: ir.Model) -> Float32Arrays:
     """Return the constant weights of a deployed graph by name, the reduced axis moved to the end."""
-    stored: dict[str, Floats] = {}
+    stored: Float32Arrays = {}
     for node, operand, axis in _products(model):
         value = node.inputs[operand]
         array = constant_array(value)
@@ -367,7 +364,7 @@ def _stored_weights(model: ir.Model) -> dict[str, Floats]:
     return stored
 
 
-def _own_tensor(fqn: str, mask: Mask, stored: Mapping[str, Floats]) -> str | None:
+def _own_tensor(fqn: str, mask: BoolArray, stored: Mapping[str, Float32Array]) -> str | None:
     """Return the stored weight that is the layer's own; `mask` has its reduced axis at the end."""
     if fqn in stored and stored[fqn].shape == mask.shape:
         return fqn
@@ -381,7 +378,7 @@ def _own_tensor(fqn: str, mask: Mask, stored: Mapping[str, Floats]) -> str | Non
     return best if best is not None and shares[best] >= SAME_TENSOR else None
 
 
-def _count_broken(array: Floats, pattern: Pattern) -> int:
+def _count_broken(array: Float32Array, pattern: Pattern) -> int:
     """Return the groups of m along the last axis with more than n non-zeros."""
     padding = -array.shape[-1] % pattern.m
     padded = np.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, padding)])

@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
+from mm_edge.arrays import Float32Array
 from mm_edge.errors import JobError
 from mm_edge.records import Layer, SparsityRange
 
@@ -30,20 +30,20 @@ Bounds = tuple[float, float]
 
 
 @dataclass(frozen=True)
-class Rule:
+class RoleRange:
     """One row: its ranges, chosen by nothing ("role"), by "stage" or by "size" (SIZE_STEPS)."""
 
     bounds: tuple[Bounds, ...]
     by: str = "role"
 
 
-def _row(lo: float, hi: float) -> Rule:
-    return Rule(((lo, hi),))
+def _row(lo: float, hi: float) -> RoleRange:
+    return RoleRange(((lo, hi),))
 
 
-_VGG_CONV = Rule(((0.40, 0.80), (0.50, 0.85), (0.60, 0.90)), by="size")
+_VGG_CONV = RoleRange(((0.40, 0.80), (0.50, 0.85), (0.60, 0.90)), by="size")
 
-DEFAULT_RULES: dict[str, Rule] = {
+DEFAULT_ROLE_RANGES: dict[str, RoleRange] = {
     "stem": _row(0.0, 0.20),
     "downsample": _row(0.05, 0.20),
     "conv": _row(0.10, 0.60),
@@ -53,7 +53,7 @@ DEFAULT_RULES: dict[str, Rule] = {
     "classifier": _row(0.0, 0.30),
 }
 
-_LEVIT_RULES: dict[str, Rule] = {
+_LEVIT_ROLE_RANGES: dict[str, RoleRange] = {
     "patch_embedding": _row(0.0, 0.20),
     "qkv": _row(0.0, 0.30),
     "mlp": _row(0.0, 0.40),
@@ -61,24 +61,24 @@ _LEVIT_RULES: dict[str, Rule] = {
     "classifier": _row(0.0, 0.30),
 }
 
-RULES: dict[str, dict[str, Rule]] = {
+FAMILY_ROLE_RANGES: dict[str, dict[str, RoleRange]] = {
     "VGG": {"stem": _VGG_CONV, "conv": _VGG_CONV, "mlp": _row(0.30, 0.70), "classifier": _row(0.30, 0.70)},
     "ResNet": {
         "stem": _row(0.0, 0.30),
         "downsample": _row(0.0, 0.20),
-        "conv": Rule(((0.30, 0.50), (0.40, 0.60), (0.50, 0.70), (0.75, 0.95)), by="stage"),
+        "conv": RoleRange(((0.30, 0.50), (0.40, 0.60), (0.50, 0.70), (0.75, 0.95)), by="stage"),
         "classifier": _row(0.0, 0.30),
     },
-    "Levit": _LEVIT_RULES,
-    "LevitDistilled": _LEVIT_RULES,
+    "Levit": _LEVIT_ROLE_RANGES,
+    "LevitDistilled": _LEVIT_ROLE_RANGES,
     "SwinTransformer": {
         "patch_embedding": _row(0.0, 0.10),
         "downsample": _row(0.05, 0.20),
         "classifier": _row(0.0, 0.15),
-        "qkv": Rule(((0.10, 0.30), (0.15, 0.35), (0.20, 0.40), (0.25, 0.45)), by="stage"),
-        "attention_projection": Rule(((0.20, 0.40), (0.25, 0.45), (0.30, 0.50), (0.35, 0.55)), by="stage"),
-        "mlp_fc1": Rule(((0.30, 0.45), (0.35, 0.50), (0.40, 0.55), (0.45, 0.60)), by="stage"),
-        "mlp_fc2": Rule(((0.25, 0.40), (0.30, 0.45), (0.35, 0.50), (0.40, 0.55)), by="stage"),
+        "qkv": RoleRange(((0.10, 0.30), (0.15, 0.35), (0.20, 0.40), (0.25, 0.45)), by="stage"),
+        "attention_projection": RoleRange(((0.20, 0.40), (0.25, 0.45), (0.30, 0.50), (0.35, 0.55)), by="stage"),
+        "mlp_fc1": RoleRange(((0.30, 0.45), (0.35, 0.50), (0.40, 0.55), (0.45, 0.60)), by="stage"),
+        "mlp_fc2": RoleRange(((0.25, 0.40), (0.30, 0.45), (0.35, 0.50), (0.40, 0.55)), by="stage"),
     },
 }
 
@@ -132,9 +132,9 @@ def rule_ranges(layers: Sequence[Layer], family: str) -> dict[str, SparsityRange
 
 def observed_ranges(
     layers: Sequence[Layer],
-    weights: Mapping[str, NDArray[np.float32]],
-    gradients: Mapping[str, NDArray[np.float32]] | None = None,
-    hessian_gradients: Mapping[str, NDArray[np.float32]] | None = None,
+    weights: Mapping[str, Float32Array],
+    gradients: Mapping[str, Float32Array] | None = None,
+    hessian_gradients: Mapping[str, Float32Array] | None = None,
 ) -> dict[str, SparsityRange]:
     """Return E4's range of each layer by fqn, before constraints.
 
@@ -174,17 +174,17 @@ def apply_constraints(
     return clipped
 
 
-def _find_rule(role: str, family: str) -> tuple[str, Rule]:
+def _find_rule(role: str, family: str) -> tuple[str, RoleRange]:
     """Return the row for `role` and its name: the family's own, then the default; the exact role, then the general."""
     roles = (role, GENERAL_ROLE.get(role, "conv"))
-    for name, table in ((family, RULES.get(family, {})), ("default", DEFAULT_RULES)):
+    for name, table in ((family, FAMILY_ROLE_RANGES.get(family, {})), ("default", DEFAULT_ROLE_RANGES)):
         for candidate in roles:
             if candidate in table:
                 return f"{name}: {candidate}", table[candidate]
     raise AssertionError(f"the default rules have no row for {roles}")
 
 
-def _row_number(layer: Layer, rule: Rule, staged: list[int]) -> int:
+def _row_number(layer: Layer, rule: RoleRange, staged: list[int]) -> int:
     if rule.by == "stage":
         return staged.index(layer.stage)
     if rule.by == "size":
@@ -200,8 +200,8 @@ def _clip(bounds: SparsityRange, constraint: Constraint) -> SparsityRange:
 
 
 def _baseline_score(
-    name: str, fqn: str, weights: Mapping[str, NDArray[np.float32]], factors: Mapping[str, NDArray[np.float32]] | None
-) -> NDArray[np.float32]:
+    name: str, fqn: str, weights: Mapping[str, Float32Array], factors: Mapping[str, Float32Array] | None
+) -> Float32Array:
     """Return MAG's |w|, SNIP's |w g| or GraSP's w (H g) of one layer, flat; higher means keep."""
     weight = weights[fqn].ravel()
     if factors is None:
@@ -212,7 +212,7 @@ def _baseline_score(
     return product if name == "GraSP" else np.abs(product)
 
 
-def _globally_pruned_shares(scores: list[NDArray[np.float32]]) -> list[list[float]]:
+def _globally_pruned_shares(scores: list[Float32Array]) -> list[list[float]]:
     """Return, per global sparsity, the share of each layer among the lowest scores of all (ties by position)."""
     everything = np.concatenate(scores)
     counts = [math.floor(sparsity * everything.size + 0.5) for sparsity in GLOBAL_SPARSITIES]
@@ -221,7 +221,7 @@ def _globally_pruned_shares(scores: list[NDArray[np.float32]]) -> list[list[floa
     return [_shares_below(scores, everything[count - 1], count) if count else [0.0] * len(scores) for count in counts]
 
 
-def _shares_below(scores: list[NDArray[np.float32]], threshold: np.float32, count: int) -> list[float]:
+def _shares_below(scores: list[Float32Array], threshold: np.float32, count: int) -> list[float]:
     below = [int(np.count_nonzero(score < threshold)) for score in scores]
     left = count - sum(below)
     shares = []

@@ -24,10 +24,10 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mm_edge.arrays import Float32Array, Float32Arrays
 from mm_edge.errors import DataError, JobError, ModelError, UsageError, unknown_name
 
 SIGNALS = ("magnitude", "gradient", "product")
@@ -35,8 +35,7 @@ GRASP_IMAGES = 128
 # Against exact products on trained ViT-Tiny and ConvNeXt: cosine 1.00 from 3e-4 down, 0.99 at 1e-3, 0.90 at 3e-3.
 STEP = 3e-4
 
-Arrays = dict[str, NDArray[np.float32]]
-Scores = dict[str, Arrays]
+Scores = dict[str, Float32Arrays]
 Progress = Callable[[int, int], None]
 Batch = tuple[Tensor, Tensor | None]
 
@@ -57,7 +56,7 @@ class Batches(Protocol):
 class Gradients:
     """Summed gradients dL/dw by fqn (float32, the parameter's shape) and what they were taken on."""
 
-    values: Arrays
+    values: Float32Arrays
     images: int
     labelled: bool
 
@@ -84,7 +83,7 @@ def parse_signals(text: str) -> tuple[str, ...]:
     return names
 
 
-def score_weights(weights: Arrays, gradients: Mapping[str, NDArray[np.float32]], signals: Sequence[str]) -> Scores:
+def score_weights(weights: Float32Arrays, gradients: Mapping[str, Float32Array], signals: Sequence[str]) -> Scores:
     """Return, per signal, the normalised score of every weight in `weights` (E1-E3).
 
     `gradients` may be empty when only magnitude is asked for.
@@ -92,7 +91,7 @@ def score_weights(weights: Arrays, gradients: Mapping[str, NDArray[np.float32]],
     Raises:
         JobError: a layer has no gradient; it must not stay dense in silence.
     """
-    makers: dict[str, Callable[[], Arrays]] = {
+    makers: dict[str, Callable[[], Float32Arrays]] = {
         "magnitude": lambda: magnitude_scores(weights),
         "gradient": lambda: gradient_scores(weights, gradients),
         "product": lambda: product_scores(weights, gradients),
@@ -100,22 +99,22 @@ def score_weights(weights: Arrays, gradients: Mapping[str, NDArray[np.float32]],
     return {signal: makers[signal]() for signal in signals}
 
 
-def magnitude_scores(weights: Arrays) -> Arrays:
+def magnitude_scores(weights: Float32Arrays) -> Float32Arrays:
     """E1: |w|, normalised per layer."""
     return {fqn: normalise(np.abs(weight)) for fqn, weight in weights.items()}
 
 
-def gradient_scores(weights: Arrays, gradients: Mapping[str, NDArray[np.float32]]) -> Arrays:
+def gradient_scores(weights: Float32Arrays, gradients: Mapping[str, Float32Array]) -> Float32Arrays:
     """E2: |sum of dL/dw|, normalised per layer."""
     return {fqn: normalise(np.abs(_gradient_of(gradients, fqn))) for fqn in weights}
 
 
-def product_scores(weights: Arrays, gradients: Mapping[str, NDArray[np.float32]]) -> Arrays:
+def product_scores(weights: Float32Arrays, gradients: Mapping[str, Float32Array]) -> Float32Arrays:
     """E3: |w| * |dL/dw|, normalised per layer."""
     return {fqn: normalise(np.abs(weight * _gradient_of(gradients, fqn))) for fqn, weight in weights.items()}
 
 
-def normalise(score: NDArray[np.float32]) -> NDArray[np.float32]:
+def normalise(score: Float32Array) -> Float32Array:
     """Divide a layer's score by its mean, so that layers can be compared; a zero mean gives zeros."""
     mean = float(score.mean(dtype=np.float64)) if score.size else 0.0
     return (score / mean).astype(np.float32, copy=False) if mean > 0 else np.zeros_like(score, dtype=np.float32)
@@ -144,7 +143,7 @@ def gradients(module: nn.Module, batches: Batches, seed: int = 0, progress: Prog
 
 def hessian_gradient_products(
     module: nn.Module, batches: Batches, names: Sequence[str], seed: int = 0, progress: Progress | None = None
-) -> Arrays:
+) -> Float32Arrays:
     """Return H g of the mean loss for the parameters `names`, by a central difference on the first 128 images at most.
 
     The weights are moved along their gradient and put back exactly. Raises what `gradients` raises, and JobError
@@ -179,7 +178,7 @@ def hessian_gradient_products(
     return {name: (ahead[name] - behind[name]) * scale for name in names}
 
 
-def _gradient_of(gradients: Mapping[str, NDArray[np.float32]], fqn: str) -> NDArray[np.float32]:
+def _gradient_of(gradients: Mapping[str, Float32Array], fqn: str) -> Float32Array:
     if fqn not in gradients:
         raise JobError(f"layer '{fqn}' has no gradient: it is no parameter of the module; use --signals magnitude")
     return gradients[fqn]
@@ -281,7 +280,9 @@ def _norm(tensors: Iterator[Tensor]) -> float:
     return float(sum(float(tensor.double().square().sum()) for tensor in tensors) ** 0.5)
 
 
-def _move_(parameters: dict[str, nn.Parameter], saved: dict[str, Tensor], direction: Arrays, step: float) -> None:
+def _move_(
+    parameters: dict[str, nn.Parameter], saved: dict[str, Tensor], direction: Float32Arrays, step: float
+) -> None:
     with torch.no_grad():
         for name, value in saved.items():
             parameters[name].copy_(value if step == 0.0 else value + step * torch.from_numpy(direction[name]))

@@ -13,15 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnxruntime
 
+from mm_edge.arrays import Array, Float32Array, Float64Array, IntArray
 from mm_edge.errors import JobError, ModelError
 from mm_edge.load.weights import first_line
 from mm_edge.runtime import in_order
-
-Floats = npt.NDArray[np.float32]
-Labels = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -36,10 +33,10 @@ class Evaluation:
 
 def run_onnx(
     model: Path | bytes,
-    batches: Iterable[tuple[Floats, Labels]],
+    batches: Iterable[tuple[Float32Array, IntArray]],
     threads: int,
     on_images: Callable[[int], None] | None = None,
-) -> Floats:
+) -> Float32Array:
     """Return the first output for every image, (images, classes), from ONNX Runtime on the CPU.
 
     A model made for a fixed batch is fed that many images at a time, to `threads` threads at once. `on_images` is told
@@ -55,7 +52,7 @@ def run_onnx(
     output = session.get_outputs()[0].name
     dtype = np.float16 if feed.type == "tensor(float16)" else np.float32
 
-    def run_one(piece: tuple[Floats, int]) -> Floats:
+    def run_one(piece: tuple[Float32Array, int]) -> Float32Array:
         images, used = piece
         try:
             scores = session.run([output], {feed.name: images.astype(dtype, copy=False)})[0]
@@ -63,7 +60,7 @@ def run_onnx(
             raise JobError(f"ONNX Runtime failed on {_describe(model)}: {first_line(error)}") from error
         return np.asarray(scores, dtype=np.float32)[:used]
 
-    found: list[Floats] = []
+    found: list[Float32Array] = []
     for images, _ in batches:
         found += in_order(run_one, _pieces(images, fixed), threads)
         if on_images is not None:
@@ -71,7 +68,7 @@ def run_onnx(
     return np.concatenate(found) if found else np.zeros((0, 0), dtype=np.float32)
 
 
-def compare_logits(logits: Floats, labels: Labels | None, dense_logits: Floats | None) -> Evaluation:
+def compare_logits(logits: Float32Array, labels: IntArray | None, dense_logits: Float32Array | None) -> Evaluation:
     """Compare logits (n, classes) with labels (n,) and with the dense model's logits (n, classes).
 
     An image with a NaN or infinite logit counts as wrong and as disagreement, and leaves the divergence None.
@@ -90,13 +87,13 @@ def compare_logits(logits: Floats, labels: Labels | None, dense_logits: Floats |
     return Evaluation(accuracy, agreement, divergence, len(logits))
 
 
-def divergence_per_row(dense: Floats, candidate: Floats) -> npt.NDArray[np.float64]:
+def divergence_per_row(dense: Float32Array, candidate: Float32Array) -> Float64Array:
     """Return KL(dense || candidate) of every row of two sets of finite logits (n, classes), in nats."""
     log_p, log_q = log_softmax(dense), log_softmax(candidate)
     return np.asarray((np.exp(log_p) * (log_p - log_q)).sum(axis=1))
 
 
-def log_softmax(logits: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
+def log_softmax(logits: Array) -> Float64Array:
     """Return the logarithm of the softmax of every row (n, classes)."""
     shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
     return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)), dtype=np.float64)
@@ -124,7 +121,7 @@ def _describe(model: Path | bytes) -> str:
     return f"'{model}'" if isinstance(model, Path) else "the model"
 
 
-def _pieces(images: Floats, fixed: int | None) -> Iterator[tuple[Floats, int]]:
+def _pieces(images: Float32Array, fixed: int | None) -> Iterator[tuple[Float32Array, int]]:
     """Cut a batch to the `fixed` size a model takes, the last piece filled up; with each, how many images count."""
     size = fixed or len(images)
     for start in range(0, len(images), size):

@@ -12,23 +12,22 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 import onnxruntime
 import torch
 from torch import nn
 
+from mm_edge.arrays import Float32Array
 from mm_edge.errors import ParityError
 from mm_edge.graph.export import output_tensors
 from mm_edge.records import Parity, ParityInputs
 
 TOLERANCE = 1e-4
 
-FloatArray = npt.NDArray[np.float32]
-Run = Callable[[FloatArray], list[FloatArray]]
+Run = Callable[[Float32Array], list[Float32Array]]
 
 
-def compare(run: Run, reference: Run, inputs: FloatArray, kind: str) -> Parity:
+def compare(run: Run, reference: Run, inputs: Float32Array, kind: str) -> Parity:
     """Compare two models on `inputs` (N, C, H, W), one at a time, over all of their outputs.
 
     Raises:
@@ -73,13 +72,13 @@ def onnx_runner(model: ir.Model | Path, threads: int = 1) -> Run:
 def torch_runner(module: nn.Module) -> Run:
     """Return a function that runs `module` in eval mode without gradients."""
 
-    def run(inputs: FloatArray) -> list[FloatArray]:
+    def run(inputs: Float32Array) -> list[Float32Array]:
         with torch.inference_mode():
             return [tensor.numpy() for tensor in output_tensors(module(torch.from_numpy(inputs)))]
 
     return run
 
 
-def _same_answer(got: FloatArray, want: FloatArray) -> bool:
+def _same_answer(got: Float32Array, want: Float32Array) -> bool:
     flat = want.reshape(-1)
     return bool(flat[int(got.reshape(-1).argmax())] >= flat.max() - TOLERANCE * np.abs(flat).max())

@@ -19,7 +19,8 @@ from mm_edge.bench.target import Target
 from mm_edge.bench.transport import Transport
 from mm_edge.errors import BenchError
 from mm_edge.formats.device_files import write_model
-from mm_edge.graph.compact import Keep, materialise
+from mm_edge.graph.axes import Keep
+from mm_edge.graph.compact import materialise
 from mm_edge.graph.export import RawGraph, deploy
 from mm_edge.graph.groups import Structure
 from mm_edge.store import RunStore, hash_file, hash_key

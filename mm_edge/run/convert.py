@@ -10,16 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
-
+from mm_edge.arrays import Float32Array
 from mm_edge.bench.target import Target
 from mm_edge.errors import UsageError
 from mm_edge.formats.quantize import QuantReport, convert_fp16, quantise, scheme_for
 from mm_edge.records import Candidate
 from mm_edge.run.make import Workbench, evaluate_artifact
-
-FloatArray = npt.NDArray[np.float32]
 
 CALIBRATION_IMAGES = 100
 HELD_BACK_IMAGES = 64
@@ -30,8 +26,8 @@ PRECISIONS = ("fp32", "int8", "fp16")
 class CalibrationImages:
     """Images (N, C, H, W) to find value ranges on, and others to judge by."""
 
-    ranges: FloatArray
-    held_back: FloatArray
+    ranges: Float32Array
+    held_back: Float32Array
 
 
 def check_precisions(precisions: tuple[str, ...], target: Target, has_data: bool) -> None:

@@ -13,6 +13,7 @@ from dataclasses import replace
 import onnx_ir as ir
 import torch
 
+from mm_edge.arrays import Arrays
 from mm_edge.errors import UsageError
 from mm_edge.graph.compact import AxisMask, mask_tensors
 from mm_edge.load.data import ImageSet
@@ -25,7 +26,6 @@ from mm_edge.recover.training.finetune import Checkpoints, Score, Settings, Stud
 from mm_edge.recover.training.shrink import Slices, group_slices
 from mm_edge.run.make import (
     Plan,
-    Tensors,
     Workbench,
     compact_model,
     read_masked_state,
@@ -115,7 +115,7 @@ def finetune_candidate(
     return replace(made, epochs=found.epochs, stopped=found.reason)
 
 
-def _student(bench: Workbench, plan: Plan, start: Tensors) -> Student:
+def _student(bench: Workbench, plan: Plan, start: Arrays) -> Student:
     assert bench.module is not None
     structure = bench.structure
     groups: tuple[Slices, ...] = ()
@@ -132,7 +132,7 @@ def _student(bench: Workbench, plan: Plan, start: Tensors) -> Student:
     return Student(bench.module, start, masks, idle, bench.raw.parameters, groups)
 
 
-def _score(bench: Workbench, plan: Plan, state: Tensors) -> Score | None:
+def _score(bench: Workbench, plan: Plan, state: Arrays) -> Score | None:
     """Return what the validation images say of a state, by the graph that would be exported."""
     if bench.images.validation is None:
         return None

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from mm_edge import __version__
+from mm_edge.arrays import Float32Array
 from mm_edge.bench.target import Target
 from mm_edge.bench.transport import Transport
 from mm_edge.graph.axes import Axis
@@ -136,6 +136,6 @@ def _module_digest(module: torch.nn.Module | None) -> str | None:
     return repr([len(sums), *sums])
 
 
-def recovery_images(data: DataSplits) -> npt.NDArray[np.float32]:
+def recovery_images(data: DataSplits) -> Float32Array:
     """Return the calibration images (N, C, H, W) that the closed form works from."""
     return np.concatenate([batch for batch, _ in data.calibration.take(CLOSED_FORM_IMAGES).batches(BATCH)])

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 import safetensors
@@ -24,12 +23,13 @@ import safetensors.numpy
 import torch
 from torch import nn
 
+from mm_edge.arrays import Array, Arrays, BoolArray, Float32Array, Float64Array, IntArray
 from mm_edge.bench.target import Target
 from mm_edge.errors import ParityError, UsageError
 from mm_edge.formats.device_files import add_metadata_, write_model
 from mm_edge.formats.sparse_file import store_smallest
-from mm_edge.graph.axes import Axis
-from mm_edge.graph.compact import AxisMask, Keep, apply_mask, mask_tensors, masked_model, materialise
+from mm_edge.graph.axes import Axis, Keep
+from mm_edge.graph.compact import AxisMask, apply_mask, mask_tensors, masked_model, materialise
 from mm_edge.graph.costs import Cost
 from mm_edge.graph.depth import dead_tensors, live_nodes
 from mm_edge.graph.export import RawGraph, deploy
@@ -46,7 +46,6 @@ from mm_edge.graph.widths import (
     solve_widths,
     sparsity_of,
 )
-from mm_edge.memory import release_memory
 from mm_edge.plan.masks import build_masks, measure_sparsity, rank_scores
 from mm_edge.plan.n_m import parse_pattern, project, reduced_axes, require_pattern
 from mm_edge.plan.scores import Scores
@@ -58,10 +57,8 @@ from mm_edge.recover.closed_form.context import RecoveryContext
 from mm_edge.recover.closed_form.pattern import recover_pattern
 from mm_edge.recover.closed_form.recovery import Recovered, recover_closed_form
 from mm_edge.recover.closed_form.sensitivity import Sensitivity
+from mm_edge.runtime import release_memory
 from mm_edge.store import write_atomically
-
-FloatArray = npt.NDArray[np.float32]
-Tensors = dict[str, npt.NDArray[Any]]
 
 # How far below its budget a candidate may stay before the target's channel multiples are given up for it.
 BUDGET_SLACK = 0.03
@@ -80,7 +77,7 @@ class Plan:
     assignment: Assignment
     kind: str
     keep: Keep | None = None
-    masks: Mapping[str, npt.NDArray[np.bool_]] | None = None
+    masks: Mapping[str, BoolArray] | None = None
     side: int | None = None
     removed: tuple[str, ...] = ()
     planned_by: str | None = None
@@ -120,12 +117,12 @@ class Images:
         dense_logits: the dense model's answers on the validation images.
     """
 
-    parity: FloatArray
+    parity: Float32Array
     parity_kind: str
-    recovery: Callable[[], Iterator[FloatArray]] | None = None
-    validation: Callable[[], Iterator[tuple[FloatArray, npt.NDArray[np.int64]]]] | None = None
-    labels: npt.NDArray[np.int64] | None = None
-    dense_logits: FloatArray | None = None
+    recovery: Callable[[], Iterator[Float32Array]] | None = None
+    validation: Callable[[], Iterator[tuple[Float32Array, IntArray]]] | None = None
+    labels: IntArray | None = None
+    dense_logits: Float32Array | None = None
 
 
 @dataclass(frozen=True)
@@ -192,7 +189,7 @@ def plan_structured(
     layers: Sequence[Layer],
     ladders: Sequence[Ladder],
     assignment: Assignment,
-    scores: Mapping[Axis, npt.NDArray[np.float64]],
+    scores: Mapping[Axis, Float64Array],
 ) -> Plan:
     """Return the plan of one strategy: E7's widths on the target's ladders, the highest scores kept."""
     counts = round_widths(structure, layers, assignment.sparsity, ladders)
@@ -321,7 +318,7 @@ def _write(bench: Workbench, proto: onnx.ModelProto, artifact: Path, **provenanc
     write_model(proto, artifact)
 
 
-def save_trained(bench: Workbench, plan: Plan, tensors: Tensors, recovered: str, name: str) -> Candidate:
+def save_trained(bench: Workbench, plan: Plan, tensors: Arrays, recovered: str, name: str) -> Candidate:
     """Save `tensors` that were trained in PyTorch, verified against the module that holds them; see save_candidate."""
     module = copy.deepcopy(bench.module)
     assert module is not None
@@ -330,7 +327,7 @@ def save_trained(bench: Workbench, plan: Plan, tensors: Tensors, recovered: str,
 
 
 def save_candidate(
-    bench: Workbench, plan: Plan, tensors: Tensors, reference: Run, recovered: str | None, name: str
+    bench: Workbench, plan: Plan, tensors: Arrays, reference: Run, recovered: str | None, name: str
 ) -> Candidate:
     """Save the compact model of the masked `tensors` as `name`, verify it against `reference`, and evaluate it.
 
@@ -376,7 +373,7 @@ def save_candidate(
     )
 
 
-def compact_model(bench: Workbench, plan: Plan, tensors: Tensors) -> ir.Model:
+def compact_model(bench: Workbench, plan: Plan, tensors: Arrays) -> ir.Model:
     """Return the deployable model of masked, dense-shaped `tensors`."""
     return deploy(materialise(bench.raw, bench.structure, plan.keep or {}, tensors))
 
@@ -389,11 +386,11 @@ def _write_kept(structure: Structure, plan: Plan) -> dict[str, str] | None:
     return {"kept": json.dumps({name: packed.tobytes().hex() for name, packed in bits.items()})}
 
 
-def read_masked_state(structure: Structure, plan: Plan, path: Path) -> tuple[Plan, Tensors]:
+def read_masked_state(structure: Structure, plan: Plan, path: Path) -> tuple[Plan, Arrays]:
     """Return the masked weights `save_candidate` wrote, and the plan with the indices the recovery chose to keep."""
     with safetensors.safe_open(path, framework="numpy") as file:
         kept = json.loads((file.metadata() or {}).get("kept", "{}"))
-        tensors: Tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        tensors: Arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     if plan.keep is None:
         return plan, tensors
     keep = {
@@ -422,7 +419,7 @@ def evaluate_artifact(bench: Workbench, artifact: Path) -> Judgement:
 
 
 def judge_logits(
-    logits: FloatArray, labels: npt.NDArray[np.int64] | None, dense_logits: FloatArray | None, dense: float | None
+    logits: Float32Array, labels: IntArray | None, dense_logits: Float32Array | None, dense: float | None
 ) -> Judgement:
     """Return what answers (n, classes) to the validation images say; `dense` is the dense model's own accuracy."""
     found = compare_logits(logits, labels, dense_logits)
@@ -434,7 +431,7 @@ def judge_logits(
     }
 
 
-def _solve(bench: Workbench, plan: Plan, walk_again: bool) -> tuple[Plan, Tensors, str | None]:
+def _solve(bench: Workbench, plan: Plan, walk_again: bool) -> tuple[Plan, Arrays, str | None]:
     """Return the plan with the indices the closed form keeps (E9), the tensors it changes, and what to call it."""
     if bench.recovery is None:
         return plan, {}, None
@@ -458,16 +455,16 @@ def recover_keep(
 
 
 def _masked_weights(
-    bench: Workbench, plan: Plan, changes: Tensors, recovered: str | None
-) -> tuple[Tensors, Run, str | None]:
+    bench: Workbench, plan: Plan, changes: Arrays, recovered: str | None
+) -> tuple[Arrays, Run, str | None]:
     """Return the masked (and recovered) weights by name, a way to run the masked model, and what recovered it."""
     masks = {} if plan.keep is None else mask_tensors(bench.structure, plan.keep)
 
-    def pruned(name: str, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    def pruned(name: str, array: Array) -> Array:
         return changes[name].astype(array.dtype) if name in changes else _mask(array, name, masks, plan)
 
     if bench.module is None:
-        tensors: Tensors = {}
+        tensors: Arrays = {}
         for name, value in bench.raw.model.graph.initializers.items():
             if name in bench.raw.parameters | bench.raw.buffers and value.const_value is not None:
                 tensors[name] = pruned(name, value.const_value.numpy())
@@ -487,7 +484,7 @@ def _masked_weights(
     return state, torch_runner(module), recovered
 
 
-def _mask(array: npt.NDArray[Any], name: str, masks: Mapping[str, AxisMask], plan: Plan) -> npt.NDArray[Any]:
+def _mask(array: Array, name: str, masks: Mapping[str, AxisMask], plan: Plan) -> Array:
     if plan.masks is not None:
         return np.where(plan.masks[name], array, np.zeros((), array.dtype)) if name in plan.masks else array
     return apply_mask(array, masks.get(name))
@@ -499,14 +496,14 @@ def _check(bench: Workbench, artifact: Path, reference: Run, what: str) -> Parit
     return parity
 
 
-def _sparsity(bench: Workbench, plan: Plan, tensors: Tensors) -> float:
+def _sparsity(bench: Workbench, plan: Plan, tensors: Arrays) -> float:
     """Structured: 1 - kept / dense weights. Unstructured: zeros counted on the exported weights."""
     if plan.keep is not None:
         return sparsity_of(bench.structure, bench.layers, plan.keep)
     return measure_sparsity(tensors, bench.layers)
 
 
-def _parameter_count(bench: Workbench, tensors: Tensors, plan: Plan, keep: Keep) -> int:
+def _parameter_count(bench: Workbench, tensors: Arrays, plan: Plan, keep: Keep) -> int:
     """Count what is left of the parameters; zeros inside kept tensors count, they are stored."""
     total = 0
     for name in bench.raw.parameters - dead_tensors(bench.raw.model, bench.structure, keep):
@@ -582,7 +579,7 @@ def plan_n_m(
     return list(plans.values()), dense
 
 
-def _hash_masks(masks: Mapping[Any, npt.NDArray[np.bool_]]) -> str:
+def _hash_masks(masks: Mapping[Any, BoolArray]) -> str:
     state = hashlib.sha256()
     for name, mask in sorted(masks.items(), key=lambda item: str(item[0])):
         state.update(f"{name}".encode())

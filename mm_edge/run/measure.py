@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from mm_edge.arrays import Float32Array
 from mm_edge.bench.session import (
     MINIMUM_PAIRS,
     Measurement,
@@ -34,8 +34,6 @@ from mm_edge.select import mark_pareto
 from mm_edge.store import hash_file
 
 SAMPLES_FOLDER = "samples"
-
-Array = npt.NDArray[np.float32]
 
 
 def measure_all(
@@ -153,7 +151,7 @@ def _save_images(images: Images, folder: Path, side: int) -> list[Path]:
     return pieces
 
 
-def _device_logits(job: Job, model: Path, pieces: Sequence[Path], fingerprint: str) -> Array:
+def _device_logits(job: Job, model: Path, pieces: Sequence[Path], fingerprint: str) -> Float32Array:
     """Return the device's answers for the validation images, from an earlier run where nothing has changed."""
     assert job.transport is not None
     key = job.key(data=job.data_key, artifact=hash_file(model), target=job.target, fingerprint=fingerprint)

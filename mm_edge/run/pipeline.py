@@ -14,7 +14,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
 from mm_edge.bench.target import Target
@@ -72,8 +71,6 @@ from mm_edge.store import hash_file
 
 RECOVERY_IMAGES = 128
 PARITY_IMAGES = 8
-
-Array = npt.NDArray[np.float32]
 
 
 def prune_export(job: Job) -> Report:

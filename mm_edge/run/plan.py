@@ -13,10 +13,11 @@ from dataclasses import replace
 from functools import partial
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
-from mm_edge.graph.compact import Keep, materialise
+from mm_edge.arrays import Float32Array
+from mm_edge.graph.axes import Keep
+from mm_edge.graph.compact import materialise
 from mm_edge.graph.costs import Cost
 from mm_edge.graph.depth import Branch, renamed
 from mm_edge.graph.export import deploy
@@ -55,8 +56,6 @@ MEASURED_AIM = 0.97
 MEASURED_WINDOW = (0.95, 0.99)
 # What a candidate's own id adds to the metadata of its file.
 METADATA_BYTES = 256
-
-Array = npt.NDArray[np.float32]
 
 
 class Rulers:
@@ -328,7 +327,7 @@ def _divergence(job: Job, dense: Place, place: Place, plan: Plan | None) -> floa
     return float(stored[0])
 
 
-def _held_back_images(dense: RecoveryContext, place: Place) -> Array:
+def _held_back_images(dense: RecoveryContext, place: Place) -> Float32Array:
     """Return the images that decide at the dense size, as they are at the place's own."""
     assert place.job.data is not None
     held, own = list(dense.held_back), place.recovery

@@ -5,34 +5,31 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
+from mm_edge.arrays import Float32Array, Float32Arrays
 from mm_edge.graph.export import RawGraph
 from mm_edge.graph.layers import read_weights as read_layer_weights
 from mm_edge.load.models import LoadedModel
-from mm_edge.memory import release_memory
 from mm_edge.plan.ranges import observed_ranges, rule_ranges
 from mm_edge.plan.scores import GRASP_IMAGES, Scores, gradients, hessian_gradient_products, score_weights
 from mm_edge.records import Layer, SparsityRange
 from mm_edge.run.job import BATCH, Job
+from mm_edge.runtime import release_memory
 
 # E2 asks for 5-10 % of the training data; beyond this many images the gradient's ranking no longer moves.
 GRADIENT_IMAGES = 1024
 # Two images of 224 x 224: at 32 of them EfficientNet-Lite0 alone keeps 2.8 GB of activations, no faster an image.
 GRADIENT_PIXELS = 2 * 224 * 224
 
-Array = npt.NDArray[np.float32]
-
 
 def read_ranges(
     job_ranges: str,
     layers: tuple[Layer, ...],
     family: str,
-    weights: Mapping[str, Array],
-    gradient: Mapping[str, Array] | None = None,
-    products: Mapping[str, Array] | None = None,
+    weights: Mapping[str, Float32Array],
+    gradient: Mapping[str, Float32Array] | None = None,
+    products: Mapping[str, Float32Array] | None = None,
 ) -> dict[str, SparsityRange]:
     """Return the ranges from either source, before constraints."""
     if job_ranges == "observed":
@@ -46,7 +43,7 @@ def score_network(
     """Return the scores of every signal asked for and possible, the ranges before constraints, and what to tell."""
     weights = read_layer_weights(raw, layers)
     notes: list[str] = []
-    gradient: dict[str, Array] = {}
+    gradient: Float32Arrays = {}
     signals = job.request.signals
     if signals != ("magnitude",) or job.request.ranges == "observed":
         gradient, note = _gradients(job)
@@ -60,7 +57,7 @@ def score_network(
     return scores, bounds, notes
 
 
-def _gradients(job: Job) -> tuple[dict[str, Array], list[str]]:
+def _gradients(job: Job) -> tuple[Float32Arrays, list[str]]:
     """One gradient pass over the calibration images, kept for the next run."""
     if job.model.module is None:
         return {}, ["a network given as .onnx has no gradients: signal magnitude only"]
@@ -78,7 +75,7 @@ def _gradients(job: Job) -> tuple[dict[str, Array], list[str]]:
     return stored, []
 
 
-def _products(job: Job, layers: tuple[Layer, ...]) -> dict[str, Array]:
+def _products(job: Job, layers: tuple[Layer, ...]) -> Float32Arrays:
     """GraSP's Hessian-gradient products, kept for the next run."""
     assert job.model.module is not None and job.data is not None
     key = job.key(data=job.data_key, images=GRASP_IMAGES)

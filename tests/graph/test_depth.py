@@ -12,7 +12,8 @@ from tiny_graphs import noise
 from torch import nn
 
 from mm_edge.errors import JobError
-from mm_edge.graph.compact import Keep, mask_tensors, masked_model, materialise
+from mm_edge.graph.axes import Keep
+from mm_edge.graph.compact import mask_tensors, masked_model, materialise
 from mm_edge.graph.depth import Branch, dead_tensors, find_branches
 from mm_edge.graph.export import RawGraph, deploy, export_raw
 from mm_edge.graph.groups import Structure, read_structure

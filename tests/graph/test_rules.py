@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tiny_graphs import assert_exact, coupled, pin_of, structure_of, tiny
 
-from mm_edge.graph.rules import RULES
+from mm_edge.graph.rules import OPERATOR_RULES
 
 F = np.float32
 
@@ -442,6 +442,6 @@ def test_what_depends_on_order_pins_with_the_operator_s_name() -> None:
 def test_an_operator_without_a_rule_pins_what_it_touches_and_nothing_else() -> None:
     body = "a = MatMul(x, w) b = Relu(a) c = MatMul(b, u) d = Det(c) y = Abs(d)"
     structure = structure_of(tiny("float[1,3,6] x", body, {"w": (6, 8), "u": (8, 3)}))
-    assert "Det" not in RULES
+    assert "Det" not in OPERATOR_RULES
     assert pin_of(structure, "u:1") == "Det: operator Det has no rule"
     assert coupled(structure, "w:1", "u:0")

@@ -16,7 +16,8 @@ from tiny_graphs import structure_of, tiny
 
 from mm_edge.api import Setting, make_request, run_job
 from mm_edge.errors import ConstraintError, UsageError
-from mm_edge.graph.compact import Keep, materialise
+from mm_edge.graph.axes import Keep
+from mm_edge.graph.compact import materialise
 from mm_edge.graph.costs import RunningCost
 from mm_edge.graph.export import RawGraph, raw_from_onnx
 from mm_edge.graph.groups import Structure, read_structure

@@ -11,7 +11,7 @@ from tiny_graphs import structure_of, tiny
 
 from mm_edge.api import Setting, make_request
 from mm_edge.errors import UsageError
-from mm_edge.graph.compact import Keep
+from mm_edge.graph.axes import Keep
 from mm_edge.graph.costs import Cost
 from mm_edge.graph.groups import Structure
 from mm_edge.graph.widths import Ladder, ladder

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mm_edge.errors import JobError
-from mm_edge.plan.ranges import DEFAULT_RULES, RULES, apply_constraints, observed_ranges, rule_ranges
+from mm_edge.plan.ranges import DEFAULT_ROLE_RANGES, FAMILY_ROLE_RANGES, apply_constraints, observed_ranges, rule_ranges
 from mm_edge.records import Layer, SparsityRange
 
 
@@ -128,7 +128,7 @@ def test_levit_rows_and_default_rows_where_a_family_has_none() -> None:
 
 
 def test_every_row_of_the_table_is_a_range() -> None:
-    for table in (DEFAULT_RULES, *RULES.values()):
+    for table in (DEFAULT_ROLE_RANGES, *FAMILY_ROLE_RANGES.values()):
         for rule in table.values():
             assert rule.bounds and all(0.0 <= lo < hi <= 1.0 for lo, hi in rule.bounds)
 

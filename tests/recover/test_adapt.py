@@ -11,7 +11,8 @@ import torch
 from recovery_cases import BUILDERS, Case, kl_as_it_is
 from torch import nn
 
-from mm_edge.graph.compact import Keep, apply_mask, mask_tensors, masked_model, materialise
+from mm_edge.graph.axes import Keep
+from mm_edge.graph.compact import apply_mask, mask_tensors, masked_model, materialise
 from mm_edge.graph.export import export_raw
 from mm_edge.graph.groups import read_structure
 from mm_edge.quality.parity import compare, onnx_runner, require

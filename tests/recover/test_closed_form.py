@@ -12,7 +12,7 @@ from mm_edge.errors import UsageError
 from mm_edge.graph.compact import mask_tensors, masked_model, materialise
 from mm_edge.graph.export import export_raw
 from mm_edge.graph.groups import read_structure
-from mm_edge.graph.partial import Frontier, Network
+from mm_edge.graph.partial import Frontier, RunnableGraph
 from mm_edge.graph.widths import ladder
 from mm_edge.quality.parity import compare, onnx_runner, require
 from mm_edge.recover.closed_form.consumers import read_branch, read_consumers
@@ -63,7 +63,7 @@ def test_tensors_fit_the_module(case: Case) -> None:
 
 def test_recovery_beats_masking_and_the_walk_beats_screening_held_back(case: Case) -> None:
     masks = mask_tensors(case.structure, case.keep)
-    pruned = Network(masked_model(case.raw, masks))
+    pruned = RunnableGraph(masked_model(case.raw, masks))
     frontier = Frontier(case.context.network, case.images, case.context.held_back)
     before = divergence(case.context, pruned, frontier)
     screened = recover_closed_form(case.context, case.keep, case.counts, select="signal", walked=False)

@@ -16,7 +16,8 @@ from tiny_job import CLASSES, write_images
 from torch import nn
 
 from mm_edge.errors import UsageError
-from mm_edge.graph.compact import Keep, mask_tensors, materialise
+from mm_edge.graph.axes import Keep
+from mm_edge.graph.compact import mask_tensors, materialise
 from mm_edge.graph.export import RawGraph, deploy, export_raw
 from mm_edge.graph.groups import Structure, read_structure
 from mm_edge.load.data import ImageSet, open_data

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from mm_edge.graph.export import export_raw
-from mm_edge.graph.partial import Frontier, Network, narrowest
+from mm_edge.graph.partial import Frontier, RunnableGraph, narrowest
 from mm_edge.recover.closed_form.consumers import columns, count_positions, input_of, read_consumers
 from mm_edge.recover.closed_form.moments import Accumulator, collect_dense, sample_positions
 
@@ -24,9 +24,9 @@ CONVOLUTIONS = {
 }
 
 
-def _network(module: nn.Module, shape: tuple[int, ...]) -> tuple[Network, tuple]:
+def _network(module: nn.Module, shape: tuple[int, ...]) -> tuple[RunnableGraph, tuple]:
     raw = export_raw(module.eval(), torch.zeros(1, *shape))
-    network = Network(raw.model.clone())
+    network = RunnableGraph(raw.model.clone())
     return network, read_consumers(raw, network)
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from mm_edge.graph.compact import materialise
 from mm_edge.graph.export import export_raw
 from mm_edge.graph.groups import read_structure
-from mm_edge.graph.partial import Frontier, Network
+from mm_edge.graph.partial import Frontier, RunnableGraph
 from mm_edge.plan.masks import Mask
 from mm_edge.plan.n_m import parse_pattern, project_mask, reduced_axes
 from mm_edge.recover.closed_form.context import RecoveryContext, build_context, divergence
@@ -47,7 +47,7 @@ def two_of_four(context: RecoveryContext) -> dict[str, Mask]:
 
 
 def kl(context: RecoveryContext, tensors: dict[str, np.ndarray]) -> float:
-    network = Network(materialise(context.raw, context.structure, {}, tensors))
+    network = RunnableGraph(materialise(context.raw, context.structure, {}, tensors))
     return divergence(context, network, Frontier(context.network, context.images, context.held_back))
 
 

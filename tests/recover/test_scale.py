@@ -18,7 +18,7 @@ from mm_edge.graph.compact import compact_arrays, mask_tensors, materialise
 from mm_edge.graph.depth import find_branches
 from mm_edge.graph.export import RawGraph, export_raw
 from mm_edge.graph.groups import read_structure
-from mm_edge.graph.partial import Frontier, Network
+from mm_edge.graph.partial import Frontier, RunnableGraph
 from mm_edge.quality.evaluation import divergence_per_row
 from mm_edge.recover.closed_form import recovery as closed_form
 from mm_edge.recover.closed_form.branches import empty
@@ -152,7 +152,7 @@ def graph_of(body: str, weights: dict[str, tuple[int, ...]], constants: dict[str
     return tiny("float[1,3,2,2] x", f"f = Flatten(x) {body}", weights, constants)
 
 
-def outputs_of(network: Network, image: np.ndarray) -> dict[str, np.ndarray]:
+def outputs_of(network: RunnableGraph, image: np.ndarray) -> dict[str, np.ndarray]:
     return network.open(network.inputs, network.outputs).run({network.inputs[0]: image})
 
 
@@ -160,7 +160,7 @@ def outputs_of(network: Network, image: np.ndarray) -> dict[str, np.ndarray]:
 def test_the_last_layer_takes_the_scale(name: str) -> None:
     body, weights, constants = LAST[name]
     raw = graph_of(body, weights, constants)
-    network = Network(raw.model.clone())
+    network = RunnableGraph(raw.model.clone())
     found = _answering(network, read_consumers(raw, network))
     assert found == tuple(weights)
     image = noise(raw, 1)
@@ -171,7 +171,7 @@ def test_the_last_layer_takes_the_scale(name: str) -> None:
 @pytest.mark.parametrize("name", NONE)
 def test_no_layer_takes_the_scale(name: str) -> None:
     raw = graph_of(*NONE[name])
-    network = Network(raw.model.clone())
+    network = RunnableGraph(raw.model.clone())
     assert _answering(network, read_consumers(raw, network)) == ()
 
 
@@ -225,7 +225,7 @@ def test_a_pattern_is_rescaled_and_holds(plain: Case, less_sure: RecoveryContext
 
 def test_holding_changes_the_weights_of_the_copy_alone() -> None:
     raw = graph_of(*LAST["bias in the product"])
-    network = Network(raw.model.clone())
+    network = RunnableGraph(raw.model.clone())
     image = noise(raw, 1)
     before = outputs_of(network, image)["y"]
     twin = network.holding({"b": network.arrays["b"] + 1})
@@ -237,9 +237,9 @@ def test_holding_changes_the_weights_of_the_copy_alone() -> None:
 def test_a_graph_of_as_many_indices_is_made_of_another(plain: Case) -> None:
     raw, structure = plain.raw, plain.structure
     first, second = (random_keep(structure, 0.5, seed) for seed in (0, 1))
-    network = Network(materialise(raw, structure, first))
+    network = RunnableGraph(materialise(raw, structure, first))
     held = network.holding(compact_arrays(raw, structure, second))
-    made = Network(materialise(raw, structure, second))
+    made = RunnableGraph(materialise(raw, structure, second))
     assert held.arrays.keys() == made.arrays.keys()
     for name, array in made.arrays.items():
         np.testing.assert_array_equal(held.arrays[name], array)
@@ -258,11 +258,13 @@ def test_selections_are_judged_by_their_own_constants_where_a_block_is_gone(monk
     context = build_context(raw, structure, images)
     keep = random_keep(structure, 0.6)
     keep |= empty(structure, find_branches(raw.model, structure)[:1])
-    seen: list[tuple[Network, dict[str, np.ndarray]]] = []
+    seen: list[tuple[RunnableGraph, dict[str, np.ndarray]]] = []
 
-    def watched(context: RecoveryContext, chosen: closed_form.Keep, tensors: Tensors, like: Network | None = None):
+    def watched(
+        context: RecoveryContext, chosen: closed_form.Keep, tensors: Tensors, like: RunnableGraph | None = None
+    ):
         network = pruned_network(context, chosen, tensors, like)
-        seen.append((network, Network(materialise(raw, structure, chosen, tensors)).arrays))
+        seen.append((network, RunnableGraph(materialise(raw, structure, chosen, tensors)).arrays))
         return network
 
     monkeypatch.setattr(closed_form, "pruned_network", watched)

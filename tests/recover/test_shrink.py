@@ -11,7 +11,8 @@ import torch
 from recovery_cases import Depthwise, Grouped, Plain
 from torch import nn
 
-from mm_edge.graph.compact import Keep, mask_tensors
+from mm_edge.graph.axes import Keep
+from mm_edge.graph.compact import mask_tensors
 from mm_edge.graph.export import export_raw
 from mm_edge.graph.groups import Structure, read_structure
 from mm_edge.plan.masks import bind_masks

@@ -15,7 +15,7 @@ from tiny_job import SIDE
 
 from mm_edge.api import Setting, make_request, run_job
 from mm_edge.errors import UsageError
-from mm_edge.graph.compact import Keep
+from mm_edge.graph.axes import Keep
 from mm_edge.load.models import LoadOptions, load_model
 from mm_edge.progress import Stages
 from mm_edge.records import Candidate, Report

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mm_edge.graph.axes import Axis
-from mm_edge.graph.compact import Keep
+from mm_edge.graph.axes import Axis, Keep
 from mm_edge.graph.costs import Cost
 from mm_edge.graph.depth import Branch
 from mm_edge.graph.groups import Structure

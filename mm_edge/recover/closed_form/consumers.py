@@ -14,14 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 
+from mm_edge.arrays import Array, Float32Array, Float64Array, IntArray
 from mm_edge.graph.export import RawGraph
-from mm_edge.graph.partial import Network
+from mm_edge.graph.partial import RunnableGraph
 
-Array = npt.NDArray[Any]
-Indices = npt.NDArray[np.int64]
+Indices = IntArray
 
 MOVES = frozenset("Transpose Reshape Squeeze Unsqueeze Flatten Identity Dropout".split())
 
@@ -44,7 +43,7 @@ class Shift:
     tensor: str
     sign: float
 
-    def moved(self, array: Array, change: npt.NDArray[np.float64]) -> Array:
+    def moved(self, array: Array, change: Float64Array) -> Array:
         """Return the tensor's `array` with the `change` of the consumer's mean output in it."""
         return (array + self.sign * change).astype(array.dtype)
 
@@ -69,12 +68,12 @@ class Consumer:
     window: Window | None
     shift: Shift | None
 
-    def matrix(self, weight: Array) -> npt.NDArray[np.float64]:
+    def matrix(self, weight: Array) -> Float64Array:
         """Return `weight` as blocks (groups, outputs per group, K)."""
         rows = np.moveaxis(weight, self.in_axis, 1) if weight.ndim > 1 else weight[:, None]
         return np.asarray(rows, dtype=np.float64).reshape(self.groups, rows.shape[0] // self.groups, -1)
 
-    def weight_of(self, blocks: npt.NDArray[np.float64], like: Array) -> Array:
+    def weight_of(self, blocks: Float64Array, like: Array) -> Array:
         """Return the blocks of `matrix` in the layout and type of `like`."""
         rows = np.moveaxis(like, self.in_axis, 1)
         return np.moveaxis(blocks.reshape(rows.shape), 1, self.in_axis).astype(like.dtype)
@@ -95,11 +94,11 @@ class Branch:
     result: str
     skip: str | None
     index: Indices
-    scale: npt.NDArray[np.float64]
-    offset: npt.NDArray[np.float64]
+    scale: Float64Array
+    offset: Float64Array
 
 
-def read_consumers(raw: RawGraph, network: Network) -> tuple[Consumer, ...]:
+def read_consumers(raw: RawGraph, network: RunnableGraph) -> tuple[Consumer, ...]:
     """Return, in graph order, every convolution, Gemm and MatMul whose weight is a parameter read only there.
 
     Weights that pass through arithmetic first (weight standardisation) are left out: their columns cannot be solved.
@@ -112,7 +111,7 @@ def read_consumers(raw: RawGraph, network: Network) -> tuple[Consumer, ...]:
     return tuple(found)
 
 
-def read_branch(network: Network, consumer: Consumer) -> Branch:
+def read_branch(network: RunnableGraph, consumer: Consumer) -> Branch:
     """Follow the product of `consumer` through `network` to the value that should be right."""
     node = network.node(consumer.node)
     value = node.output[0]
@@ -135,12 +134,12 @@ def read_branch(network: Network, consumer: Consumer) -> Branch:
         value = following.output[0]
 
 
-def input_of(network: Network, consumer: Consumer) -> str:
+def input_of(network: RunnableGraph, consumer: Consumer) -> str:
     """Return the name of the value that `consumer` reads in `network`."""
     return str(network.node(consumer.node).input[0])
 
 
-def columns(data: Array, consumer: Consumer, positions: Indices) -> npt.NDArray[np.float32]:
+def columns(data: Array, consumer: Consumer, positions: Indices) -> Float32Array:
     """Return what `consumer` reads at some output positions, (positions, groups, K), from its input at batch 1."""
     if consumer.window is None:
         rows = data.reshape(-1, data.shape[-1])[positions]
@@ -151,13 +150,13 @@ def columns(data: Array, consumer: Consumer, positions: Indices) -> npt.NDArray[
     return np.asarray(rows, dtype=np.float32).reshape(len(positions), consumer.groups, -1)
 
 
-def count_positions(network: Network, consumer: Consumer) -> int:
+def count_positions(network: RunnableGraph, consumer: Consumer) -> int:
     """Return how many output positions `consumer` has per image."""
     shape = network.shapes[network.node(consumer.node).output[0]]
     return _count(shape[2:]) if consumer.window is not None else _count(shape[:-1])
 
 
-def _consumer(raw: RawGraph, network: Network, node: onnx.NodeProto) -> Consumer | None:
+def _consumer(raw: RawGraph, network: RunnableGraph, node: onnx.NodeProto) -> Consumer | None:
     if node.op_type not in ("Conv", "Gemm", "MatMul") or not network.is_computed(node.input[0]):
         return None
     weight, turned = _origin(network, node.input[1])
@@ -175,7 +174,7 @@ def _consumer(raw: RawGraph, network: Network, node: onnx.NodeProto) -> Consumer
     return Consumer(node.name, weight, in_axis, groups, window, _shift(raw, network, node))
 
 
-def _origin(network: Network, value: str) -> tuple[str, bool]:
+def _origin(network: RunnableGraph, value: str) -> tuple[str, bool]:
     """Return the initialiser behind `value` and whether it was transposed."""
     if value in network.arrays or value not in network.made_at:
         return value, False
@@ -200,7 +199,7 @@ def _window(attributes: dict[str, Any], kernel: tuple[int, ...], size: tuple[int
     return Window(tuple(kernel), strides, dilations, pads[: len(kernel)], pads[len(kernel) :])
 
 
-def _shift(raw: RawGraph, network: Network, node: onnx.NodeProto) -> Shift | None:
+def _shift(raw: RawGraph, network: RunnableGraph, node: onnx.NodeProto) -> Shift | None:
     """Return the bias that is added to the product, or the running mean that is subtracted from it.
 
     One that something else reads too cannot be moved for this product alone.
@@ -225,11 +224,11 @@ def _shift(raw: RawGraph, network: Network, node: onnx.NodeProto) -> Shift | Non
         return None
 
 
-def _sole(network: Network, tensor: str, sign: float) -> Shift | None:
+def _sole(network: RunnableGraph, tensor: str, sign: float) -> Shift | None:
     return Shift(tensor, sign) if len(network.read_at[tensor]) == 1 else None
 
 
-def _follow(network: Network, value: str, index: Indices) -> tuple[onnx.NodeProto, str, Array, Array] | None:
+def _follow(network: RunnableGraph, value: str, index: Indices) -> tuple[onnx.NodeProto, str, Array, Array] | None:
     """Return the only reader of `value` with what it does to y: "move", "affine" (factor, term) or "add"."""
     readers = network.read_at.get(value, [])
     if len(readers) != 1 or value in network.outputs:
@@ -257,7 +256,7 @@ def _follow(network: Network, value: str, index: Indices) -> tuple[onnx.NodeProt
     return (node, "affine", one, vector) if node.op_type == "Add" else (node, "affine", vector, zero)
 
 
-def _vector(network: Network, name: str, value: str, index: Indices) -> Array:
+def _vector(network: RunnableGraph, name: str, value: str, index: Indices) -> Array:
     bias = np.asarray(network.constant(name), dtype=np.float64)
     shape = network.shapes[value]
     if network.nodes[network.made_at[value]].op_type == "Conv":
@@ -272,7 +271,7 @@ def _spread(array: Array, shape: tuple[int, ...], index: Indices) -> Array | Non
     return rows[0] if (rows == rows[:1]).all() else None
 
 
-def _moved(network: Network, node: onnx.NodeProto, index: Indices) -> Indices:
+def _moved(network: RunnableGraph, node: onnx.NodeProto, index: Indices) -> Indices:
     """Return where the entries at `index` of the node's input lie in its output."""
     before, after = network.shapes[node.input[0]], network.shapes[node.output[0]]
     if node.op_type != "Transpose":

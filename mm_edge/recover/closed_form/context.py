@@ -5,24 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from mm_edge.graph.axes import Axis
-from mm_edge.graph.compact import Keep, apply_mask, compact_arrays, mask_tensors, materialise
+from mm_edge.arrays import Array, Arrays, Float32Array, Float64Array, IntArray
+from mm_edge.graph.axes import Axis, Keep
+from mm_edge.graph.compact import apply_mask, compact_arrays, mask_tensors, materialise
 from mm_edge.graph.export import RawGraph
 from mm_edge.graph.groups import Group, Structure
-from mm_edge.graph.partial import Frontier, Network, narrowest
+from mm_edge.graph.partial import Frontier, RunnableGraph, narrowest
 from mm_edge.progress import Advance
 from mm_edge.quality.evaluation import divergence_per_row, log_softmax
 from mm_edge.recover.closed_form.consumers import Consumer, read_branch, read_consumers
 from mm_edge.recover.closed_form.moments import DenseMoments, collect_dense
 from mm_edge.recover.closed_form.surgeon import Order, Surgeon, order_of
 
-Tensors = dict[str, npt.NDArray[Any]]
-Readers = list[tuple[Consumer, npt.NDArray[np.int64]]]
+Readers = list[tuple[Consumer, IntArray]]
 
 HELD_BACK = 0.2
 HELD_BACK_MOST = 128
@@ -49,7 +47,7 @@ class Judged:
         scale: the number that makes their mean least; 1 where no layer could take it.
     """
 
-    divergences: npt.NDArray[np.float64]
+    divergences: Float64Array
     scale: float
 
     @property
@@ -82,22 +80,20 @@ class RecoveryContext:
 
     raw: RawGraph
     structure: Structure
-    network: Network
+    network: RunnableGraph
     consumers: Mapping[str, Consumer]
-    images: npt.NDArray[np.float32]
+    images: Float32Array
     fitted: tuple[int, ...]
     held_back: tuple[int, ...]
     dense: DenseMoments
-    logits: npt.NDArray[np.float32]
+    logits: Float32Array
     answering: tuple[str, ...] = ()
     threads: int = 1
     orders: dict[Axis, Order] = field(default_factory=dict)
     readers: dict[Axis, Readers] = field(default_factory=dict)
-    solutions: dict[tuple[Hashable, ...], tuple[npt.NDArray[Any], npt.NDArray[np.float64]]] = field(
-        default_factory=dict
-    )
+    solutions: dict[tuple[Hashable, ...], tuple[Array, Float64Array]] = field(default_factory=dict)
 
-    def remember_(self, key: tuple[Hashable, ...], solution: tuple[npt.NDArray[Any], npt.NDArray[np.float64]]) -> None:
+    def remember_(self, key: tuple[Hashable, ...], solution: tuple[Array, Float64Array]) -> None:
         """Keep a solution; the oldest go when all together pass SOLUTION_BYTES."""
         self.solutions[key] = solution
         size = sum(weight.nbytes for weight, _ in self.solutions.values())
@@ -109,7 +105,7 @@ class RecoveryContext:
 def build_context(
     raw: RawGraph,
     structure: Structure,
-    images: npt.NDArray[np.float32],
+    images: Float32Array,
     *,
     also: Collection[str] = (),
     threads: int = 1,
@@ -119,7 +115,7 @@ def build_context(
 
     Moments are kept of every weight that can lose columns, and of the weights named in `also`.
     """
-    network = Network(raw.model.clone())
+    network = RunnableGraph(raw.model.clone())
     everyone = read_consumers(raw, network)
     consumers = {item.weight: item for item in everyone if item.weight in also or can_lose_columns(structure, item)}
     images = images[: min(IMAGES_MOST, _affordable_images(network, tuple(consumers.values())))]
@@ -135,7 +131,7 @@ def build_context(
     )
 
 
-def _answering(network: Network, consumers: Sequence[Consumer]) -> tuple[str, ...]:
+def _answering(network: RunnableGraph, consumers: Sequence[Consumer]) -> tuple[str, ...]:
     """Return the tensors of the layer whose product, and the bias added to it, is the network's first output."""
     for item in consumers:
         branch = read_branch(network, item)
@@ -148,7 +144,7 @@ def _answering(network: Network, consumers: Sequence[Consumer]) -> tuple[str, ..
     return ()
 
 
-def _affordable_images(network: Network, consumers: Iterable[Consumer]) -> int:
+def _affordable_images(network: RunnableGraph, consumers: Iterable[Consumer]) -> int:
     """Return how many images' values fit in memory at the widest of the places where a walk holds them."""
     at = sorted(network.position(item.node) for item in consumers)
     cuts = [narrowest(network, first, last) for first, last in zip([0, *(item + 1 for item in at)], at, strict=False)]
@@ -163,29 +159,31 @@ def can_lose_columns(structure: Structure, consumer: Consumer) -> bool:
     return any(table.size(leaf) > 1 and table.pin_reason(leaf) is None for leaf in table.leaves(axis))
 
 
-def answers(network: Network, frontier: Frontier, images: Iterable[int], threads: int = 1) -> npt.NDArray[np.float32]:
+def answers(network: RunnableGraph, frontier: Frontier, images: Iterable[int], threads: int = 1) -> Float32Array:
     """Return the network's first output for some images, (images, classes)."""
     (output, *_) = network.outputs
     rows = [values[output] for _, values in frontier.run(network, (output,), tuple(images), threads)]
     return np.concatenate([row.reshape(-1, row.shape[-1]) for row in rows])
 
 
-def pruned_network(context: RecoveryContext, keep: Keep, tensors: Tensors, like: Network | None = None) -> Network:
+def pruned_network(
+    context: RecoveryContext, keep: Keep, tensors: Arrays, like: RunnableGraph | None = None
+) -> RunnableGraph:
     """Return the compact network of `tensors` (dense-shaped, masked), ready to run.
 
     `like` is one of as many indices of every group: where weights are all that differs, shapes are not inferred anew.
     """
     if like is None or not all(kept.any() for kept in keep.values()):  # constants stand where nothing is kept
-        return Network(materialise(context.raw, context.structure, keep, tensors))
+        return RunnableGraph(materialise(context.raw, context.structure, keep, tensors))
     return like.holding(compact_arrays(context.raw, context.structure, keep, tensors))
 
 
-def judge(context: RecoveryContext, network: Network, frontier: Frontier) -> Judged:
+def judge(context: RecoveryContext, network: RunnableGraph, frontier: Frontier) -> Judged:
     """Return what the held-back images say of `network`."""
     return judge_answers(context, answers(network, frontier, context.held_back, context.threads))
 
 
-def judge_answers(context: RecoveryContext, found: npt.NDArray[np.float32]) -> Judged:
+def judge_answers(context: RecoveryContext, found: Float32Array) -> Judged:
     """Return what answers (rows, classes) to the held-back images say."""
     if not np.isfinite(found).all():
         return Judged(np.full(len(context.held_back), np.inf), 1.0)
@@ -194,7 +192,7 @@ def judge_answers(context: RecoveryContext, found: npt.NDArray[np.float32]) -> J
     return Judged(np.asarray(per_row.reshape(len(context.held_back), -1).mean(axis=1)), scale)
 
 
-def rescale(context: RecoveryContext, keep: Keep, tensors: Tensors, scale: float) -> Tensors:
+def rescale(context: RecoveryContext, keep: Keep, tensors: Arrays, scale: float) -> Arrays:
     """Return `tensors` (dense-shaped, masked) with the answers multiplied by `scale`."""
     if abs(scale - 1.0) < SCALE_STEP:
         return tensors
@@ -206,7 +204,7 @@ def rescale(context: RecoveryContext, keep: Keep, tensors: Tensors, scale: float
     return found
 
 
-def best_scale(wanted: npt.NDArray[np.float32], found: npt.NDArray[np.float32]) -> float:
+def best_scale(wanted: Float32Array, found: Float32Array) -> float:
     """Return the s, within SCALES, that makes the mean KL(softmax(wanted) || softmax(s found)) least.
 
     It is convex in s: its slope is the mean of E_q[z] - E_p[z], its curvature the mean of Var_q[z], z the answers
@@ -232,7 +230,7 @@ def best_scale(wanted: npt.NDArray[np.float32], found: npt.NDArray[np.float32]) 
     return scale
 
 
-def divergence(context: RecoveryContext, network: Network, frontier: Frontier) -> float:
+def divergence(context: RecoveryContext, network: RunnableGraph, frontier: Frontier) -> float:
     """Return the mean divergence that `judge` finds, nats."""
     return judge(context, network, frontier).mean
 

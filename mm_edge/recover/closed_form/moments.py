@@ -15,13 +15,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from mm_edge.graph.partial import Frontier, Network, Values
+from mm_edge.arrays import BoolArray, Float32Array, Float32Arrays, Float64Array, IntArray
+from mm_edge.graph.partial import Frontier, RunnableGraph, Values
 from mm_edge.recover.closed_form.consumers import Branch, Consumer, columns, count_positions, input_of, read_branch
 
-Floats = npt.NDArray[np.float64]
-Indices = npt.NDArray[np.int64]
+Indices = IntArray
 
 POSITIONS = 49
 WIDEST = 8192
@@ -37,11 +36,11 @@ class Moments:
     outputs; None without.
     """
 
-    mean: Floats
-    covariance: Floats
-    cross: Floats | None = None
-    wanted: Floats | None = None
-    spread: Floats | None = None
+    mean: Float64Array
+    covariance: Float64Array
+    cross: Float64Array | None = None
+    wanted: Float64Array | None = None
+    spread: Float64Array | None = None
 
 
 class Accumulator:
@@ -50,11 +49,11 @@ class Accumulator:
     def __init__(self) -> None:
         """Start empty."""
         self.count = 0
-        self._rows: list[tuple[npt.NDArray[np.float32], npt.NDArray[np.float32] | None]] = []
+        self._rows: list[tuple[Float32Array, Float32Array | None]] = []
         self._waiting = 0
         self._sums: dict[str, Any] = {}
 
-    def add(self, inputs: npt.NDArray[np.float32], wanted: npt.NDArray[np.float32] | None = None) -> None:
+    def add(self, inputs: Float32Array, wanted: Float32Array | None = None) -> None:
         """Add rows of inputs (n, G, K) and of wanted outputs (n, O)."""
         self._rows.append((inputs, wanted))
         self._waiting += len(inputs)
@@ -91,7 +90,7 @@ class Accumulator:
         self._rows, self._waiting = [], 0
 
 
-def sample_positions(network: Network, consumer: Consumer, image: int) -> Indices:
+def sample_positions(network: RunnableGraph, consumer: Consumer, image: int) -> Indices:
     """Return the output positions looked at in image number `image`: all, or `POSITIONS` of them, ever the same."""
     total = count_positions(network, consumer)
     if total <= POSITIONS:
@@ -108,11 +107,11 @@ class DenseMoments:
     """
 
     moments: Mapping[str, Moments]
-    results: Mapping[str, npt.NDArray[np.float32]]
+    results: Mapping[str, Float32Array]
 
 
 def collect_dense(
-    network: Network,
+    network: RunnableGraph,
     consumers: Sequence[Consumer],
     frontier: Frontier,
     fitted: Sequence[int],
@@ -127,12 +126,12 @@ def collect_dense(
     numbers = sorted({*fitted, *others})
     in_moments = set(fitted)
     moments: dict[str, Moments] = {}
-    results: dict[str, npt.NDArray[np.float32]] = {}
+    results: Float32Arrays = {}
     parts = list(_affordable(network, consumers))
     for number, part in enumerate(parts):
         branches = {item.node: read_branch(network, item) for item in part}
         sums = {item.node: Accumulator() for item in part}
-        kept: dict[str, list[npt.NDArray[np.float32]]] = {item.node: [] for item in part}
+        kept: dict[str, list[Float32Array]] = {item.node: [] for item in part}
         wanted = [name for item in part for name in (input_of(network, item), branches[item.node].result)]
         for done, (image, values) in enumerate(frontier.run(network, wanted, numbers, threads)):
             for item in part:
@@ -148,11 +147,11 @@ def collect_dense(
 
 
 def collect_paired(
-    network: Network,
+    network: RunnableGraph,
     consumer: Consumer,
     frontier: Frontier,
     numbers: Sequence[int],
-    results: npt.NDArray[np.float32],
+    results: Float32Array,
     threads: int = 1,
 ) -> Moments:
     """Return moments of what `consumer` reads in the student `network`, paired with the outputs it should have.
@@ -174,28 +173,28 @@ def collect_paired(
     return sums.finish()
 
 
-def live_scale(branch: Branch) -> Floats:
+def live_scale(branch: Branch) -> Float64Array:
     """Return the branch's scale; channels it does not let through get one, their targets mean nothing."""
     return np.where(is_live(branch), branch.scale, 1.0)
 
 
-def is_live(branch: Branch) -> npt.NDArray[np.bool_]:
+def is_live(branch: Branch) -> BoolArray:
     """Return which output channels reach the branch's result."""
     size = np.abs(branch.scale)
     return np.asarray(size > 1e-5 * size.max(initial=0.0))
 
 
-def width(network: Network, consumer: Consumer) -> int:
+def width(network: RunnableGraph, consumer: Consumer) -> int:
     """Return K, the inputs of one output."""
     weight = network.arrays[consumer.weight]
     return int(weight.size // weight.shape[1 - consumer.in_axis])
 
 
-def _at(values: Values, name: str, index: Indices) -> npt.NDArray[np.float32]:
+def _at(values: Values, name: str, index: Indices) -> Float32Array:
     return np.asarray(values[name].reshape(-1)[index], dtype=np.float32)
 
 
-def _affordable(network: Network, consumers: Sequence[Consumer]) -> Iterable[list[Consumer]]:
+def _affordable(network: RunnableGraph, consumers: Sequence[Consumer]) -> Iterable[list[Consumer]]:
     """Cut the consumers into runs whose accumulators fit in memory together."""
     part: list[Consumer] = []
     total = 0

@@ -16,25 +16,25 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mm_edge.arrays import Arrays, BoolArray
 from mm_edge.graph.partial import Frontier
-from mm_edge.plan.masks import Mask
 from mm_edge.plan.n_m import compensate
 from mm_edge.recover.closed_form.consumers import Consumer
-from mm_edge.recover.closed_form.context import RecoveryContext, Tensors, is_better, judge, pruned_network, rescale
+from mm_edge.recover.closed_form.context import RecoveryContext, is_better, judge, pruned_network, rescale
 
 
 @dataclass(frozen=True)
 class PatternRecovery:
     """The changed tensors by name (empty where masking alone is no worse) and how many layers were solved."""
 
-    tensors: Tensors
+    tensors: Arrays
     layers: int
 
 
-def recover_pattern(context: RecoveryContext, masks: Mapping[str, Mask]) -> PatternRecovery:
+def recover_pattern(context: RecoveryContext, masks: Mapping[str, BoolArray]) -> PatternRecovery:
     """Return the weights and biases that make good what `masks` (by weight name, as stored) remove."""
     masked = {name: np.where(mask, context.network.arrays[name], 0).astype(np.float32) for name, mask in masks.items()}
-    solved: Tensors = dict(masked)
+    solved: Arrays = dict(masked)
     count = 0
     for name, mask in masks.items():
         consumer = context.consumers.get(name)
@@ -48,7 +48,7 @@ def recover_pattern(context: RecoveryContext, masks: Mapping[str, Mask]) -> Patt
     return PatternRecovery(rescale(context, {}, solved, after.scale), count)
 
 
-def _solve_layer(context: RecoveryContext, consumer: Consumer, mask: Mask, tensors: Tensors) -> None:
+def _solve_layer(context: RecoveryContext, consumer: Consumer, mask: BoolArray, tensors: Arrays) -> None:
     """Solve one layer and put its weight, and its bias where it has one, into `tensors`."""
     dense = context.network.arrays[consumer.weight]
     moments = context.dense.moments[consumer.node]

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mm_edge.arrays import Arrays, BoolArray
 from mm_edge.errors import UsageError
-from mm_edge.graph.axes import Axis, BoolArray
-from mm_edge.graph.compact import Keep
+from mm_edge.graph.axes import Axis, Keep
 from mm_edge.graph.groups import Group
 from mm_edge.graph.partial import Frontier, narrowest
 from mm_edge.graph.widths import Counts
@@ -25,7 +25,6 @@ from mm_edge.progress import Advance
 from mm_edge.recover.closed_form.context import (
     Judged,
     RecoveryContext,
-    Tensors,
     energy_order,
     is_better,
     judge,
@@ -55,8 +54,8 @@ class Recovered:
             before those images joined the last solving, after the answers were rescaled.
     """
 
-    tensors: Tensors
-    fitted: Tensors
+    tensors: Arrays
+    fitted: Arrays
     keep: Keep
     notes: tuple[str, ...]
     kl_held_back: float | None
@@ -68,7 +67,7 @@ class _Start:
 
     selected: Mapping[Axis, str]
     keep: Keep
-    tensors: Tensors
+    tensors: Arrays
     judged: Judged
 
 

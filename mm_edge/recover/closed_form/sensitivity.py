@@ -17,16 +17,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from mm_edge.graph.axes import Axis
-from mm_edge.graph.compact import Keep
+from mm_edge.arrays import Array, Arrays, BoolArray
+from mm_edge.graph.axes import Axis, Keep
 from mm_edge.graph.costs import Cost, RunningCost
 from mm_edge.graph.groups import Group, Structure
-from mm_edge.graph.partial import Frontier, Network, narrowest
+from mm_edge.graph.partial import Frontier, RunnableGraph, narrowest
 from mm_edge.graph.widths import Counts, Ladder
 from mm_edge.progress import Advance
 from mm_edge.recover.closed_form.context import (
@@ -87,7 +85,7 @@ class Sensitivity:
         """Return the measurement at the width nearest to `count`."""
         return min(self.points, key=lambda point: abs(math.log(point.count / count)))
 
-    def keep(self, count: int) -> npt.NDArray[np.bool_]:
+    def keep(self, count: int) -> BoolArray:
         """Return the indices that stay at `count`, by the selection that measured better near it."""
         order = self.surgeon if self.choice(count).select == "obs" else self.energy
         return order.keep(count)
@@ -111,10 +109,10 @@ def measure_sensitivities(
     return found
 
 
-def to_arrays(structure: Structure, sensitivities: Mapping[Axis, Sensitivity]) -> dict[str, npt.NDArray[Any]]:
+def to_arrays(structure: Structure, sensitivities: Mapping[Axis, Sensitivity]) -> Arrays:
     """Return measured sensitivities as named arrays, for the run directory."""
     numbers = {group.leaf: number for number, group in enumerate(structure.groups)}
-    arrays: dict[str, npt.NDArray[Any]] = {"groups": np.array([numbers[leaf] for leaf in sensitivities], np.int64)}
+    arrays: Arrays = {"groups": np.array([numbers[leaf] for leaf in sensitivities], np.int64)}
     for leaf, item in sensitivities.items():
         for name, order in (("surgeon", item.surgeon), ("energy", item.energy)):
             arrays[f"{numbers[leaf]}/{name}/removed"] = order.removed
@@ -124,7 +122,7 @@ def to_arrays(structure: Structure, sensitivities: Mapping[Axis, Sensitivity]) -
     return arrays
 
 
-def from_arrays(structure: Structure, arrays: Mapping[str, npt.NDArray[Any]]) -> dict[Axis, Sensitivity]:
+def from_arrays(structure: Structure, arrays: Mapping[str, Array]) -> dict[Axis, Sensitivity]:
     """Return what `to_arrays` was given."""
     found: dict[Axis, Sensitivity] = {}
     for number in arrays["groups"]:
@@ -141,7 +139,7 @@ def from_arrays(structure: Structure, arrays: Mapping[str, npt.NDArray[Any]]) ->
     return found
 
 
-def first_use(network: Network, group: Group) -> int:
+def first_use(network: RunnableGraph, group: Group) -> int:
     """Return the position of the first node that reads a tensor of `group`."""
     return min(at for name in group.tensors for at in network.read_at.get(name, [len(network.nodes)]))
 
@@ -153,7 +151,7 @@ def _measure(context: RecoveryContext, group: Group, widths: Sequence[int], fron
     counts = [min(widths[:-1], key=lambda width: abs(width - (1 - ratio) * group.size)) for ratio in RATIOS]
     for count in dict.fromkeys(counts):
         tried: list[Measured] = []
-        pruned: Network | None = None
+        pruned: RunnableGraph | None = None
         for select, order, ridge in (("obs", surgeon, RIDGE), ("energy", energy, GENTLE)):
             keep = {group.leaf: order.keep(count)}
             tensors = screen(context, keep, {consumer.weight: ridge for consumer, _ in readers_of(context, group)})

@@ -19,21 +19,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from mm_edge.graph.axes import BoolArray
-from mm_edge.graph.compact import Keep, apply_mask, mask_tensors
+from mm_edge.arrays import Array, Arrays, BoolArray, Float64Array
+from mm_edge.graph.axes import Keep
+from mm_edge.graph.compact import apply_mask, mask_tensors
 from mm_edge.graph.groups import Structure
 from mm_edge.recover.closed_form.consumers import Consumer
-from mm_edge.recover.closed_form.context import RecoveryContext, Tensors
+from mm_edge.recover.closed_form.context import RecoveryContext
 from mm_edge.recover.closed_form.moments import Moments
 from mm_edge.recover.closed_form.surgeon import RIDGE, damped
-
-Array = npt.NDArray[Any]
-Floats = npt.NDArray[np.float64]
 
 GENTLE = 0.3
 GAIN_MOST = 2.0
@@ -68,7 +64,9 @@ def kept_blocks(structure: Structure, consumer: Consumer, shape: tuple[int, ...]
     return KeptBlocks(groups, outputs, np.repeat(axes[consumer.in_axis], per_position))
 
 
-def fit(weight: Floats, moments: Moments, ridge: float, restore: float = 0.0) -> tuple[Floats, Floats]:
+def fit(
+    weight: Float64Array, moments: Moments, ridge: float, restore: float = 0.0
+) -> tuple[Float64Array, Float64Array]:
     """Return W' (G, O, K) and E[y] - W' E[h] (G, O) from moments paired with wanted outputs; `weight` is W0.
 
     `restore` is the share s of its spread that every output is given back; an infinite `ridge` keeps W0 up to that.
@@ -83,7 +81,7 @@ def fit(weight: Floats, moments: Moments, ridge: float, restore: float = 0.0) ->
     return solved, moments.wanted - (solved @ moments.mean[:, :, None])[:, :, 0]
 
 
-def _gain(solved: Floats, moments: Moments) -> Floats:
+def _gain(solved: Float64Array, moments: Moments) -> Float64Array:
     """Return what makes every output of `solved` spread as the wanted one does (G, O), within GAIN_MOST."""
     assert moments.spread is not None
     spread = ((solved @ moments.covariance) * solved).sum(axis=2)
@@ -92,7 +90,7 @@ def _gain(solved: Floats, moments: Moments) -> Floats:
     return np.asarray(np.clip(gain, 1 / GAIN_MOST, GAIN_MOST))
 
 
-def screened_moments(dense: Moments, weight: Floats, kept: KeptBlocks) -> Moments:
+def screened_moments(dense: Moments, weight: Float64Array, kept: KeptBlocks) -> Moments:
     """Return the moments of the kept part of the dense inputs, paired with all the dense outputs W t."""
     covariance, mean = dense.covariance[kept.groups], dense.mean[kept.groups]
     rows = weight[kept.groups]
@@ -106,7 +104,7 @@ def screened_moments(dense: Moments, weight: Floats, kept: KeptBlocks) -> Moment
     )
 
 
-def screen(context: RecoveryContext, keep: Keep, ridges: Mapping[str, float] | None = None) -> Tensors:
+def screen(context: RecoveryContext, keep: Keep, ridges: Mapping[str, float] | None = None) -> Arrays:
     """Return recovered tensors (dense-shaped, masked) from the dense network's moments alone.
 
     Args:
@@ -116,7 +114,7 @@ def screen(context: RecoveryContext, keep: Keep, ridges: Mapping[str, float] | N
     """
     structure, arrays = context.structure, context.network.arrays
     masks = mask_tensors(structure, keep)
-    tensors: Tensors = {name: apply_mask(arrays[name], mask) for name, mask in masks.items()}
+    tensors: Arrays = {name: apply_mask(arrays[name], mask) for name, mask in masks.items()}
     for name in sorted(context.consumers):
         consumer = context.consumers[name]
         kept = kept_blocks(structure, consumer, arrays[name].shape, keep)
@@ -131,7 +129,9 @@ def screen(context: RecoveryContext, keep: Keep, ridges: Mapping[str, float] | N
     return tensors
 
 
-def _solution(context: RecoveryContext, consumer: Consumer, kept: KeptBlocks, ridge: float) -> tuple[Array, Floats]:
+def _solution(
+    context: RecoveryContext, consumer: Consumer, kept: KeptBlocks, ridge: float
+) -> tuple[Array, Float64Array]:
     """Return the weight, dense-shaped, that `consumer` gets for the kept columns, and the shift of every output."""
     key = (consumer.weight, kept.groups.tobytes(), kept.columns.tobytes(), ridge)
     if key not in context.solutions:

@@ -15,10 +15,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-Floats = npt.NDArray[np.float64]
-Indices = npt.NDArray[np.int64]
+from mm_edge.arrays import BoolArray, Float64Array, IntArray
+
+Indices = IntArray
 
 RIDGE = 0.03
 SHRINK_AT = 0.85
@@ -29,9 +29,9 @@ class Order:
     """A group's indices in the order they go, and the summed relative error after each."""
 
     removed: Indices
-    error: Floats
+    error: Float64Array
 
-    def keep(self, count: int) -> npt.NDArray[np.bool_]:
+    def keep(self, count: int) -> BoolArray:
         """Return which indices stay when `count` do."""
         mask = np.ones(len(self.removed), dtype=np.bool_)
         mask[self.removed[: len(self.removed) - count]] = False
@@ -49,14 +49,14 @@ class Surgeon:
     `weight` (O, K), `covariance` (K, K); `columns` (indices, columns per index) says which columns go with an index.
     """
 
-    def __init__(self, weight: Floats, covariance: Floats, columns: Indices, ridge: float = RIDGE) -> None:
+    def __init__(self, weight: Float64Array, covariance: Float64Array, columns: Indices, ridge: float = RIDGE) -> None:
         """Invert the damped covariance."""
         self._weight = weight.copy()
         self._inverse = np.linalg.inv(damped(covariance, ridge))
         self._columns = columns.copy()
         self._energy = max(float(np.einsum("ok,kl,ol->", weight, covariance, weight, optimize=True)), 1e-30)
 
-    def errors(self) -> Floats:
+    def errors(self) -> Float64Array:
         """Return the relative error that removing each index would add; what is gone already costs infinity."""
         live = self._columns[:, 0] >= 0
         found = np.full(len(self._columns), np.inf)
@@ -93,7 +93,7 @@ class Surgeon:
         self._columns = np.where(self._columns >= 0, place[self._columns], -1)
 
 
-def damped(covariance: Floats, ridge: float) -> Floats:
+def damped(covariance: Float64Array, ridge: float) -> Float64Array:
     """Return covariance + ridge * mean(diag) * I, for blocks (..., K, K)."""
     scale = np.trace(covariance, axis1=-2, axis2=-1) / max(covariance.shape[-1], 1)
     floor = np.maximum(ridge * scale, 1e-12)

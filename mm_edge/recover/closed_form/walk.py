@@ -13,19 +13,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from mm_edge.graph.compact import Keep
-from mm_edge.graph.partial import Frontier, Network, narrowest
+from mm_edge.arrays import Array, Arrays, BoolArray, Float64Array
+from mm_edge.graph.axes import Keep
+from mm_edge.graph.partial import Frontier, RunnableGraph, narrowest
 from mm_edge.progress import Advance
 from mm_edge.recover.closed_form.consumers import Consumer, read_branch
 from mm_edge.recover.closed_form.context import (
     Judged,
     RecoveryContext,
-    Tensors,
     is_better,
     judge,
     pruned_network,
@@ -34,8 +32,7 @@ from mm_edge.recover.closed_form.context import (
 from mm_edge.recover.closed_form.moments import Moments, collect_paired, is_live
 from mm_edge.recover.closed_form.solve import KeptBlocks, fit, kept_blocks
 
-Floats = npt.NDArray[np.float64]
-Proposal = dict[str, npt.NDArray[Any]]
+Proposal = Arrays
 
 RIDGES = {"re-solved": 0.01, "gently": 0.1, "very gently": 1.0, "dense, mean moved": np.inf}
 SHARES = {"alone": (1.0, 1.5, 0.0), "beside a skip": (0.0, 0.5)}
@@ -57,13 +54,13 @@ class Walked:
     `fitted` are the tensors that divergence is of; `tensors` were then solved again, held-back images included.
     """
 
-    tensors: Tensors
-    fitted: Tensors
+    tensors: Arrays
+    fitted: Arrays
     taken: Mapping[str, Way | None]
     kl_held_back: float
 
 
-def walk(context: RecoveryContext, keep: Keep, screened: Tensors, progress: Advance | None = None) -> Walked:
+def walk(context: RecoveryContext, keep: Keep, screened: Arrays, progress: Advance | None = None) -> Walked:
     """Walk the candidate that `screened` (dense-shaped, masked) starts from; held back, it never becomes worse.
 
     What the held-back images decided is then solved again with them among the images: they are a fifth of all.
@@ -89,7 +86,7 @@ def walk(context: RecoveryContext, keep: Keep, screened: Tensors, progress: Adva
 
 
 def _decide_(
-    context: RecoveryContext, student: Network, problem: _Problem, held: Frontier, best: Judged
+    context: RecoveryContext, student: RunnableGraph, problem: _Problem, held: Frontier, best: Judged
 ) -> tuple[Way | None, Judged]:
     """Put the way into `student` that diverges least, if any is better than what is there; return it.
 
@@ -120,7 +117,7 @@ def _decide_(
     return chosen, found
 
 
-def _solve_again(context: RecoveryContext, keep: Keep, screened: Tensors, taken: Mapping[str, Way | None]) -> Tensors:
+def _solve_again(context: RecoveryContext, keep: Keep, screened: Arrays, taken: Mapping[str, Way | None]) -> Arrays:
     """Return the tensors of a walk over all images in which each consumer takes what was decided for it."""
     student = pruned_network(context, keep, screened)
     everything = Frontier(student, context.images, (*context.fitted, *context.held_back))
@@ -136,7 +133,7 @@ def _solve_again(context: RecoveryContext, keep: Keep, screened: Tensors, taken:
     return _widen(context, keep, student, screened, changed)
 
 
-def _advance_(student: Network, consumer: Consumer, threads: int, *frontiers: Frontier) -> None:
+def _advance_(student: RunnableGraph, consumer: Consumer, threads: int, *frontiers: Frontier) -> None:
     """Move the frontiers on to the narrowest place before `consumer`."""
     for frontier in frontiers:
         cut = narrowest(student, frontier.position, student.position(consumer.node))
@@ -148,7 +145,7 @@ def _in_order(context: RecoveryContext) -> list[Consumer]:
     return sorted(found, key=lambda item: context.network.position(item.node))
 
 
-def _affected(context: RecoveryContext, student: Network, keep: Keep) -> list[Consumer]:
+def _affected(context: RecoveryContext, student: RunnableGraph, keep: Keep) -> list[Consumer]:
     """Return, in order, the consumers from the first that lost columns on: what they read is no longer what it was."""
     present = [item for item in _in_order(context) if student.holds(item.node)]
     first = next((at for at, item in enumerate(present) if not _blocks(context, item, keep).whole), len(present))
@@ -173,10 +170,10 @@ class _Problem:
     """
 
     consumer: Consumer
-    arrays: Mapping[str, npt.NDArray[Any]]
-    start: Floats
+    arrays: Mapping[str, Array]
+    start: Float64Array
     moments: Moments
-    live: npt.NDArray[np.bool_]
+    live: BoolArray
     skip: str | None
 
     def solve(self, way: Way) -> Proposal:
@@ -193,7 +190,9 @@ class _Problem:
         return proposal
 
 
-def _pose(context: RecoveryContext, student: Network, consumer: Consumer, keep: Keep, images: Frontier) -> _Problem:
+def _pose(
+    context: RecoveryContext, student: RunnableGraph, consumer: Consumer, keep: Keep, images: Frontier
+) -> _Problem:
     """Return the problem of `consumer` with the student as it is now, its moments taken over `images`."""
     kept = _blocks(context, consumer, keep)
     rows = np.zeros((consumer.groups, len(kept.outputs)), dtype=np.bool_)
@@ -210,7 +209,7 @@ def _pose(context: RecoveryContext, student: Network, consumer: Consumer, keep: 
     return _Problem(consumer, arrays, start, moments, live, branch.skip)
 
 
-def _widen(context: RecoveryContext, keep: Keep, student: Network, screened: Tensors, changed: set[str]) -> Tensors:
+def _widen(context: RecoveryContext, keep: Keep, student: RunnableGraph, screened: Arrays, changed: set[str]) -> Arrays:
     """Return the changed compact tensors at their dense shapes; removed running means keep their dense values."""
     tensors = dict(screened)
     for name in changed:

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from mm_edge.graph.compact import Keep, apply_mask, mask_tensors
+from mm_edge.arrays import Arrays
+from mm_edge.graph.axes import Keep
+from mm_edge.graph.compact import apply_mask, mask_tensors
 from mm_edge.progress import Advance
-from mm_edge.recover.closed_form.context import Tensors
 from mm_edge.recover.training.distil import Sized, distil
 from mm_edge.recover.training.judging import Tuned, dropped, go, judge_views, mirrored, resized
 from mm_edge.recover.training.tune import tune
 
 
 def tune_for(
-    own: Sized, given: Sized, keep: Keep, tensors: Tensors, *, seed: int = 0, progress: Advance | None = None
+    own: Sized, given: Sized, keep: Keep, tensors: Arrays, *, seed: int = 0, progress: Advance | None = None
 ) -> Tuned:
     """Tune what is to run at the size of `own`; it may be that of `given`.
 
@@ -49,7 +50,7 @@ def _part(progress: Advance | None, number: int) -> Advance | None:
 
 
 def _tune_elsewhere(
-    own: Sized, given: Sized, keep: Keep, tensors: Tensors, seed: int, progress: Advance | None
+    own: Sized, given: Sized, keep: Keep, tensors: Arrays, seed: int, progress: Advance | None
 ) -> Tuned:
     leaves = {group.id: group.leaf for group in own.context.structure.groups}
     groups = given.context.structure.groups
@@ -61,7 +62,7 @@ def _tune_elsewhere(
     return adopt(own, given, keep, tensors, found)
 
 
-def adopt(own: Sized, given: Sized, keep: Keep, tensors: Tensors, elsewhere: Tuned) -> Tuned:
+def adopt(own: Sized, given: Sized, keep: Keep, tensors: Arrays, elsewhere: Tuned) -> Tuned:
     """Take what was tuned at one input size over to another, if the images there say it is better.
 
     Args:

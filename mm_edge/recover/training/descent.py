@@ -11,12 +11,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mm_edge.arrays import Float32Array
 from mm_edge.recover.training.traced import Traced, Values, channels_last
 
 BATCH = 32
@@ -27,8 +26,6 @@ CACHE_BYTES = 512 << 20
 # ones, and the same time buys more where steps are cheap.
 STEP_VALUES = 6_000_000
 STEP_SHARE = 0.4
-
-FloatArray = npt.NDArray[np.float32]
 
 
 def is_single(traced: Traced, position: int) -> bool:
@@ -92,7 +89,7 @@ def descend(
         after(step)
 
 
-def batches(traced: Traced, state: Values, images: FloatArray, wanted: Sequence[str]) -> Iterator[tuple[Values, int]]:
+def batches(traced: Traced, state: Values, images: Float32Array, wanted: Sequence[str]) -> Iterator[tuple[Values, int]]:
     """Yield the values `wanted` of `images`, in batches filled up with copies, and how many of a batch count."""
     for part in torch.split(torch.from_numpy(images), BATCH):
         full = torch.cat([part, part[:1].expand(BATCH - len(part), *part.shape[1:])])
@@ -100,7 +97,7 @@ def batches(traced: Traced, state: Values, images: FloatArray, wanted: Sequence[
 
 
 def crops(
-    sizes: Sequence[FloatArray], generator: torch.Generator, *, smallest: float, whole: float
+    sizes: Sequence[Float32Array], generator: torch.Generator, *, smallest: float, whole: float
 ) -> Iterator[tuple[Tensor, ...]]:
     """Yield CROPS pictures in batches: parts of images, flipped half of the time, every second one mixed with another.
 
@@ -125,7 +122,7 @@ def crops(
         yield tuple(share * part + (1 - share) * part.roll(1, 0) for part in stacked)
 
 
-def _crop(image: Sequence[FloatArray], generator: torch.Generator, smallest: float, whole: float) -> list[Tensor]:
+def _crop(image: Sequence[Float32Array], generator: torch.Generator, smallest: float, whole: float) -> list[Tensor]:
     """Return a random part of an image (C, H, W), given at several sizes, at each of them."""
     _, height, width = image[0].shape
     draw = torch.rand(5, generator=generator).tolist()

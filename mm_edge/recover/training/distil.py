@@ -15,15 +15,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mm_edge.graph.compact import Keep, mask_tensors
+from mm_edge.arrays import Arrays, Float32Array, Float32Arrays
+from mm_edge.graph.axes import Keep
+from mm_edge.graph.compact import mask_tensors
 from mm_edge.progress import Advance
-from mm_edge.recover.closed_form.context import RecoveryContext, Tensors
+from mm_edge.recover.closed_form.context import RecoveryContext
 from mm_edge.recover.training import descent
 from mm_edge.recover.training.judging import Tuned, go, judge_views, mirrored, resized
 from mm_edge.recover.training.pair import Pair, make_pair, masked_state
@@ -33,8 +33,6 @@ STEPS = 200
 RATE = 3e-4
 SMALLEST_CROP = 0.6
 WHOLE = 0.5
-
-Arrays = dict[str, npt.NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,7 @@ class Sized:
 
 
 def distil(
-    own: Sized, given: Sized, keep: Keep, tensors: Tensors, *, seed: int = 0, progress: Advance | None = None
+    own: Sized, given: Sized, keep: Keep, tensors: Arrays, *, seed: int = 0, progress: Advance | None = None
 ) -> Tuned:
     """Teach what runs at the size of `own` what the dense network answers at the size of `given`.
 
@@ -120,7 +118,7 @@ class _Distiller:
         self.start = next((cut for cut in starts if descent.is_affordable(self.student, cut, end)), end)
         self.inputs = self.student.live(self.start)
 
-    def run(self, progress: Advance | None) -> Arrays:
+    def run(self, progress: Advance | None) -> Float32Arrays:
         """Return the weights after the last step, in the student's shapes."""
         advance = progress or (lambda done, total: None)
         batches = -(-descent.CROPS // descent.BATCH)
@@ -160,7 +158,7 @@ class _Distiller:
             advance(done + 1)
         return {name: torch.cat(values) for name, values in kept.items()}, [torch.cat(values) for values in targets]
 
-    def _images(self) -> list[npt.NDArray[np.float32]]:
+    def _images(self) -> list[Float32Array]:
         """Return the images to learn from at the size given and at the student's own."""
         fitted = list(self.given.fitted)
         large = self.given.images[fitted]

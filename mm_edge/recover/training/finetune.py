@@ -44,6 +44,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
+from mm_edge.arrays import Array, Arrays, BoolArray
 from mm_edge.errors import UsageError
 from mm_edge.graph.export import output_tensors
 from mm_edge.load.data import ImageSet
@@ -51,9 +52,6 @@ from mm_edge.plan.masks import bind_masks
 from mm_edge.progress import Advance
 from mm_edge.records import InputSpec
 from mm_edge.recover.training.shrink import Slices, shrink_
-
-Arrays = dict[str, npt.NDArray[Any]]
-Mask = npt.NDArray[np.bool_]
 
 # Activations kept for a backward pass: 32 images of 224 x 224. A larger batch is accumulated.
 PIXELS_AT_ONCE = 32 * 224 * 224
@@ -113,9 +111,9 @@ class Student:
     """
 
     dense: nn.Module
-    start: Mapping[str, npt.NDArray[Any]]
-    masks: Mapping[str, Mask]
-    idle: Mapping[str, Mask]
+    start: Mapping[str, Array]
+    masks: Mapping[str, BoolArray]
+    idle: Mapping[str, BoolArray]
     trainable: frozenset[str]
     groups: tuple[Slices, ...] = ()
 
@@ -478,7 +476,7 @@ def _kind(found: Arrays, kind: str) -> Arrays:
 
 
 @torch.no_grad()
-def _assign_(tensors: Mapping[str, Tensor], arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+def _assign_(tensors: Mapping[str, Tensor], arrays: Mapping[str, Array]) -> None:
     for name, array in arrays.items():
         tensors[name].copy_(torch.from_numpy(np.array(array)))
 

@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from mm_edge.graph.compact import Keep
+from mm_edge.arrays import Arrays
+from mm_edge.graph.axes import Keep
 from mm_edge.graph.partial import Frontier
 from mm_edge.recover.closed_form.context import (
     Judged,
     RecoveryContext,
-    Tensors,
     answers,
     is_better,
     judge,
@@ -41,7 +41,7 @@ class Tuned:
         history: per check, the least divergence.
     """
 
-    tensors: Tensors
+    tensors: Arrays
     kl_before: float
     kl_held_back: float
     better: bool
@@ -68,7 +68,7 @@ def resized(views: RecoveryContext, context: RecoveryContext) -> RecoveryContext
     return replace(context, images=images, fitted=(), held_back=views.held_back, logits=views.logits)
 
 
-def judge_views(views: RecoveryContext, keep: Keep, tensors: Tensors) -> Judged:
+def judge_views(views: RecoveryContext, keep: Keep, tensors: Arrays) -> Judged:
     """Return what the `views` say of the network that `keep` and `tensors` (dense-shaped, masked) make."""
     network = pruned_network(views, keep, tensors)
     return judge(views, network, Frontier(network, views.images, views.held_back))
@@ -77,9 +77,9 @@ def judge_views(views: RecoveryContext, keep: Keep, tensors: Tensors) -> Judged:
 def go(
     views: RecoveryContext,
     keep: Keep,
-    tensors: Tensors,
+    tensors: Arrays,
     before: Judged,
-    moves: tuple[Tensors, Tensors],
+    moves: tuple[Arrays, Arrays],
     note: str,
     history: tuple[float, ...] = (),
     what: str = "tuning",
@@ -89,7 +89,7 @@ def go(
     `note` says what was done, `what` what is dropped where it helped nowhere.
     """
     start, ends = moves
-    tried: dict[float, tuple[Tensors, Judged]] = {}
+    tried: dict[float, tuple[Arrays, Judged]] = {}
     for share in SHARES:
         way = {name: (start[name] + share * (end - start[name])).astype(end.dtype) for name, end in ends.items()}
         found = {**tensors, **way}
@@ -102,6 +102,6 @@ def go(
     return Tuned(rescale(views, keep, found, after.scale), before.mean, after.mean, True, note, history)
 
 
-def dropped(tensors: Tensors, before: Judged, note: str, history: tuple[float, ...] = ()) -> Tuned:
+def dropped(tensors: Arrays, before: Judged, note: str, history: tuple[float, ...] = ()) -> Tuned:
     """Return that nothing was moved, and why."""
     return Tuned(tensors, before.mean, before.mean, False, note, history)

@@ -11,13 +11,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from mm_edge.graph.compact import AxisMask, Keep, apply_mask
+from mm_edge.arrays import Arrays, BoolArray
+from mm_edge.graph.axes import Keep
+from mm_edge.graph.compact import AxisMask, apply_mask
 from mm_edge.quality.parity import TOLERANCE
-from mm_edge.recover.closed_form.context import RecoveryContext, Tensors
+from mm_edge.recover.closed_form.context import RecoveryContext
 from mm_edge.recover.training.shrink import Shrunk, group_slices, shrink_
 from mm_edge.recover.training.traced import Traced
 
@@ -49,7 +50,7 @@ class Pair:
         return {name: torch.from_numpy(mask) for name, mask in smaller.items() if not mask.all()}
 
 
-def masked_state(dense: Traced, masks: Mapping[str, AxisMask], tensors: Tensors) -> Tensors:
+def masked_state(dense: Traced, masks: Mapping[str, AxisMask], tensors: Arrays) -> Arrays:
     """Return the state of `dense` by name, dense-shaped and masked, with `tensors` where they say otherwise."""
     arrays = {name: tensors.get(name, value.numpy()) for name, value in dense.state.items()}
     return {name: apply_mask(array, masks.get(name)) for name, array in arrays.items()}
@@ -57,7 +58,7 @@ def masked_state(dense: Traced, masks: Mapping[str, AxisMask], tensors: Tensors)
 
 @torch.no_grad()
 def make_pair(
-    context: RecoveryContext, module: nn.Module, dense: Traced, keep: Keep, tensors: Tensors, values: Sequence[str]
+    context: RecoveryContext, module: nn.Module, dense: Traced, keep: Keep, tensors: Arrays, values: Sequence[str]
 ) -> Pair:
     """Return `module`, traced as `dense`, with what `tensors` (dense-shaped, masked) and `keep` make of it.
 
@@ -98,7 +99,7 @@ def _match(
     return channels
 
 
-def _place(wanted: Tensor, found: Tensor, axes: Sequence[npt.NDArray[np.bool_]]) -> tuple[int, Tensor] | None:
+def _place(wanted: Tensor, found: Tensor, axes: Sequence[BoolArray]) -> tuple[int, Tensor] | None:
     """Return the axis in which `found` is smaller, and the indices that make the same of `wanted`."""
     differing = [axis for axis, size in enumerate(found.shape) if size != wanted.shape[axis]]
     if len(differing) > 1:

@@ -12,21 +12,19 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from mm_edge.graph.compact import Keep
+from mm_edge.arrays import Array, BoolArray
+from mm_edge.graph.axes import Keep
 from mm_edge.graph.export import output_tensors
 from mm_edge.graph.groups import Structure
 from mm_edge.quality.parity import TOLERANCE
 
-Array = npt.NDArray[Any]
 # Of one group: for every tensor it reaches, which positions of each axis stay.
-Slices = Mapping[str, tuple[npt.NDArray[np.bool_], ...]]
+Slices = Mapping[str, tuple[BoolArray, ...]]
 
 
 @dataclass(frozen=True)
@@ -109,9 +107,9 @@ def _under_all_names(group: Slices, whole: Mapping[str, Tensor]) -> Slices:
     return {name: group[known] for known in group for name, item in whole.items() if item is whole[known]}
 
 
-def _join(groups: Sequence[Slices]) -> dict[str, tuple[npt.NDArray[np.bool_], ...]]:
+def _join(groups: Sequence[Slices]) -> dict[str, tuple[BoolArray, ...]]:
     """Return what stays when all `groups` have lost their slices."""
-    joined: dict[str, tuple[npt.NDArray[np.bool_], ...]] = {}
+    joined: dict[str, tuple[BoolArray, ...]] = {}
     for group in groups:
         for name, axes in group.items():
             before = joined.get(name, axes)

@@ -21,9 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mm_edge.graph.compact import Keep, mask_tensors
+from mm_edge.arrays import Arrays
+from mm_edge.graph.axes import Keep
+from mm_edge.graph.compact import mask_tensors
 from mm_edge.progress import Advance
-from mm_edge.recover.closed_form.context import RecoveryContext, Tensors, judge_answers
+from mm_edge.recover.closed_form.context import RecoveryContext, judge_answers
 from mm_edge.recover.closed_form.solve import kept_blocks
 from mm_edge.recover.training import descent
 from mm_edge.recover.training.judging import Tuned, dropped, go, judge_views, mirrored
@@ -64,7 +66,7 @@ def tune(
     context: RecoveryContext,
     module: nn.Module,
     keep: Keep,
-    tensors: Tensors,
+    tensors: Arrays,
     *,
     seed: int = 0,
     progress: Advance | None = None,
