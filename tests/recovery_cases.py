@@ -8,13 +8,14 @@ import numpy as np
 import torch
 from torch import nn
 
+from mm_edge.arrays import Arrays
 from mm_edge.graph.axes import Keep
 from mm_edge.graph.compact import materialise
 from mm_edge.graph.export import RawGraph, export_raw
 from mm_edge.graph.groups import Structure, read_structure
 from mm_edge.graph.partial import Frontier, RunnableGraph
 from mm_edge.quality.evaluation import divergence_per_row
-from mm_edge.recover.closed_form.context import RecoveryContext, Tensors, answers, build_context
+from mm_edge.recover.closed_form.context import RecoveryContext, answers, build_context
 
 
 class Plain(nn.Module):
@@ -108,7 +109,7 @@ class Case:
             self.keep[group.leaf] = mask
 
 
-def kl_as_it_is(context: RecoveryContext, keep: Keep, tensors: Tensors) -> float:
+def kl_as_it_is(context: RecoveryContext, keep: Keep, tensors: Arrays) -> float:
     """Return KL(dense || network) on held-back images of the network as it would be written, its answers not scaled."""
     network = RunnableGraph(materialise(context.raw, context.structure, keep, tensors))
     found = answers(network, Frontier(network, context.images, context.held_back), context.held_back)

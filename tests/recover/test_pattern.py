@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import nn
 
+from mm_edge.arrays import BoolArray
 from mm_edge.graph.compact import materialise
 from mm_edge.graph.export import export_raw
 from mm_edge.graph.groups import read_structure
 from mm_edge.graph.partial import Frontier, RunnableGraph
-from mm_edge.plan.masks import Mask
 from mm_edge.plan.n_m import parse_pattern, project_mask, reduced_axes
 from mm_edge.recover.closed_form.context import RecoveryContext, build_context, divergence
 from mm_edge.recover.closed_form.pattern import recover_pattern
@@ -40,7 +40,7 @@ def context() -> RecoveryContext:
     return build_context(raw, read_structure(raw), images, also=tuple(reduced_axes(raw.model)))
 
 
-def two_of_four(context: RecoveryContext) -> dict[str, Mask]:
+def two_of_four(context: RecoveryContext) -> dict[str, BoolArray]:
     axes = reduced_axes(context.raw.model)
     arrays = {name: context.network.arrays[name] for name in axes if name != "stem.weight"}
     return {name: project_mask(np.abs(array), parse_pattern("2:4"), axes[name]) for name, array in arrays.items()}

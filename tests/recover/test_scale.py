@@ -14,6 +14,7 @@ from recovery_cases import Case, kl_as_it_is
 from residual_net import Residual, randomise_
 from tiny_graphs import noise, random_keep, tiny
 
+from mm_edge.arrays import Arrays
 from mm_edge.graph.compact import compact_arrays, mask_tensors, materialise
 from mm_edge.graph.depth import find_branches
 from mm_edge.graph.export import RawGraph, export_raw
@@ -27,7 +28,6 @@ from mm_edge.recover.closed_form.context import (
     SCALES,
     Judged,
     RecoveryContext,
-    Tensors,
     _answering,
     best_scale,
     build_context,
@@ -260,9 +260,7 @@ def test_selections_are_judged_by_their_own_constants_where_a_block_is_gone(monk
     keep |= empty(structure, find_branches(raw.model, structure)[:1])
     seen: list[tuple[RunnableGraph, dict[str, np.ndarray]]] = []
 
-    def watched(
-        context: RecoveryContext, chosen: closed_form.Keep, tensors: Tensors, like: RunnableGraph | None = None
-    ):
+    def watched(context: RecoveryContext, chosen: closed_form.Keep, tensors: Arrays, like: RunnableGraph | None = None):
         network = pruned_network(context, chosen, tensors, like)
         seen.append((network, RunnableGraph(materialise(raw, structure, chosen, tensors)).arrays))
         return network

@@ -14,12 +14,13 @@ import safetensors.numpy
 from tiny_job import SIDE
 
 from mm_edge.api import Setting, make_request, run_job
+from mm_edge.arrays import Arrays
 from mm_edge.errors import UsageError
 from mm_edge.graph.axes import Keep
 from mm_edge.load.models import LoadOptions, load_model
 from mm_edge.progress import Stages
 from mm_edge.records import Candidate, Report
-from mm_edge.recover.closed_form.context import Judged, RecoveryContext, Tensors
+from mm_edge.recover.closed_form.context import Judged, RecoveryContext
 from mm_edge.recover.closed_form.recovery import Recovered
 from mm_edge.recover.training import adapt, descent, distil, judging
 from mm_edge.recover.training import tune as module_under_test
@@ -87,7 +88,7 @@ def test_what_is_tuned_was_not_solved_for_the_images_that_judge_it(
     files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     walked: list[Recovered] = []
-    given: list[Tensors] = []
+    given: list[Arrays] = []
 
     def recover(*args: Any, **more: Any) -> Recovered:
         found = recover_keep(*args, **more)
@@ -95,7 +96,7 @@ def test_what_is_tuned_was_not_solved_for_the_images_that_judge_it(
             walked.append(found)
         return found
 
-    def tune_(context: RecoveryContext, module: object, keep: Keep, start: Tensors, **more: Any) -> Tuned:
+    def tune_(context: RecoveryContext, module: object, keep: Keep, start: Arrays, **more: Any) -> Tuned:
         given.append(start)
         return Tuned(start, 1.0, 1.0, False, "not tried")
 
