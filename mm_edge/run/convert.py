@@ -1,114 +1,114 @@
-"""Candidates in smaller numbers: int8 and fp16 versions of a finished fp32 candidate.
+"""Candidates in other precisions: int8 and fp16 versions of finished fp32 candidates.
 
-Channels go first, numbers are made smaller after: the int8 version is made from the pruned fp32 artifact, calibrated on
-calibration images, judged on the rest of them, and evaluated on validation images like any other row.
+Channels are removed first, numbers are made smaller after: the int8 version is made from the pruned fp32 artifact,
+calibrated on calibration images, judged on the rest of them, and judged on validation images like every candidate.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import replace
 
-from mm_edge.arrays import Float32Array
-from mm_edge.bench.target import Target
-from mm_edge.errors import UsageError
-from mm_edge.formats.quantize import QuantReport, convert_fp16, quantise, scheme_for
-from mm_edge.records import Candidate
-from mm_edge.run.make import Workbench, evaluate_artifact
+import numpy as np
+
+from mm_edge.formats.precisions import PRECISIONS, CalibrationImages, QuantReport
+from mm_edge.records import Candidate, DenseRow, candidate_id, file_name
+from mm_edge.run.job import BATCH, Job
+from mm_edge.run.kept import kept
+from mm_edge.run.make import MakeSettings, dense_candidate, judge_artifact
+from mm_edge.run.networks import Network, Networks
+from mm_edge.select import mark_pareto
+from mm_edge.store import hash_file
 
 CALIBRATION_IMAGES = 100
 HELD_BACK_IMAGES = 64
-PRECISIONS = ("fp32", "int8", "fp16")
 
 
-@dataclass(frozen=True)
-class CalibrationImages:
-    """Images (N, C, H, W) to find value ranges on, and others to judge by."""
-
-    ranges: Float32Array
-    held_back: Float32Array
-
-
-def check_precisions(precisions: tuple[str, ...], target: Target, has_data: bool) -> None:
-    """Refuse a precision the target gains nothing from, or that needs images there are none of.
-
-    Raises:
-        UsageError: with the reason and what to use instead.
-    """
-    if "int8" in precisions:
-        scheme_for(target)
-        if not has_data:
-            raise UsageError("--precision int8 needs calibration images; give --data PATH")
-    if "fp16" in precisions and "fp16" not in target.data_types:
-        raise UsageError(
-            f"--precision fp16 is not for {target.name}: {target.sources['data_types']}; use fp32"
-            + (" or int8" if "int8" in target.data_types else "")
-        )
-
-
-def convert_candidate(
-    bench: Workbench,
-    candidate: Candidate,
-    precision: str,
-    target: Target,
-    images: CalibrationImages | None,
-    advance: Callable[[int, int], None] | None = None,
-) -> Candidate:
-    """Make, save and evaluate the `precision` version of an fp32 `candidate`.
-
-    Parity is left out: smaller numbers are not exact, agreement with the dense model says what they changed.
-
-    Raises:
-        JobError: it cannot be quantised.
-    """
-    assert candidate.artifact is not None
-    source = bench.folder / candidate.artifact
-    out = (
-        source.with_name(source.name.replace("fp32", precision)) if "fp32" in source.name else _named(source, precision)
+def convert_front(
+    job: Job, networks: Networks, settings: MakeSettings, candidates: Sequence[Candidate], dense: DenseRow
+) -> list[Candidate]:
+    """Make the versions of the dense model and of the front of accuracy against MACs in every other precision."""
+    precisions = [name for name in job.request.precision if name != "fp32"]
+    if not precisions:
+        return []
+    unjudged = networks.dense.images.validation is None
+    front = [item for item in mark_pareto(candidates, dense) if item.pareto or unjudged]
+    sources = [dense_candidate(networks.dense, settings, job.folder / "dense.onnx", "dense/fp32"), *front]
+    made: list[Candidate] = []
+    with job.stages.stage("smaller numbers") as advance:
+        images = {network.side: _calibration_images(network) for network in networks}
+        for index, source in enumerate(sources):
+            network = networks.at(source.input_shape[-1])
+            made += [_convert(job, network, settings, source, name, images[network.side]) for name in precisions]
+            advance(index + 1, len(sources))
+    job.note(
+        f"{' and '.join(precisions)} versions were made of the dense model and of the {len(front)} rows on the front"
     )
-    report = _convert(source, out, precision, target, images, bench.threads, advance)
-    evaluation = evaluate_artifact(bench, out)
-    return replace(
-        candidate,
-        id=_rename(candidate.id, precision),
-        precision=precision,
-        file_bytes=out.stat().st_size,
-        parity=None,
-        artifact=out.relative_to(bench.folder).as_posix(),
-        recovered_by=_recovered(candidate.recovered_by, report),
-        **evaluation,
-    )
-
-
-def _rename(candidate: str, precision: str) -> str:
-    """Return the id of the `precision` version; a control such as dense@192 does not name its own."""
-    if "fp32" in candidate:
-        return candidate.replace("fp32", precision)
-    return candidate.replace("dense", f"dense/{precision}", 1)
+    return made
 
 
 def _convert(
-    source: Path,
-    out: Path,
+    job: Job,
+    network: Network,
+    settings: MakeSettings,
+    source: Candidate,
     precision: str,
-    target: Target,
     images: CalibrationImages | None,
-    threads: int,
-    advance: Callable[[int, int], None] | None,
-) -> QuantReport:
-    if precision == "fp16":
-        return convert_fp16(source, out, target)
-    assert images is not None
-    return quantise(source, out, target, [images.ranges], images.held_back, threads=threads, advance=advance)
+) -> Candidate:
+    """Make, save and judge the `precision` version of an fp32 candidate, or return what an earlier run made.
+
+    Parity is left out: smaller numbers are not exact. Agreement with the dense model says what they changed.
+
+    Raises:
+        JobError: it cannot be converted.
+    """
+    assert source.artifact is not None
+    artifact = job.folder / source.artifact
+    convert = PRECISIONS[precision].convert
+    assert convert is not None
+
+    def make() -> Candidate:
+        out = artifact.with_name(f"{_stem(source, network, precision)}{artifact.suffix}")
+        report = convert(artifact, out, job.target, images, settings.threads, None)
+        return replace(
+            source,
+            id=candidate_id(source.signal, source.strategy, source.kind, precision, network.side),
+            precision=precision,
+            file_bytes=out.stat().st_size,
+            parity=None,
+            artifact=out.relative_to(job.folder).as_posix(),
+            recovered_by=_describe(source.recovered_by, report),
+            **judge_artifact(network, settings, out),
+        )
+
+    name = file_name(source.signal, source.strategy, source.kind, source.precision, network.side)
+    key = job.key(data=job.data_key, source=hash_file(artifact), precision=precision, target=job.target)
+    found = kept(job, f"candidates/{name}-{precision}", key, make)
+    return replace(found, also_named=source.also_named, planned_by=source.planned_by)
 
 
-def _recovered(before: str | None, report: QuantReport) -> str | None:
+def _stem(source: Candidate, network: Network, precision: str) -> str:
+    """Return the name of the converted file, without suffix; what a recovery added to the name stays."""
+    assert source.artifact is not None
+    stem = (source.artifact.rpartition("/")[2]).rpartition(".")[0]
+    if source.kind == "dense":
+        return f"{stem}-{precision}"
+    fields = (source.signal, source.strategy, source.kind)
+    added = stem.removeprefix(file_name(*fields, source.precision, network.side))
+    return f"{file_name(*fields, precision, network.side)}{added}"
+
+
+def _calibration_images(network: Network) -> CalibrationImages | None:
+    if network.data is None:
+        return None
+    wanted = network.data.calibration.take(CALIBRATION_IMAGES + HELD_BACK_IMAGES)
+    images = np.concatenate([batch for batch, _ in wanted.batches(BATCH)])
+    cut = max(1, len(images) * CALIBRATION_IMAGES // (CALIBRATION_IMAGES + HELD_BACK_IMAGES))
+    return CalibrationImages(images[:cut], images[cut:] if cut < len(images) else images)
+
+
+def _describe(before: str | None, report: QuantReport) -> str:
     """Say how the numbers were made beside what recovered the weights."""
     left = f", {len(report.fp32_layers)} layers in fp32" if report.fp32_layers else ""
     scheme = f" {report.scheme}" if report.scheme else ""
     return f"{before + ' + ' if before else ''}{report.method} {report.precision}{scheme}{left}"
-
-
-def _named(source: Path, precision: str) -> Path:
-    return source.with_name(f"{source.stem}-{precision}{source.suffix}")

@@ -17,8 +17,8 @@ from mm_edge.arrays import Float32Array
 from mm_edge.bench.session import (
     MINIMUM_PAIRS,
     Measurement,
-    compare_outputs,
     environment,
+    evaluate,
     evaluate_in_pieces,
     measure_memory,
     measure_pair,
@@ -26,25 +26,41 @@ from mm_edge.bench.session import (
 )
 from mm_edge.bench.target import Target, matches_this_machine
 from mm_edge.bench.transport import Transport
-from mm_edge.quality.evaluation import compare_logits
+from mm_edge.quality.evaluation import Reference, compare_logits, judge
+from mm_edge.quality.parity import compare_with_outputs
 from mm_edge.records import Candidate, DenseRow, Latency
 from mm_edge.run.job import Job
-from mm_edge.run.make import Benches, Images, bench_of, judge_logits
+from mm_edge.run.networks import Network, Networks
 from mm_edge.select import mark_pareto
 from mm_edge.store import hash_file
 
 SAMPLES_FOLDER = "samples"
 
 
-def measure_all(
-    job: Job, benches: Benches, dense: DenseRow, candidates: list[Candidate]
-) -> tuple[DenseRow, list[Candidate], dict[str, Any], list[str]]:
+def measure(
+    job: Job, networks: Networks, dense: DenseRow, candidates: Sequence[Candidate]
+) -> tuple[DenseRow, list[Candidate], dict[str, Any]]:
+    """Take times, memory and, where asked for, accuracy from the device.
+
+    Returns:
+        The dense network's figures, the candidates with theirs, and the environment they were measured in.
+    """
+    dense, measured, env = _take_times(job, networks, dense, list(candidates))
+    env = {**env, "accuracy_on": job.request.accuracy_on}
+    if job.request.accuracy_on == "device":
+        dense, measured = _judge_on_device(job, networks, dense, measured, env["fingerprint"])
+    return dense, measured, env
+
+
+def _take_times(
+    job: Job, networks: Networks, dense: DenseRow, candidates: list[Candidate]
+) -> tuple[DenseRow, list[Candidate], dict[str, Any]]:
     """Time every candidate against the dense model, and take each one's memory in a process of its own."""
     transport = job.transport
     if transport is None:
-        return dense, candidates, {"controller": job.key()["versions"]}, []
+        return dense, candidates, {"controller": job.versions}
     if transport.source == "emulated":
-        return _emulate(job, benches, transport, dense, candidates)
+        return dense, candidates, _emulate(job, networks, transport, dense, candidates)
     timings: list[Measurement] = []
     measured: list[Candidate] = []
     dense_file = job.folder / "dense.onnx"
@@ -82,71 +98,73 @@ def measure_all(
     timed = sorted((item for item in dense_latencies if item.p50 is not None), key=lambda item: item.p50 or 0.0)
     middle = timed[len(timed) // 2] if timed else Latency()
     dense = replace(dense, latency_ms=middle, peak_memory_bytes=memory)
-    env = {**env, "packages": job.key()["versions"]}
-    return dense, measured, env, [*(str(text) for text in env.get("doubts", [])), *merge_doubts(timings)]
+    job.note(*(str(text) for text in env.get("doubts", [])), *merge_doubts(timings))
+    return dense, measured, {**env, "packages": job.versions}
 
 
 def _emulate(
-    job: Job, benches: Benches, transport: Transport, dense: DenseRow, candidates: list[Candidate]
-) -> tuple[DenseRow, list[Candidate], dict[str, Any], list[str]]:
+    job: Job, networks: Networks, transport: Transport, dense: DenseRow, candidates: list[Candidate]
+) -> dict[str, Any]:
     """Compare outputs on the emulated core with this machine's; its times and memory are not the device's: null.
 
-    An emulated inference takes seconds, so only the rows on the front go through.
+    An emulated inference takes seconds, so only the candidates on the front go through.
     """
-    front = [row for row in mark_pareto(candidates, dense) if row.pareto or len(candidates) == 1] or candidates[:1]
-    notes = [f"{transport.name} is emulated: latency and memory are not measured"]
+    front = [item for item in mark_pareto(candidates, dense) if item.pareto or len(candidates) == 1] or candidates[:1]
+    job.note(f"{transport.name} is emulated: latency and memory are not measured")
     with job.stages.stage("emulate") as advance, tempfile.TemporaryDirectory() as scratch:
         env = environment(job.target, transport)
-        files = {side: Path(scratch) / f"images-{side}.npy" for side in benches}
-        for side, file in files.items():
-            np.save(file, benches[side].images.parity)
-        for index, row in enumerate(front):
-            assert row.artifact is not None
-            artifact, side = job.folder / row.artifact, row.input_shape[-1]
-            kind = benches[side].images.parity_kind
-            found = compare_outputs(artifact, files[side], job.target, transport=transport, kind=kind)
-            notes.append(
-                f"{row.id}, emulated: top-1 agrees with this machine's on {found.top1_agreement:.0%} of "
+        files = {network.side: Path(scratch) / f"images-{network.pixels}.npy" for network in networks}
+        for network in networks:
+            np.save(files[network.side], network.images.parity)
+        for index, candidate in enumerate(front):
+            assert candidate.artifact is not None
+            network = networks.at(candidate.input_shape[-1])
+            artifact, file = job.folder / candidate.artifact, files[network.side]
+            outputs = evaluate(artifact, file, job.target, transport=transport)
+            found = compare_with_outputs(artifact, outputs, network.images.parity, network.images.parity_kind)
+            job.note(
+                f"{candidate.id}, emulated: top-1 agrees with this machine's on {found.top1_agreement:.0%} of "
                 f"{found.inputs.count} inputs, largest difference {found.max_rel_err:.0e} of the output's scale"
             )
             advance(index + 1, len(front))
-    return dense, candidates, {**env, "packages": job.key()["versions"]}, notes
+    return {**env, "packages": job.versions}
 
 
-def judge_on_device(
-    job: Job, benches: Benches, dense: DenseRow, candidates: list[Candidate], fingerprint: str
-) -> tuple[DenseRow, list[Candidate], str]:
+def _judge_on_device(
+    job: Job, networks: Networks, dense: DenseRow, candidates: Sequence[Candidate], fingerprint: str
+) -> tuple[DenseRow, list[Candidate]]:
     """Take every accuracy from the device: its kernels, int8 ones above all, may answer otherwise than this machine's.
 
     Agreement and divergence are with the dense model on the device too.
     """
-    bench = bench_of(benches, None)
-    assert job.transport is not None and bench.images.labels is not None
-    rows: list[Candidate] = []
+    labels = networks.reference.labels
+    assert job.transport is not None and labels is not None
+    judged: list[Candidate] = []
     moved: list[float] = []
     with job.stages.stage("accuracy on the device") as advance, tempfile.TemporaryDirectory() as scratch:
-        pieces = {side: _save_images(item.images, Path(scratch), side) for side, item in benches.items()}
-        reference = _device_logits(job, job.folder / "dense.onnx", pieces[bench.spec.shape[-1]], fingerprint)
-        own = compare_logits(reference, bench.images.labels, None).accuracy_top1
-        for index, row in enumerate(candidates):
-            assert row.artifact is not None
-            logits = _device_logits(job, job.folder / row.artifact, pieces[row.input_shape[-1]], fingerprint)
-            rows.append(replace(row, **judge_logits(logits, bench.images.labels, reference, own)))
-            moved.append(abs((rows[-1].accuracy_top1 or 0.0) - (row.accuracy_top1 or 0.0)))
+        pieces = {network.side: _save_images(network, Path(scratch)) for network in networks}
+        logits = _device_logits(job, job.folder / "dense.onnx", pieces[None], fingerprint)
+        own = Reference(labels, logits, compare_logits(logits, labels, None).accuracy_top1)
+        for index, candidate in enumerate(candidates):
+            assert candidate.artifact is not None
+            side = networks.at(candidate.input_shape[-1]).side
+            logits = _device_logits(job, job.folder / candidate.artifact, pieces[side], fingerprint)
+            judged.append(replace(candidate, **judge(logits, own)))
+            moved.append(abs((judged[-1].accuracy_top1 or 0.0) - (candidate.accuracy_top1 or 0.0)))
             advance(index + 1, len(candidates))
-    note = (
-        f"accuracy was measured on {job.transport.name}, on {len(bench.images.labels)} validation images; the row that "
+    job.note(
+        f"accuracy was measured on {job.transport.name}, on {len(labels)} validation images; the row that "
         f"differs most from this machine's figure differs by {100 * max(moved, default=0.0):.2f} points"
     )
-    return replace(dense, accuracy_top1=own), rows, note
+    return replace(dense, accuracy_top1=own.accuracy), judged
 
 
-def _save_images(images: Images, folder: Path, side: int) -> list[Path]:
+def _save_images(network: Network, folder: Path) -> list[Path]:
     """Write the validation images as the files that a device is sent, a batch each."""
-    assert images.validation is not None
+    assert network.images.validation is not None
     pieces: list[Path] = []
-    for number, (batch, _) in enumerate(images.validation()):
-        pieces.append(folder / f"images-{side}-{number:05d}.npy")
+    for number, (batch, _) in enumerate(network.images.validation()):
+        pieces.append(folder / f"images-{network.pixels}-{number:05d}.npy")
         np.save(pieces[-1], batch)
     return pieces
 

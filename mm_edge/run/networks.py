@@ -1,40 +1,199 @@
-"""The network at every input size of a run, and what recovery needs to know of it there.
+"""The networks of a run: the model at every input shape, and what recovery knows of it there.
 
-load -> export once -> export again at other sizes -> dense moments, sensitivities of groups and blocks
+export once -> export again at other sizes -> moments, sensitivities of groups and blocks -> dense answers
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+import onnx_ir as ir
+
+from mm_edge.arrays import Float32Array, IntArray
 from mm_edge.errors import UsageError
+from mm_edge.formats.device_files import add_metadata_, write_model
 from mm_edge.graph.axes import Axis
 from mm_edge.graph.depth import find_branches
-from mm_edge.graph.export import read_raw
-from mm_edge.graph.groups import read_structure
+from mm_edge.graph.export import RawGraph, deploy, read_raw
+from mm_edge.graph.groups import Structure, read_structure
 from mm_edge.graph.layers import read_layers
-from mm_edge.graph.sizes import SizedNetwork, auto_sizes, export_at, remake, square_side, total_stride
+from mm_edge.graph.sizes import T, auto_sizes, export_at, remake, square_side, total_stride
+from mm_edge.graph.widths import Ladder
+from mm_edge.load.data import DataSplits, noise_batches
+from mm_edge.load.models import LoadedModel
 from mm_edge.plan.n_m import reduced_axes
+from mm_edge.plan.plans import make_ladders
+from mm_edge.quality.evaluation import Reference, compare_logits, run_onnx
+from mm_edge.records import InputSpec, Layer
 from mm_edge.recover.closed_form.branches import MeasuredBranch, measure_branches
 from mm_edge.recover.closed_form.context import RecoveryContext, build_context
 from mm_edge.recover.closed_form.sensitivity import Sensitivity, from_arrays, measure_sensitivities, to_arrays
-from mm_edge.run.job import CLOSED_FORM_IMAGES, FROM_MOMENTS, Job, Place, recovery_images
-from mm_edge.run.make import make_ladders
+from mm_edge.run.job import BATCH, Job
 from mm_edge.runtime import cores
 
-
-def export_dense(job: Job) -> SizedNetwork:
-    """Export the network at its own size and read its coupled groups."""
-    raw = read_raw(job.model)
-    structure = read_structure(raw, job.request.keep, prune_norms=job.request.prune_norms)
-    layers = tuple(layer for layer in read_layers(raw) if layer.fqn in raw.weights)
-    leaves = {group.leaf: group.leaf for group in structure.groups}
-    return SizedNetwork(job.model.input.shape[-1], job.model, raw, structure, layers, leaves)
+CLOSED_FORM_IMAGES = 500
+RECOVERY_IMAGES = 128
+PARITY_IMAGES = 8
 
 
-def export_sizes(job: Job, dense: SizedNetwork) -> tuple[list[SizedNetwork], list[str]]:
-    """Make the network again at every other size: those asked for, else those that controls are taken at.
+@dataclass(frozen=True)
+class Images:
+    """The images that candidates at one input shape are checked, adjusted and judged with.
+
+    Attributes:
+        parity: inputs of the parity check (N, C, H, W).
+        parity_kind: what they are, "images" or "noise".
+        recovery: yields batches of calibration images; None without data.
+        validation: (images, labels) read in batches; None without data.
+    """
+
+    parity: Float32Array
+    parity_kind: str
+    recovery: Callable[[], Iterator[Float32Array]] | None = None
+    validation: Callable[[], Iterator[tuple[Float32Array, IntArray]]] | None = None
+
+
+@dataclass(frozen=True)
+class Network:
+    """The model at one input shape.
+
+    Attributes:
+        model: the model with its input specification.
+        data: the images prepared for that input; None without data.
+        raw: its raw graph.
+        structure: its groups.
+        layers: its prunable layers, with their multiply-adds at this shape.
+        images: what its candidates are judged with.
+        side: the side of the input that ids name; None at the shape the model was given at.
+        pruned: whether candidates are pruned at this shape; otherwise only the control is made.
+        leaves: for the leaf of each group of the dense network, the leaf of the same group here.
+        recovery: what the closed form works from; None without it.
+        sensitivities: what removing channels of each group costs; measured at the shape the model was given at.
+        branches: what removing each residual branch costs; measured there alone.
+    """
+
+    model: LoadedModel
+    data: DataSplits | None
+    raw: RawGraph
+    structure: Structure
+    layers: tuple[Layer, ...]
+    images: Images
+    side: int | None = None
+    pruned: bool = True
+    leaves: Mapping[Axis, Axis] = field(default_factory=dict)
+    recovery: RecoveryContext | None = None
+    sensitivities: Mapping[Axis, Sensitivity] = field(default_factory=dict)
+    branches: tuple[MeasuredBranch, ...] = ()
+
+    @property
+    def spec(self) -> InputSpec:
+        """The input it takes."""
+        return self.model.input
+
+    @property
+    def is_dense_size(self) -> bool:
+        """Whether this is the shape the model was given at."""
+        return self.side is None
+
+    @property
+    def pixels(self) -> int:
+        """The side of the input in pixels, the dense one's too."""
+        return self.spec.shape[-1]
+
+    def translate(self, of_groups: Mapping[Axis, T]) -> dict[Axis, T]:
+        """Return what is said of the dense network's groups (what they keep, say) as said of the same groups here."""
+        return {self.leaves[leaf]: value for leaf, value in of_groups.items()}
+
+    def allowed_widths(self, job: Job) -> tuple[Ladder, ...]:
+        """Return the widths that each group may have on the job's target."""
+        return make_ladders(self.structure, self.layers, job.target, job.request.precision)
+
+
+@dataclass(frozen=True)
+class Networks:
+    """The networks of a run, and what the dense one answers.
+
+    Attributes:
+        dense: the network at the shape the model was given at.
+        others: the networks at other shapes.
+        reference: what the dense network answers on the validation images.
+    """
+
+    dense: Network
+    others: tuple[Network, ...]
+    reference: Reference
+
+    def __iter__(self) -> Iterator[Network]:
+        """Yield every network, the dense one first."""
+        return iter((self.dense, *self.others))
+
+    @property
+    def pruned(self) -> tuple[Network, ...]:
+        """The networks at whose shape candidates are pruned."""
+        return tuple(network for network in self if network.pruned)
+
+    def at(self, side: int | None) -> Network:
+        """Return the network whose input has this side in pixels; None stands for the dense network."""
+        return self.dense if side is None else next(network for network in self if network.pixels == side)
+
+
+def build_networks(job: Job) -> Networks:
+    """Export the model at every input shape, and find out what recovery needs and what the dense network answers.
+
+    Raises:
+        UsageError: the network cannot take an input size that was asked for.
+    """
+    dense = _export_dense(job)
+    if not dense.structure.groups and "structured" in job.request.kinds:
+        job.note("no group of this network can lose channels; see 'mm-edge inspect' for the reasons")
+    others = _export_others(job, dense)
+    dense = _measure_dense(job, dense)
+    others = [_with_moments(job, dense, network) for network in others]
+    reference = _write_dense(job, dense)
+    return Networks(dense, tuple(others), reference)
+
+
+def recovery_images(data: DataSplits) -> Float32Array:
+    """Return the calibration images (N, C, H, W) that the closed form works from."""
+    return np.concatenate([batch for batch, _ in data.calibration.take(CLOSED_FORM_IMAGES).batches(BATCH)])
+
+
+def labels_of(job: Job) -> tuple[str, ...]:
+    """Return the names of the classes, from the model or else from the data."""
+    return job.model.labels or (job.data.classes if job.data is not None else ())
+
+
+def provenance_of(job: Job, model: LoadedModel) -> dict[str, Any]:
+    """Return what every artifact made of `model` says of where it came from."""
+    return {"model": model.info, "target": job.target.name, "versions": job.versions}
+
+
+# ---- export
+
+
+def _export_dense(job: Job) -> Network:
+    with job.stages.stage("export"):
+        raw = read_raw(job.model)
+        structure = read_structure(raw, job.request.keep, prune_norms=job.request.prune_norms)
+        layers = tuple(layer for layer in read_layers(raw) if layer.fqn in raw.weights)
+    asked = job.request.input_sizes
+    return Network(
+        model=job.model,
+        data=job.data,
+        raw=raw,
+        structure=structure,
+        layers=layers,
+        images=_images(job, job.model.input, job.data),
+        pruned=not isinstance(asked, tuple) or job.model.input.shape[-1] in asked,
+        leaves={group.leaf: group.leaf for group in structure.groups},
+    )
+
+
+def _export_others(job: Job, dense: Network) -> list[Network]:
+    """Make the model again at every other size: those asked for, otherwise those that controls are taken at.
 
     Raises:
         UsageError: the network cannot take a size that was asked for.
@@ -42,103 +201,165 @@ def export_sizes(job: Job, dense: SizedNetwork) -> tuple[list[SizedNetwork], lis
     asked = job.request.input_sizes
     validated = job.data is not None and len(job.data.validation) > 0
     if asked == "none" or (asked is None and not validated):
-        return [], []
-    found: list[SizedNetwork] = []
+        return []
+    found: list[Network] = []
     try:
-        if isinstance(asked, tuple):
-            sides = asked
-        else:
-            sides = auto_sizes(square_side(job.model, "auto"), total_stride(job.model, dense.raw))
+        stride = total_stride(job.model, dense.raw)
+        sides = asked if isinstance(asked, tuple) else auto_sizes(square_side(job.model, "auto"), stride)
         with job.stages.stage("input sizes") as advance:
             for side in sides:
-                if side != dense.side:
-                    model = remake(job.model, side)
-                    keep, norms = job.request.keep, job.request.prune_norms
-                    found.append(export_at(model, dense.structure, keep, prune_norms=norms))
+                if side != dense.pixels:
+                    found.append(_export_at(job, dense, side))
                 advance(len(found), len(sides))
     except UsageError as error:
         if isinstance(asked, tuple):
             raise
-        return found, [f"no other input sizes: {error}"]
-    stride = total_stride(job.model, dense.raw)
-    notes = [
-        f"--input-sizes {item.side} is no multiple of the network's stride, {stride}: it costs more than it saves"
-        for item in found
-        if item.side % stride
-    ]
-    return found, notes
-
-
-def lay_out_places(job: Job, dense: SizedNetwork, sizes: list[SizedNetwork]) -> list[Place]:
-    """Lay out the input sizes, the dense one first, with what recovery needs at each."""
-    asked = job.request.input_sizes
-    recovery = _dense_moments(job, dense)
-    sensitivities = _sensitivities(job, dense, recovery)
-    wanted = asked if isinstance(asked, tuple) else (dense.side,)
-    branches = _branches(job, dense, recovery)
-    places = [Place(job, dense, True, dense.side in wanted, recovery, sensitivities, branches)]
-    for network in sizes:
-        place = Place(job.at(network), network, False, asked is not None)
-        if recovery is not None and place.pruned:
-            # No moment here may come from images that are held back there.
-            moments = _dense_moments(place.job, network, len(recovery.images))
-            if moments is not None and moments.held_back == recovery.held_back:
-                # The network to come near to is the one given, not what it says of smaller pictures.
-                moments = replace(moments, logits=recovery.logits)
-            known = {leaf: replace(item, leaf=network.leaves[leaf]) for leaf, item in sensitivities.items()}
-            place = replace(place, recovery=moments, sensitivities=network.translate(known))
-        places.append(place)
-    return places
-
-
-def _dense_moments(job: Job, network: SizedNetwork, most: int = CLOSED_FORM_IMAGES) -> RecoveryContext | None:
-    """Run the dense network once over calibration images: what the closed form needs for every candidate."""
-    pattern = "n:m" in job.request.kinds
-    wanted_by = pattern or ("structured" in job.request.kinds and network.structure.groups)
-    if job.request.recover not in FROM_MOMENTS or job.data is None or not wanted_by:
-        return None
-    also = tuple(reduced_axes(network.raw.model)) if pattern else ()
-    images = recovery_images(job.data)[:most]
-    with job.stages.stage("dense moments") as advance:
-        return build_context(network.raw, network.structure, images, also=also, threads=cores(), progress=advance)
-
-
-def _sensitivities(job: Job, network: SizedNetwork, recovery: RecoveryContext | None) -> dict[Axis, Sensitivity]:
-    """Measure each group's sensitivity (recipe A, point 5): which selection suits it, and what a budget takes first."""
-    if recovery is None or "structured" not in job.request.kinds:
-        return {}
-    structure = network.structure
-    ladders = make_ladders(structure, network.layers, job.target, job.request.precisions)
-    key = _key_of_measured(job, widths=[item.widths for item in ladders])
-    stored = job.store.load_arrays("sensitivities", key)
-    if stored is not None:
-        found = from_arrays(structure, stored)
-        # The costly part of them; selections ask for it again.
-        recovery.orders.update({leaf: item.surgeon for leaf, item in found.items()})
+        job.note(f"no other input sizes: {error}")
         return found
-    with job.stages.stage("sensitivities") as advance:
-        found = measure_sensitivities(recovery, ladders, advance)
-    job.store.save_arrays("sensitivities", key, to_arrays(structure, found))
+    for network in found:
+        if network.pixels % stride:
+            multiple = f"is no multiple of the network's stride, {stride}"
+            job.note(f"--input-sizes {network.side} {multiple}: it costs more than it saves")
     return found
 
 
+def _export_at(job: Job, dense: Network, side: int) -> Network:
+    model = remake(job.model, side)
+    sized = export_at(model, dense.structure, job.request.keep, prune_norms=job.request.prune_norms)
+    data = None if job.data is None else job.data.prepared_for(model.input)
+    return Network(
+        model=model,
+        data=data,
+        raw=sized.raw,
+        structure=sized.structure,
+        layers=sized.layers,
+        images=_images(job, model.input, data),
+        side=side,
+        pruned=job.request.input_sizes is not None,
+        leaves=sized.leaves,
+    )
+
+
+def _images(job: Job, spec: InputSpec, data: DataSplits | None) -> Images:
+    noise = np.concatenate(list(noise_batches(spec, PARITY_IMAGES, job.request.seed)))
+    if data is None:
+        return Images(noise, "noise")
+    calibration, validation = data.calibration, data.validation
+    source = calibration if len(calibration) else validation
+    parity = next(iter(source.batches(PARITY_IMAGES)))[0] if len(source) else noise
+    recovery = calibration.take(RECOVERY_IMAGES)
+    return Images(
+        parity=parity,
+        parity_kind="images" if len(source) else "noise",
+        recovery=(lambda: (images for images, _ in recovery.batches(BATCH))) if len(recovery) else None,
+        validation=(lambda: validation.batches(BATCH)) if len(validation) else None,
+    )
+
+
+# ---- what recovery knows
+
+
+def _measure_dense(job: Job, dense: Network) -> Network:
+    """Return the dense network with its moments and the sensitivities of its groups and residual branches."""
+    dense = replace(dense, recovery=_dense_moments(job, dense))
+    return replace(dense, sensitivities=_sensitivities(job, dense), branches=_branches(job, dense))
+
+
+def _with_moments(job: Job, dense: Network, network: Network) -> Network:
+    """Return a network of another shape with its own moments and the dense network's sensitivities."""
+    if dense.recovery is None or not network.pruned:
+        return network
+    # No moment here may come from images that are held back there.
+    moments = _dense_moments(job, network, len(dense.recovery.images))
+    if moments is not None and moments.held_back == dense.recovery.held_back:
+        # Candidates are to come near the model at the shape it was given at, not what it says of smaller pictures.
+        moments = replace(moments, logits=dense.recovery.logits)
+    known = {leaf: replace(item, leaf=network.leaves[leaf]) for leaf, item in dense.sensitivities.items()}
+    return replace(network, recovery=moments, sensitivities=network.translate(known))
+
+
+def _dense_moments(job: Job, network: Network, most: int = CLOSED_FORM_IMAGES) -> RecoveryContext | None:
+    """Run the network once over calibration images: what the closed form needs for every candidate."""
+    pattern = "n:m" in job.request.kinds
+    wanted_by = pattern or ("structured" in job.request.kinds and network.structure.groups)
+    if not job.recovery.base.needs_moments or network.data is None or not wanted_by:
+        return None
+    also = tuple(reduced_axes(network.raw.model)) if pattern else ()
+    images = recovery_images(network.data)[:most]
+    with job.stages.stage("dense moments") as advance:
+        return build_context(
+            network.raw,
+            network.structure,
+            images,
+            also=also,
+            threads=cores(),
+            progress=advance,
+            module=network.model.module,
+        )
+
+
+def _sensitivities(job: Job, dense: Network) -> dict[Axis, Sensitivity]:
+    """Measure each group's sensitivity: which selection of channels suits it, and what a budget removes first."""
+    if dense.recovery is None or "structured" not in job.request.kinds:
+        return {}
+    allowed = dense.allowed_widths(job)
+    key = _key_of_measured(job, widths=[item.widths for item in allowed])
+    stored = job.store.load_arrays("sensitivities", key)
+    if stored is not None:
+        found = from_arrays(dense.structure, stored)
+        # The orders are the costly part of them, and selections ask for them again.
+        dense.recovery.orders.update({leaf: item.surgeon for leaf, item in found.items()})
+        return found
+    with job.stages.stage("sensitivities") as advance:
+        found = measure_sensitivities(dense.recovery, allowed, advance)
+    job.store.save_arrays("sensitivities", key, to_arrays(dense.structure, found))
+    return found
+
+
+def _branches(job: Job, dense: Network) -> tuple[MeasuredBranch, ...]:
+    """Measure what removing each residual branch costs, where a budget may ask for it."""
+    if dense.recovery is None or not job.budgets:
+        return ()
+    found = find_branches(dense.raw.model, dense.structure)
+    key = _key_of_measured(job, branches=[item.id for item in found])
+    stored = job.store.load_json("branches", key)
+    if stored is None:
+        with job.stages.stage("blocks") as advance:
+            stored = [item.kl for item in measure_branches(dense.recovery, found, advance)]
+        job.store.save_json("branches", key, stored)
+    return tuple(MeasuredBranch(branch, float(kl)) for branch, kl in zip(found, stored, strict=True))
+
+
 def _key_of_measured(job: Job, **parts: Any) -> dict[str, Any]:
-    """Return the key of what is measured by the closed form, group by group or block by block."""
+    """Return the key of what the closed form measures, group by group or branch by branch."""
     request = job.request
     return job.key(
         data=job.data_key, images=CLOSED_FORM_IMAGES, keep=request.keep, prune_norms=request.prune_norms, **parts
     )
 
 
-def _branches(job: Job, network: SizedNetwork, recovery: RecoveryContext | None) -> tuple[MeasuredBranch, ...]:
-    """Measure what removing each residual branch costs, where a budget may ask for it."""
-    if recovery is None or not job.budgets:
-        return ()
-    found = find_branches(network.raw.model, network.structure)
-    key = _key_of_measured(job, branches=[item.id for item in found])
-    stored = job.store.load_json("branches", key)
-    if stored is None:
-        with job.stages.stage("blocks") as advance:
-            stored = [item.kl for item in measure_branches(recovery, found, advance)]
-        job.store.save_json("branches", key, stored)
-    return tuple(MeasuredBranch(branch, float(kl)) for branch, kl in zip(found, stored, strict=True))
+# ---- what the dense network answers
+
+
+def _write_dense(job: Job, dense: Network) -> Reference:
+    """Write dense.onnx and return what it answers on the validation images."""
+    file = job.folder / "dense.onnx"
+    with job.stages.stage("dense model") as advance:
+        proto = ir.to_proto(deploy(dense.raw.model.clone()))
+        provenance = {**provenance_of(job, dense.model), "candidate": "dense"}
+        add_metadata_(proto, dense.spec, labels_of(job), provenance)
+        write_model(proto, file)
+        if dense.images.validation is None or job.data is None:
+            return Reference()
+        total = len(job.data.validation)
+        done = 0
+
+        def count(batch: int) -> None:
+            nonlocal done
+            done += batch
+            advance(done, total)
+
+        logits = run_onnx(file, dense.images.validation(), cores(), count)
+        # Decoding may have left images out, so the labels are read after it.
+        labels = job.data.validation.labels
+        return Reference(labels, logits, compare_logits(logits, labels, None).accuracy_top1)

@@ -3,13 +3,13 @@
 A strategy's plan is made at the dense size and moved to the others. For every budget and input size the ranges are
 scaled as a whole, one plan per signal. One more plan, `sensitivity`, spends the budget on input size, whole blocks and
 widths together, whatever diverges least from the dense network on calibration images that are held back. How a budget
-is met is in budgets.py.
+is met is in plan/budgets.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -25,6 +25,16 @@ from mm_edge.graph.groups import Structure
 from mm_edge.graph.widths import Counts, Ladder, group_scores, lead, select_indices
 from mm_edge.plan.budgets import Budget, Draft, Met, Ruler, counts_of, meet, words_for
 from mm_edge.plan.latency_table import at_another_size, fit_time, measure_table
+from mm_edge.plan.plans import (
+    BUDGET_SLACK,
+    ChannelPlan,
+    Plan,
+    count_macs,
+    parameter_cost,
+    plan_all,
+    plan_budget,
+    plan_n_m,
+)
 from mm_edge.plan.ranges import apply_constraints
 from mm_edge.plan.scores import Scores
 from mm_edge.plan.strategies import assign
@@ -34,19 +44,10 @@ from mm_edge.records import Assignment, SparsityRange
 from mm_edge.recover.closed_form.branches import MeasuredBranch, allocate_rest, offers
 from mm_edge.recover.closed_form.context import RecoveryContext, judge_answers
 from mm_edge.run.clock import Clock, open_clock
-from mm_edge.run.job import Job, Place, recovery_images
-from mm_edge.run.make import (
-    BUDGET_SLACK,
-    Plan,
-    count_macs,
-    file_name,
-    make_ladders,
-    parameter_cost,
-    plan_all,
-    plan_budget,
-    plan_n_m,
-    recover_keep,
-)
+from mm_edge.run.closed_form import recover_keep
+from mm_edge.run.job import Job
+from mm_edge.run.make import control_file_name
+from mm_edge.run.networks import Network, Networks, recovery_images
 from mm_edge.run.score import score_network
 from mm_edge.runtime import cores
 
@@ -58,17 +59,17 @@ MEASURED_WINDOW = (0.95, 0.99)
 METADATA_BYTES = 256
 
 
-class Rulers:
-    """The rulers of one budget at the input sizes of a run, made when they are asked for."""
+class BudgetMeasures:
+    """How the plans of one budget are drawn and checked, at each network of a run; made when asked for."""
 
-    def __init__(self, job: Job, dense: Place, budget: Budget, clock: Clock | None, time: Cost | None = None) -> None:
+    def __init__(self, job: Job, dense: Network, budget: Budget, clock: Clock | None, time: Cost | None = None) -> None:
         """Prepare for `budget`; `clock` is None where nothing is measured, `time` a model of it at the dense size."""
         self.budget = budget
         self._time = time if budget.is_time else None
         self._job = job
         self._dense = dense
         self._clock = clock if budget.is_time else None
-        self._made: dict[int, Ruler] = {}
+        self._made: dict[int | None, Ruler] = {}
 
     @property
     def measured(self) -> bool:
@@ -80,33 +81,33 @@ class Rulers:
         """Whether plans are drawn by measured latencies."""
         return self._time is not None
 
-    def at(self, place: Place) -> Ruler:
-        """Return the ruler at the input size of `place`."""
-        side = place.network.side
-        if side not in self._made:
-            self._made[side] = self._by_bytes(place) if self.budget.kind == "size" else self._by_macs(place)
-        return self._made[side]
+    def at(self, network: Network) -> Ruler:
+        """Return how plans are drawn and checked at `network`."""
+        if network.side not in self._made:
+            by_bytes = self.budget.kind == "size"
+            self._made[network.side] = self._by_bytes(network) if by_bytes else self._by_macs(network)
+        return self._made[network.side]
 
-    def _by_macs(self, place: Place) -> Ruler:
-        structure, dense = place.network.structure, self._dense.network.structure.macs()
-        whole = structure.macs() / dense
+    def _by_macs(self, network: Network) -> Ruler:
+        structure, dense = network.structure, self._dense.structure.macs()
         if self._clock is None:
-            check = partial(_macs_share, place, dense)
+            check = partial(_macs_share, network, dense)
+            whole = structure.macs() / dense
             return Ruler(self._target(), structure.mac_cost, dense, whole, check, 1.0, COUNTED_WINDOW)
-        timed = partial(_timed_share, self._job, self._clock, place)
-        whole = 1.0 if place.dense else timed({})
+        timed = partial(_timed_share, self._job, self._clock, network)
+        whole = 1.0 if network.is_dense_size else timed({})
         cost = structure.mac_cost
         if self._time is not None:
-            dense_cost = self._dense.network.structure.mac_cost
-            cost = self._time if place.dense else at_another_size(self._time, cost, dense_cost)
+            dense_cost = self._dense.structure.mac_cost
+            cost = self._time if network.is_dense_size else at_another_size(self._time, cost, dense_cost)
             dense = self._time.total()
         return Ruler(self._target(), cost, dense, whole, timed, MEASURED_AIM, MEASURED_WINDOW)
 
-    def _by_bytes(self, place: Place) -> Ruler:
+    def _by_bytes(self, network: Network) -> Ruler:
         file = (self._job.folder / "dense.onnx").stat().st_size
-        cost = parameter_cost(place.network.raw, place.network.structure)
+        cost = parameter_cost(network.raw, network.structure)
         # Metadata is not part of what is counted here, and the same in every file but for a few names.
-        check = partial(_bytes_share, place, file, file + METADATA_BYTES - _count_bytes(self._dense, {}))
+        check = partial(_bytes_share, network, file, file + METADATA_BYTES - _count_bytes(self._dense, {}))
         return Ruler(self._target(), cost, cost.total(), check({}), check, 1.0, COUNTED_WINDOW)
 
     def _target(self) -> float:
@@ -121,94 +122,84 @@ class Rulers:
         return value / self._clock.dense_ms()
 
 
-def _macs_share(place: Place, dense: float, keep: Keep) -> float:
-    return count_macs(place.network.raw, place.network.structure, keep) / dense
+def _macs_share(network: Network, dense: float, keep: Keep) -> float:
+    return count_macs(network.raw, network.structure, keep) / dense
 
 
-def _count_bytes(place: Place, keep: Keep) -> int:
+def _count_bytes(network: Network, keep: Keep) -> int:
     """Return the bytes of a plan's file without its metadata."""
-    graph = materialise(place.network.raw, place.network.structure, keep)
-    return int(ir.to_proto(deploy(graph)).ByteSize())
+    return int(ir.to_proto(deploy(materialise(network.raw, network.structure, keep))).ByteSize())
 
 
-def _bytes_share(place: Place, dense: int, metadata: int, keep: Keep) -> float:
-    return (_count_bytes(place, keep) + metadata) / dense
+def _bytes_share(network: Network, dense: int, metadata: int, keep: Keep) -> float:
+    return (_count_bytes(network, keep) + metadata) / dense
 
 
-def _timed_share(job: Job, clock: Clock, place: Place, keep: Keep, *, quiet: bool = False) -> float:
-    network = place.network
-    key = place.job.key(keep=job.request.keep, prune_norms=job.request.prune_norms)
+def _timed_share(job: Job, clock: Clock, network: Network, keep: Keep, *, quiet: bool = False) -> float:
+    key = job.key(network.model, keep=job.request.keep, prune_norms=job.request.prune_norms)
     return clock.share(key, network.raw, network.structure, keep, quiet=quiet)
 
 
-def model_time(job: Job, dense: Place, clock: Clock, advance: Advance) -> Cost:
+def model_time(job: Job, dense: Network, clock: Clock, advance: Advance) -> Cost:
     """Return the model of time that the latency table of the dense network's groups gives on the clock's device."""
-    structure = dense.network.structure
     time = partial(_timed_share, job, clock, dense, quiet=True)
-    table = measure_table(structure, ladders_at(dense), time, advance)
-    return fit_time(structure.mac_cost, table)
+    table = measure_table(dense.structure, dense.allowed_widths(job), time, advance)
+    return fit_time(dense.structure.mac_cost, table)
 
 
-def places_for(budget: Budget, places: Sequence[Place]) -> list[Place]:
+def networks_for(budget: Budget, networks: Networks) -> tuple[Network, ...]:
     """Return where candidates of a budget are made: a smaller picture makes no smaller file."""
-    pruned = [place for place in places if place.pruned]
-    return [max(pruned, key=lambda place: place.network.side)] if budget.kind == "size" and pruned else pruned
+    pruned = networks.pruned
+    return (max(pruned, key=lambda network: network.pixels),) if budget.kind == "size" and pruned else pruned
 
 
 def plan_scaled(
-    rulers: Rulers, places: Sequence[Place], ranges: Mapping[str, SparsityRange], scores: Scores
-) -> tuple[list[Plan], list[str]]:
+    job: Job, measures: BudgetMeasures, networks: Networks, ranges: Mapping[str, SparsityRange], scores: Scores
+) -> list[Plan]:
     """Return a plan per signal and size that meets the budget; none where the unpruned network is within it."""
     plans: list[Plan] = []
-    notes: list[str] = []
-    for place in places_for(rulers.budget, places):
-        ruler = rulers.at(place)
+    for network in networks_for(measures.budget, networks):
+        ruler = measures.at(network)
         if ruler.whole <= ruler.target:
             continue
-        network, ladders = place.network, ladders_at(place)
-        met = meet(partial(_draw_scaled, place, ladders, ranges, ruler), ruler)
-        counts, words = counts_of(met.draft.keep), _words(rulers, met)
+        allowed = network.allowed_widths(job)
+        met = meet(partial(_draw_scaled, network, allowed, ranges, ruler), ruler)
+        counts, words = counts_of(met.draft.keep), _words(measures, met)
         for signal in scores:
             keep = select_indices(counts, group_scores(network.structure, scores[signal]))
-            assignment = Assignment(signal, (rulers.budget.strategy,), met.draft.sparsity)
-            plans.append(Plan(assignment, "structured", keep=keep, side=place.side, planned_by=words))
-        where = "" if place.dense else f" at {network.side} px"
-        asked = f"{rulers.budget.asked}{where}"
-        notes += budget_notes(network.structure, ladders, counts, met, ruler, asked, _UNITS[rulers.budget.kind])
-    return plans, notes
+            assignment = Assignment(signal, (measures.budget.strategy,), met.draft.sparsity)
+            plans.append(ChannelPlan(assignment, side=network.side, planned_by=words, keep=keep))
+        where = "" if network.is_dense_size else f" at {network.side} px"
+        asked = f"{measures.budget.asked}{where}"
+        unit = _UNITS[measures.budget.kind]
+        job.note(*budget_notes(network.structure, allowed, counts, met, ruler, asked, unit))
+    return plans
 
 
 _UNITS = {"macs": "MACs", "size": "bytes", "speedup": "time", "latency": "time"}
 
 
-def _words(rulers: Rulers, met: Met) -> str:
-    return words_for(rulers.budget, met, measured=rulers.measured, by_table=rulers.by_table)
-
-
-def ladders_at(place: Place) -> tuple[Ladder, ...]:
-    """Return the widths that groups may have on the job's target."""
-    job, network = place.job, place.network
-    return make_ladders(network.structure, network.layers, job.target, job.request.precisions)
+def _words(measures: BudgetMeasures, met: Met) -> str:
+    return words_for(measures.budget, met, measured=measures.measured, by_table=measures.by_table)
 
 
 def _draw_scaled(
-    place: Place, ladders: Sequence[Ladder], ranges: Mapping[str, SparsityRange], ruler: Ruler, aim: float
+    network: Network, allowed: Sequence[Ladder], ranges: Mapping[str, SparsityRange], ruler: Ruler, aim: float
 ) -> Draft:
-    structure = place.network.structure
     part = aim * ruler.dense / ruler.cost.total()
-    sparsity, counts = plan_budget(structure, place.network.layers, ladders, ranges, part, ruler.cost)
-    return Draft(lead(structure, counts), sparsity)
+    sparsity, counts = plan_budget(network.structure, network.layers, allowed, ranges, part, ruler.cost)
+    return Draft(lead(network.structure, counts), sparsity)
 
 
 def budget_notes(
-    structure: Structure, ladders: Sequence[Ladder], counts: Counts, met: Met, ruler: Ruler, asked: str, unit: str
+    structure: Structure, allowed: Sequence[Ladder], counts: Counts, met: Met, ruler: Ruler, asked: str, unit: str
 ) -> list[str]:
     """Say so when a budget cost groups the channel multiples of the target, or was missed, and what holds the rest."""
     notes = []
-    finer = sum(counts[item.leaf] not in item.widths for item in ladders)
+    finer = sum(counts[item.leaf] not in item.widths for item in allowed)
     if finer:
         notes.append(
-            f"{asked}: {finer} of {len(ladders)} groups have widths between the target's multiples, "
+            f"{asked}: {finer} of {len(allowed)} groups have widths between the target's multiples, "
             "which alone miss the budget by more than 3 %: expect less speed than the MACs say"
         )
     if not met.fits(ruler) or met.share < ruler.window[0] * ruler.target:
@@ -220,75 +211,98 @@ def budget_notes(
     return notes
 
 
-def plan_by_sensitivity(rulers: Rulers, job: Job, places: Sequence[Place]) -> tuple[list[Plan], list[str]]:
+@dataclass(frozen=True)
+class _Rival:
+    """One way to spend a budget: a plan of a network, and how it meets the budget."""
+
+    network: Network
+    plan: ChannelPlan
+    met: Met
+
+    @property
+    def words(self) -> str:
+        """Size and removed branches, for the report."""
+        gone = f" without {' and '.join(self.plan.removed)}" if self.plan.removed else ""
+        return f"{self.network.pixels} px{gone}"
+
+
+def plan_by_sensitivity(job: Job, measures: BudgetMeasures, networks: Networks) -> list[Plan]:
     """Spend a budget on input size, blocks and, by measured sensitivity, width; what diverges least is the plan.
 
     At every size that is above the budget, none to a few of the cheapest blocks are removed and the rest is taken from
     widths. The divergence is from the dense network at its own size, on images that are held back at every size. Where
-    tuning follows, the whole network at the largest size within the budget is a plan as well.
+    training follows that teaches smaller sizes, the whole network at the largest size within the budget is a plan too.
     """
-    budget, dense = rulers.budget, places[0]
-    measured = [place for place in places_for(budget, places) if place.sensitivities]
+    budget = measures.budget
+    measured = [network for network in networks_for(budget, networks) if network.sensitivities]
     if not measured:
-        return [], []
-    untouched = _plan_whole(rulers, measured) if job.request.recover == "tune" else []
+        return []
+    untouched = _plan_whole(measures, measured) if job.recovery.teaches_sizes else []
     with job.stages.stage(f"size, blocks or width at {budget.asked}") as advance:
-        above = [place for place in measured if rulers.at(place).whole > rulers.at(place).target]
-        rivals = [rival for place in above for rival in _spend(rulers, place, dense.branches, advance)]
-        fitting = [rival for rival in rivals if rival[2].fits(rulers.at(rival[0]))]
+        above = [network for network in measured if measures.at(network).whole > measures.at(network).target]
+        rivals = [
+            rival for network in above for rival in _spend(job, measures, network, networks.dense.branches, advance)
+        ]
+        fitting = [rival for rival in rivals if rival.met.fits(measures.at(rival.network))]
         if len(fitting) < 2:
-            least = [min(rivals, key=lambda rival: rival[2].share)] if rivals else []
-            return [*(plan for _, plan, _ in fitting or least), *untouched], []
+            least = [min(rivals, key=lambda rival: rival.met.share)] if rivals else []
+            return [*(rival.plan for rival in fitting or least), *untouched]
         tried: list[tuple[float, str, Plan]] = []
-        for place, plan, _ in fitting:
-            tried.append((_divergence(job, dense, place, plan), _describe(place, plan), plan))
+        for rival in fitting:
+            diverges = _divergence(job, networks.dense, rival.network, rival.plan)
+            tried.append((diverges, rival.words, rival.plan))
             advance(len(tried), len(fitting))
-        within = [place for place in places if not place.dense and _is_within(rulers, place)]
-        controls = [(_divergence(job, dense, place, None), f"{place.network.side} px") for place in within]
+        within = [network for network in networks.others if _is_within(measures, network)]
+        controls = [(_divergence(job, networks.dense, network, None), f"{network.side} px") for network in within]
     tried.sort(key=lambda item: item[0])
     text = ", ".join(f"{name} {kl:.3g}" for kl, name, _ in tried)
     note = f"{budget.asked} by sensitivity: {tried[0][1]} diverges least (nats: {text})"
     text = ", ".join(f"{name} {kl:.3g}" for kl, name in controls)
-    return [tried[0][2], *untouched], [note + (f"; the dense network within the budget: {text}" if text else "")]
+    job.note(note + (f"; the dense network within the budget: {text}" if text else ""))
+    return [tried[0][2], *untouched]
 
 
-def _is_within(rulers: Rulers, place: Place) -> bool:
-    if rulers.budget.kind == "size":
+def _is_within(measures: BudgetMeasures, network: Network) -> bool:
+    if measures.budget.kind == "size":
         return False
-    ruler = rulers.at(place)
+    ruler = measures.at(network)
     return ruler.whole <= ruler.target
 
 
-def _plan_whole(rulers: Rulers, places: Sequence[Place]) -> list[Plan]:
+def _plan_whole(measures: BudgetMeasures, networks: Sequence[Network]) -> list[Plan]:
     """Return the plan that removes nothing at the largest size, below the dense one, that is within the budget."""
-    within = [place for place in places if not place.dense and _is_within(rulers, place)]
+    within = [network for network in networks if not network.is_dense_size and _is_within(measures, network)]
     if not within:
         return []
-    place = max(within, key=lambda item: item.network.side)
-    keep = {group.leaf: np.ones(group.size, dtype=np.bool_) for group in place.network.structure.groups}
-    assignment = Assignment("sensitivity", (rulers.budget.strategy,), {})
-    words = _words(rulers, Met(Draft(keep), rulers.at(place).whole, 0))
-    return [Plan(assignment, "structured", keep=keep, side=place.side, planned_by=words)]
+    network = max(within, key=lambda item: item.pixels)
+    keep = {group.leaf: np.ones(group.size, dtype=np.bool_) for group in network.structure.groups}
+    assignment = Assignment("sensitivity", (measures.budget.strategy,), {})
+    words = _words(measures, Met(Draft(keep), measures.at(network).whole, 0))
+    return [ChannelPlan(assignment, side=network.side, planned_by=words, keep=keep)]
 
 
 def _spend(
-    rulers: Rulers, place: Place, measured: Sequence[MeasuredBranch], advance: Advance
-) -> list[tuple[Place, Plan, Met]]:
+    job: Job, measures: BudgetMeasures, network: Network, measured: Sequence[MeasuredBranch], advance: Advance
+) -> list[_Rival]:
     """Return one plan per set of removed blocks."""
-    ruler, ladders = rulers.at(place), ladders_at(place)
-    here = {item.branch.id: renamed(item.branch, place.network.leaves) for item in measured}
+    ruler, allowed = measures.at(network), network.allowed_widths(job)
+    here = {item.branch.id: renamed(item.branch, network.leaves) for item in measured}
     sets = offers(measured, lambda branch: _saved(ruler.cost, here[branch.id]))
-    plans = []
+    rivals: list[_Rival] = []
     for removed in sets:
         branches = [here[item.id] for item in removed]
-        met = meet(partial(_draw_by_sensitivity, place, ladders, branches, ruler), ruler)
-        assignment = Assignment("sensitivity", (rulers.budget.strategy,), {})
-        names = tuple(item.id for item in removed)
-        words = _words(rulers, met)
-        plan = Plan(assignment, "structured", keep=met.draft.keep, side=place.side, removed=names, planned_by=words)
-        plans.append((place, plan, met))
-        advance(len(plans), len(sets))
-    return plans
+        met = meet(partial(_draw_by_sensitivity, network, allowed, branches, ruler), ruler)
+        assignment = Assignment("sensitivity", (measures.budget.strategy,), {})
+        plan = ChannelPlan(
+            assignment,
+            side=network.side,
+            planned_by=_words(measures, met),
+            keep=met.draft.keep,
+            removed=tuple(item.id for item in removed),
+        )
+        rivals.append(_Rival(network, plan, met))
+        advance(len(rivals), len(sets))
+    return rivals
 
 
 def _saved(cost: Cost, branch: Branch) -> float:
@@ -297,106 +311,101 @@ def _saved(cost: Cost, branch: Branch) -> float:
 
 
 def _draw_by_sensitivity(
-    place: Place, ladders: Sequence[Ladder], removed: Sequence[Branch], ruler: Ruler, aim: float
+    network: Network, allowed: Sequence[Ladder], removed: Sequence[Branch], ruler: Ruler, aim: float
 ) -> Draft:
-    structure = place.network.structure
-    return Draft(allocate_rest(structure, ruler.cost, place.sensitivities, removed, aim * ruler.dense, ladders))
+    dense = aim * ruler.dense
+    return Draft(allocate_rest(network.structure, ruler.cost, network.sensitivities, removed, dense, allowed))
 
 
-def _describe(place: Place, plan: Plan) -> str:
-    gone = f" without {' and '.join(plan.removed)}" if plan.removed else ""
-    return f"{place.network.side} px{gone}"
-
-
-def _divergence(job: Job, dense: Place, place: Place, plan: Plan | None) -> float:
-    """Return what a screened plan diverges by on held-back images (`judge`), nats; the whole network without a plan."""
-    assert dense.recovery is not None and place.job.data is not None
-    name = file_name(f"dense@{place.side}") if plan is None else plan.file_name
+def _divergence(job: Job, dense: Network, network: Network, plan: ChannelPlan | None) -> float:
+    """Return what a screened plan diverges by on held-back images, nats; the whole network's without a plan."""
+    assert dense.recovery is not None and network.data is not None
     what = None if plan is None else plan.digest()
-    key = place.job.key(data=job.data_key, plan=what, select=job.request.select, images=len(dense.recovery.images))
-    name = f"rivals/{name}-{what[:12]}" if what is not None else f"rivals/{name}"
+    name = f"rivals/{control_file_name(network)}" if plan is None else f"rivals/{plan.file_name}-{plan.digest()[:12]}"
+    images = len(dense.recovery.images)
+    key = job.key(network.model, data=job.data_key, plan=what, select=job.request.select, images=images)
     stored = job.store.load_json(name, key)
     if stored is None:
-        network = place.network
-        model = network.raw.model.clone() if plan is None else _screen(job, place, plan)
-        images = _held_back_images(dense.recovery, place)
-        labels = np.zeros(len(images), np.int64)
-        logits = run_onnx(ir.to_proto(deploy(model)).SerializeToString(), [(images, labels)], cores())
+        model = network.raw.model.clone() if plan is None else _screen(job, network, plan)
+        held_back = _held_back_images(dense.recovery, network)
+        labels = np.zeros(len(held_back), np.int64)
+        logits = run_onnx(ir.to_proto(deploy(model)).SerializeToString(), [(held_back, labels)], cores())
         stored = [judge_answers(dense.recovery, logits).mean]
         job.store.save_json(name, key, stored)
     return float(stored[0])
 
 
-def _held_back_images(dense: RecoveryContext, place: Place) -> Float32Array:
-    """Return the images that decide at the dense size, as they are at the place's own."""
-    assert place.job.data is not None
-    held, own = list(dense.held_back), place.recovery
+def _held_back_images(dense: RecoveryContext, network: Network) -> Float32Array:
+    """Return the images that decide at the dense size, as they are at the network's own."""
+    assert network.data is not None
+    held, own = list(dense.held_back), network.recovery
     if own is not None and len(own.images) == len(dense.images):
         return own.images[held]
-    return recovery_images(place.job.data)[held]
+    return recovery_images(network.data)[held]
 
 
-def _screen(job: Job, place: Place, plan: Plan) -> ir.Model:
-    assert plan.keep is not None and place.recovery is not None
-    found = recover_keep(place.recovery, plan.keep, job.request.select, place.sensitivities, walked=False)
-    return materialise(place.network.raw, place.network.structure, {**plan.keep, **found.keep}, found.tensors)
+def _screen(job: Job, network: Network, plan: ChannelPlan) -> ir.Model:
+    assert network.recovery is not None
+    found = recover_keep(network.recovery, plan.keep, job.request.select, network.sensitivities, walked=False)
+    return materialise(network.raw, network.structure, {**plan.keep, **found.keep}, found.tensors)
 
 
-def make_plans(job: Job, places: list[Place]) -> tuple[list[Plan], list[str]]:
+def make_plans(job: Job, networks: Networks) -> list[Plan]:
     """Score and plan. The scores are several times the model's size, and are let go once the plans are made."""
-    raw, structure, layers = places[0].network.raw, places[0].network.structure, places[0].network.layers
-    pruned = [place for place in places if place.pruned]
-    scores, bounds, notes = score_network(job, raw, layers)
-    strategies: list[Plan] = []
+    dense = networks.dense
+    scores, bounds = score_network(job, dense)
     with job.stages.stage("plan"):
-        ladders = ladders_at(places[0])
-        for kind in job.request.kinds:
-            ranges = apply_constraints(layers, bounds, kind == "structured")
-            assignments = [item for s in scores for item in assign(job.request.strategies, s, layers, ranges)]
-            if kind == "n:m":
-                found, dense = plan_n_m(raw, layers, scores, assignments)
-                strategies += found
-                notes += _pattern_notes(dense)
-            else:
-                strategies += plan_all(structure, layers, ladders, scores, assignments, (kind,))
-        plans = [_move(plan, place) for place in pruned for plan in strategies]
-    ranges = apply_constraints(layers, bounds, True)
-    rulers, more = rulers_of(job, places[0])
-    notes += more
-    for ruler in rulers:
+        strategies = _plan_strategies(job, dense, scores, bounds)
+        plans = [_move(plan, network) for network in networks.pruned for plan in strategies]
+    ranges = apply_constraints(dense.layers, bounds, True)
+    budgets = measures_of(job, dense)
+    for measures in budgets:
         with job.stages.stage("plan budgets"):
-            found, more = plan_scaled(ruler, places, ranges, scores)
-        plans += found
-        notes += more
+            plans += plan_scaled(job, measures, networks, ranges, scores)
     del scores
-    for ruler in rulers:
-        found, more = plan_by_sensitivity(ruler, job, places)
-        plans += found
-        notes += more
-    return plans, notes
+    for measures in budgets:
+        plans += plan_by_sensitivity(job, measures, networks)
+    return plans
 
 
-def rulers_of(job: Job, dense: Place) -> tuple[list[Rulers], list[str]]:
-    """Return what every budget of the job is planned with, and what cannot be planned for."""
+def _plan_strategies(job: Job, dense: Network, scores: Scores, bounds: Mapping[str, SparsityRange]) -> list[Plan]:
+    """Return the plans of every strategy, signal and kind at the dense size."""
+    plans: list[Plan] = []
+    allowed, layers = dense.allowed_widths(job), dense.layers
+    for kind in job.request.kinds:
+        ranges = apply_constraints(layers, bounds, kind == "structured")
+        assignments = [item for s in scores for item in assign(job.request.strategies, s, layers, ranges)]
+        if kind == "n:m":
+            found, left = plan_n_m(dense.raw, layers, scores, assignments)
+            plans += found
+            job.note(*_pattern_notes(left))
+        else:
+            plans += plan_all(dense.structure, layers, allowed, scores, assignments, (kind,))
+    return plans
+
+
+def measures_of(job: Job, dense: Network) -> list[BudgetMeasures]:
+    """Return what every budget of the job is planned with; note what cannot be planned for."""
     budgets = job.budgets
     timed = any(budget.is_time for budget in budgets)
     clock = open_clock(job.folder / "dense.onnx", job.target, job.transport, job.store) if timed else None
     able = [budget for budget in budgets if budget.kind != "latency" or clock is not None]
     unable = [budget for budget in budgets if budget not in able]
-    notes = [f"{item.asked}: no time is measured here, so no candidate is planned for it" for item in unable]
+    job.note(*(f"{item.asked}: no time is measured here, so no candidate is planned for it" for item in unable))
     time = None
     if clock is not None and job.request.allocate_by == "latency":
         with job.stages.stage("latency table") as advance:
             time = model_time(job, dense, clock, advance)
     elif job.request.allocate_by == "latency":
-        notes.append("--allocate-by latency: no time is measured here, so widths are allocated by multiply-adds")
-    return [Rulers(job, dense, budget, clock, time) for budget in able], notes
+        job.note("--allocate-by latency: no time is measured here, so widths are allocated by multiply-adds")
+    return [BudgetMeasures(job, dense, budget, clock, time) for budget in able]
 
 
-def _move(plan: Plan, place: Place) -> Plan:
-    """Return a plan of the dense network for the network of another size."""
-    keep = None if plan.keep is None else place.network.translate(plan.keep)
-    return replace(plan, keep=keep, side=place.side)
+def _move(plan: Plan, network: Network) -> Plan:
+    """Return a plan of the dense network for the network at another size."""
+    if isinstance(plan, ChannelPlan):
+        return replace(plan, keep=network.translate(plan.keep), side=network.side)
+    return replace(plan, side=network.side)
 
 
 def _pattern_notes(dense: Mapping[str, str]) -> list[str]:

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 
 from mm_edge.arrays import Float32Array, Float32Arrays
-from mm_edge.graph.export import RawGraph
 from mm_edge.graph.layers import read_weights as read_layer_weights
 from mm_edge.load.models import LoadedModel
 from mm_edge.plan.ranges import observed_ranges, rule_ranges
 from mm_edge.plan.scores import GRASP_IMAGES, Scores, gradients, hessian_gradient_products, score_weights
+from mm_edge.plan.signals import SIGNALS
 from mm_edge.records import Layer, SparsityRange
 from mm_edge.run.job import BATCH, Job
+from mm_edge.run.networks import Network
 from mm_edge.runtime import release_memory
 
 # E2 asks for 5-10 % of the training data; beyond this many images the gradient's ranking no longer moves.
@@ -37,32 +38,31 @@ def read_ranges(
     return rule_ranges(layers, family)
 
 
-def score_network(
-    job: Job, raw: RawGraph, layers: tuple[Layer, ...]
-) -> tuple[Scores, dict[str, SparsityRange], list[str]]:
-    """Return the scores of every signal asked for and possible, the ranges before constraints, and what to tell."""
-    weights = read_layer_weights(raw, layers)
-    notes: list[str] = []
+def score_network(job: Job, dense: Network) -> tuple[Scores, dict[str, SparsityRange]]:
+    """Return the scores of every signal asked for and possible, and the ranges before constraints."""
+    weights = read_layer_weights(dense.raw, dense.layers)
     gradient: Float32Arrays = {}
     signals = job.request.signals
-    if signals != ("magnitude",) or job.request.ranges == "observed":
-        gradient, note = _gradients(job)
-        notes += note
+    needed = any(SIGNALS[signal].needs_gradient for signal in signals)
+    if needed or job.request.ranges == "observed":
+        gradient = _gradients(job)
         if not gradient:
             signals = ("magnitude",)
     with job.stages.stage("scores"):
         scores = score_weights(weights, gradient, signals)
-    products = _products(job, layers) if job.request.ranges == "observed" and gradient else None
-    bounds = read_ranges(job.request.ranges, layers, job.model.family, weights, gradient or None, products)
-    return scores, bounds, notes
+    products = _products(job, dense.layers) if job.request.ranges == "observed" and gradient else None
+    bounds = read_ranges(job.request.ranges, dense.layers, job.model.family, weights, gradient or None, products)
+    return scores, bounds
 
 
-def _gradients(job: Job) -> tuple[Float32Arrays, list[str]]:
-    """One gradient pass over the calibration images, kept for the next run."""
+def _gradients(job: Job) -> Float32Arrays:
+    """Take one gradient pass over the calibration images, kept for the next run; empty where none is possible."""
     if job.model.module is None:
-        return {}, ["a network given as .onnx has no gradients: signal magnitude only"]
+        job.note("a network given as .onnx has no gradients: signal magnitude only")
+        return {}
     if job.data is None or not len(job.data.calibration):
-        return {}, ["no calibration images: signal magnitude only; give --data PATH for the other signals"]
+        job.note("no calibration images: signal magnitude only; give --data PATH for the other signals")
+        return {}
     key = job.key(data=job.data_key, images=GRADIENT_IMAGES)
     stored = job.store.load_arrays("gradients", key)
     if stored is None:
@@ -72,7 +72,7 @@ def _gradients(job: Job) -> tuple[Float32Arrays, list[str]]:
         stored = found.values
         job.store.save_arrays("gradients", key, stored)
         release_memory()
-    return stored, []
+    return stored
 
 
 def _products(job: Job, layers: tuple[Layer, ...]) -> Float32Arrays:

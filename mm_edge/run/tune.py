@@ -1,4 +1,4 @@
-"""Tuning of one candidate: what the closed form made of it, a few hundred gradient steps later (recover/adapt.py).
+"""Tuning of one candidate: what the closed form made of it, a few hundred gradient steps later.
 
 saved masked state -> tuned state (masks hold) -> compact graph -> file -> parity -> accuracy
 """
@@ -7,33 +7,38 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from mm_edge.progress import Advance
+from mm_edge.plan.plans import ChannelPlan
 from mm_edge.records import Candidate
 from mm_edge.recover.training.adapt import tune_for
-from mm_edge.recover.training.distil import Sized
-from mm_edge.run.make import Plan, Workbench, read_masked_state, save_trained
+from mm_edge.run.kept import kept
+from mm_edge.run.make import read_masked_state, save_trained
+from mm_edge.run.recoveries import Work
 
 
-def tune_candidate(
-    bench: Workbench, given: Workbench, plan: Plan, row: Candidate, seed: int, advance: Advance | None = None
-) -> Candidate:
-    """Tune the network of `row` and return its new record; the old one, with why, where the images say no better.
-
-    `given` is the workbench of the size the network was given at; `bench` where the plan has another.
+def tune_candidate(work: Work) -> Candidate:
+    """Tune a candidate, or return what an earlier run made of it.
 
     Raises:
         ParityError: the artifact does not agree with its masked model; nothing is kept of it.
     """
-    assert row.masked_state_dict is not None
-    plan, start = read_masked_state(bench.structure, plan, bench.folder / row.masked_state_dict)
-    assert plan.keep is not None
-    found = tune_for(_sized(bench), _sized(given), plan.keep, start, seed=seed, progress=advance)
+    job, plan = work.job, work.plan
+    key = job.key(
+        work.networks.at(plan.side).model, data=job.data_key, plan=plan.digest(), recover="tune", start=work.start
+    )
+    return kept(job, f"tuned/{plan.file_name}", key, lambda: _tune(work))
+
+
+def _tune(work: Work) -> Candidate:
+    """Return the tuned candidate; the old one, with the reason, where held-back images say it is no better."""
+    networks, candidate, settings = work.networks, work.candidate, work.settings
+    network = networks.at(work.plan.side)
+    assert candidate.masked_state_dict is not None and isinstance(work.plan, ChannelPlan)
+    state = settings.folder / candidate.masked_state_dict
+    plan, start = read_masked_state(network.structure, work.plan, state)
+    own, given = network.recovery, networks.dense.recovery
+    assert own is not None and given is not None and isinstance(plan, ChannelPlan)
+    found = tune_for(own, given, plan.keep, start, seed=work.job.request.seed, progress=work.advance)
     if not found.better:
-        return replace(row, stopped=found.note)
-    made = save_trained(bench, plan, found.tensors, "tune", f"{plan.file_name}-tuned")
+        return replace(candidate, stopped=found.note)
+    made = save_trained(network, plan, settings, found.tensors, "tune", f"{plan.file_name}-tuned")
     return replace(made, stopped=found.note)
-
-
-def _sized(bench: Workbench) -> Sized:
-    assert bench.recovery is not None and bench.module is not None
-    return Sized(bench.recovery, bench.module)

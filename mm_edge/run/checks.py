@@ -1,0 +1,119 @@
+"""What is refused before any work is done, because of the data, the target or the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from mm_edge.bench.target import Target
+from mm_edge.errors import UsageError
+from mm_edge.formats.precisions import PRECISIONS
+from mm_edge.load.data import DataSplits
+from mm_edge.load.models import LoadedModel
+from mm_edge.plan.n_m import require_support
+from mm_edge.plan.plans import PATTERN
+from mm_edge.run.recoveries import RECOVERIES
+from mm_edge.run.request import Request
+
+
+@dataclass(frozen=True)
+class Circumstances:
+    """What a request is to be carried out with: the images, the target, and whether anything is measured."""
+
+    request: Request
+    data: DataSplits | None
+    target: Target
+    measured: bool
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether there are calibration images."""
+        return self.data is not None and len(self.data.calibration) > 0
+
+    @property
+    def validates(self) -> bool:
+        """Whether there are validation images."""
+        return self.data is not None and len(self.data.validation) > 0
+
+
+def check_request(request: Request, data: DataSplits | None, target: Target, measured: bool) -> None:
+    """Refuse what cannot be done.
+
+    Raises:
+        UsageError: an option needs data or a device that is not there, or the target gains nothing from it.
+    """
+    given = Circumstances(request, data, target, measured)
+    for check in CHECKS:
+        check(given)
+
+
+def require_trainable(model: LoadedModel, recover: str) -> None:
+    """Refuse to train a network that only runs.
+
+    Raises:
+        UsageError: the recovery takes gradient steps, and the network exists only as .onnx or as a traced program.
+    """
+    if not RECOVERIES[recover].trains:
+        return
+    if model.module is None or isinstance(model.module, torch.fx.GraphModule):
+        what = "an .onnx file" if model.module is None else "an exported program"
+        raise UsageError(
+            f"--recover {recover} trains a PyTorch module, and {what} holds none; "
+            "give the checkpoint with --arch, or use --recover closed-form"
+        )
+
+
+def _precisions(given: Circumstances) -> None:
+    # In the registry's order, so that the same request is always refused for the same reason.
+    for name, precision in PRECISIONS.items():
+        if name in given.request.precision and precision.check is not None:
+            precision.check(given.target, given.calibrates)
+
+
+def _kinds(given: Circumstances) -> None:
+    if "n:m" in given.request.kinds:
+        require_support(given.target, PATTERN)
+
+
+def _accuracy_on_device(given: Circumstances) -> None:
+    if given.request.accuracy_on != "device":
+        return
+    if not given.measured:
+        raise UsageError("--accuracy-on device needs a device, and nothing is measured here; give --host USER@HOST")
+    if not given.validates:
+        raise UsageError("--accuracy-on device needs validation images, and there are none; give --data PATH")
+
+
+def _training_images(given: Circumstances) -> None:
+    least = RECOVERIES[given.request.recover].least_images
+    if least and (given.data is None or given.data.calibration.places < least):
+        raise UsageError(
+            f"--recover {given.request.recover} trains on calibration images, and there are none; "
+            "give --split a first part"
+        )
+
+
+def _largest_drop(given: Circumstances) -> None:
+    if given.request.max_drop is not None and not given.validates:
+        raise UsageError("--max-drop needs accuracy, and there are no validation images; give --data PATH")
+
+
+def _times(given: Circumstances) -> None:
+    if given.measured:
+        return
+    if given.request.allocate_by == "latency":
+        raise UsageError("--allocate-by latency times the network, and nothing is measured here; give --host USER@HOST")
+    if given.request.latency is not None:
+        raise UsageError("--latency needs a measurement, and nothing is measured here; give --target host or a device")
+
+
+CHECKS: tuple[Callable[[Circumstances], None], ...] = (
+    _precisions,
+    _kinds,
+    _accuracy_on_device,
+    _training_images,
+    _largest_drop,
+    _times,
+)

@@ -1,0 +1,126 @@
+"""The end of a run: mark the front, choose, read the test images once, write the report and the device's files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from mm_edge.errors import ConstraintError
+from mm_edge.formats.bundle import write_bundle
+from mm_edge.graph.groups import Structure
+from mm_edge.quality.evaluation import compare_logits, run_onnx
+from mm_edge.records import Candidate, Chosen, DenseRow, Report, SkippedGroup, candidate_id, from_json, to_json
+from mm_edge.report import write_report
+from mm_edge.run.job import BATCH, Job
+from mm_edge.run.make import MakeSettings
+from mm_edge.run.measure import how_to_measure
+from mm_edge.run.networks import Network, Networks
+from mm_edge.select import choose, judge_budget, mark_pareto
+
+
+def finish(
+    job: Job,
+    networks: Networks,
+    settings: MakeSettings,
+    dense: DenseRow,
+    candidates: Sequence[Candidate],
+    environment: dict[str, Any],
+) -> Report:
+    """Choose, write the report and return it.
+
+    Raises:
+        ConstraintError: no candidate meets the constraints; the report is written all the same, with `chosen` null.
+    """
+    listed = mark_pareto(_under_all_names(networks, candidates), dense)
+    job.note(*_notes_of_shared_names(candidates))
+    missed: ConstraintError | None = None
+    chosen: Chosen | None = None
+    try:
+        chosen = choose(dense, listed, job.request.constraints)
+    except ConstraintError as error:
+        missed = error
+        job.note(str(error))
+    if chosen is not None:
+        candidate = next(item for item in listed if item.id == chosen.id)
+        network = networks.at(candidate.input_shape[-1])
+        chosen = replace(chosen, accuracy_top1_test=_test_accuracy(job, network, settings, candidate))
+        _write_bundle(job, network, candidate)
+    if job.data is not None:
+        job.note(*job.data.warnings)
+    if job.transport is None:
+        job.note(how_to_measure(job.target))
+    report = Report(
+        model=replace(job.model.info, macs=dense.macs, params=dense.params),
+        target=to_json(job.target),
+        environment=environment,
+        data={} if job.data is None else job.data.describe(),
+        dense=dense,
+        candidates=listed,
+        chosen=chosen,
+        constraints=job.request.constraints,
+        skipped_groups=skipped_groups(networks.dense.structure),
+        warnings=tuple(dict.fromkeys(job.notes)),
+        seconds=dict(job.stages.seconds),
+        budgets=tuple(judge_budget(dense, listed, budget) for budget in job.budgets),
+    )
+    # The same records a reader gets from the file: tuples, floats and all.
+    report = from_json(Report, to_json(report))
+    write_report(report, job.folder)
+    if missed is not None:
+        raise missed
+    return report
+
+
+def skipped_groups(structure: Structure) -> tuple[SkippedGroup, ...]:
+    """Return what keeps its full width and why."""
+    return tuple(SkippedGroup(item.id, item.tensors, item.reason) for item in structure.pinned)
+
+
+def _under_all_names(networks: Networks, candidates: Sequence[Candidate]) -> list[Candidate]:
+    """List a candidate under every name that coincides with its own."""
+    listed: list[Candidate] = []
+    for candidate in candidates:
+        listed.append(candidate)
+        names = (candidate.strategy, *candidate.also_named)
+        side = networks.at(candidate.input_shape[-1]).side
+        for name in candidate.also_named:
+            others = tuple(other for other in names if other != name)
+            own = candidate_id(candidate.signal, name, candidate.kind, candidate.precision, side)
+            listed.append(replace(candidate, id=own, strategy=name, also_named=others))
+    return listed
+
+
+def _notes_of_shared_names(candidates: Sequence[Candidate]) -> list[str]:
+    """Say which strategies came to the same: by formula, or because a pattern takes the same from them all."""
+    shared = dict.fromkeys((item.kind, (item.strategy, *item.also_named)) for item in candidates if item.also_named)
+    return [
+        f"{', '.join(names[:-1])} and {names[-1]} coincide{' under the pattern' if kind == 'n:m' else ' by formula'}: "
+        f"made and measured once, listed under {'both' if len(names) == 2 else 'all their'} names"
+        for kind, names in shared
+    ]
+
+
+def _test_accuracy(job: Job, network: Network, settings: MakeSettings, candidate: Candidate) -> float | None:
+    if network.data is None or not len(network.data.test):
+        return None
+    assert candidate.artifact is not None
+    with job.stages.stage("test"):
+        logits = run_onnx(job.folder / candidate.artifact, network.data.test.batches(BATCH), settings.threads)
+        return compare_logits(logits, network.data.test.labels, None).accuracy_top1
+
+
+def _write_bundle(job: Job, network: Network, candidate: Candidate) -> None:
+    if not job.request.formats and candidate.kind != "n:m":
+        return
+    images = network.images
+    with job.stages.stage("files for the device"):
+        write_bundle(
+            job.folder,
+            candidate,
+            network.spec,
+            job.target,
+            images.parity,
+            images.parity_kind,
+            formats=job.request.formats,
+        )
