@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from mm_edge.arrays import Float32Array
+from mm_edge.bench import MINIMUM_PAIRS
 from mm_edge.bench.session import (
-    MINIMUM_PAIRS,
     Measurement,
-    compare_outputs,
     environment,
+    evaluate,
     evaluate_in_pieces,
     measure_memory,
     measure_pair,
@@ -27,6 +27,7 @@ from mm_edge.bench.session import (
 from mm_edge.bench.target import Target, matches_this_machine
 from mm_edge.bench.transport import Transport
 from mm_edge.quality.evaluation import compare_logits
+from mm_edge.quality.parity import compare_with_outputs
 from mm_edge.records import Candidate, DenseRow, Latency
 from mm_edge.run.job import Job
 from mm_edge.run.make import Benches, Images, bench_of, judge_logits
@@ -103,8 +104,9 @@ def _emulate(
         for index, row in enumerate(front):
             assert row.artifact is not None
             artifact, side = job.folder / row.artifact, row.input_shape[-1]
-            kind = benches[side].images.parity_kind
-            found = compare_outputs(artifact, files[side], job.target, transport=transport, kind=kind)
+            images, kind = benches[side].images.parity, benches[side].images.parity_kind
+            outputs = evaluate(artifact, files[side], job.target, transport=transport)
+            found = compare_with_outputs(artifact, outputs, images, kind)
             notes.append(
                 f"{row.id}, emulated: top-1 agrees with this machine's on {found.top1_agreement:.0%} of "
                 f"{found.inputs.count} inputs, largest difference {found.max_rel_err:.0e} of the output's scale"
