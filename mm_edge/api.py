@@ -15,8 +15,8 @@ from typing import TypedDict, Unpack
 import torch
 from torch import nn
 
-from mm_edge.bench.connect import open_transport
 from mm_edge.bench.target import load_target, matches_this_machine, resolve_host
+from mm_edge.bench.transports import open_transport
 from mm_edge.errors import UsageError, unknown_name
 from mm_edge.graph.sizes import InputSizes, check_input_sizes, remake
 from mm_edge.load.data import open_data

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
 
 from mm_edge.bench.target import load_target, resolve_host
 
@@ -10,15 +14,25 @@ HOST = dataclasses.replace(resolve_host(load_target("host")), threads=1)
 
 
 class Scripted:
-    """A device that answers what it is told to, and counts how often it was asked."""
+    """A device that gives the same answer to every request and keeps the requests."""
 
     name = "the board"
 
-    def __init__(self, reply: dict, source: str = "device") -> None:
+    def __init__(self, reply: dict[str, Any], source: str = "device") -> None:
         self.reply = reply
         self.source = source
-        self.asked: list[tuple] = []
+        self.asked: list[tuple[str, dict[str, Path], dict[str, Any]]] = []
 
-    def ask(self, command, files, options, timeout_s=1.0):
+    def ask(
+        self, command: str, files: Mapping[str, Path], options: Mapping[str, Any], timeout_s: float = 1.0
+    ) -> dict[str, Any]:
         self.asked.append((command, dict(files), dict(options)))
         return self.reply
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass

@@ -25,6 +25,7 @@ from mm_edge.bench.session import run_options
 from mm_edge.bench.target import Target
 from mm_edge.bench.transport import Transport, printable
 from mm_edge.errors import BenchError
+from mm_edge.store import write_atomically
 
 NCHWC_DOMAIN = "com.microsoft.nchwc"
 CONVOLUTIONS = ("Conv", "FusedConv", "NhwcFusedConv", "QLinearConv", "ConvInteger", "ConvTranspose")
@@ -76,10 +77,7 @@ def audit_model(
     result = transport.ask("profile", {"model": model}, run_options(target))
     graph = _read_graph(result, transport.name)
     if save_to is not None:
-        save_to.parent.mkdir(parents=True, exist_ok=True)
-        temporary = save_to.with_name(save_to.name + ".part")
-        temporary.write_bytes(graph.SerializeToString())
-        temporary.replace(save_to)
+        write_atomically(save_to, graph.SerializeToString())
     times = _read_times(result, transport.name)
     total = sum(times.values()) or 1
     shapes = {node["name"]: node["input_shapes"] for node in result["nodes"]}

@@ -7,9 +7,6 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-import onnxruntime
-
 from mm_edge.bench.target import Target, mismatches, unfit_multiples
 
 MINIMUM_ONNXRUNTIME = (1, 16)
@@ -23,6 +20,9 @@ def describe(info: Mapping[str, Any], target: Target, transport: str) -> dict[st
 
     `doubts` holds a sentence for each thing that makes the device unlike the target or its timing unsteady.
     """
+    import numpy as np
+    import onnxruntime
+
     return {
         **info,
         "transport": transport,

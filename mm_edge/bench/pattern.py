@@ -1,14 +1,14 @@
-"""2:4 against dense, layer by layer, on a device whose GPU runs it: where the pattern gains and where it does not.
+"""How much 2:4 weights gain over dense ones, layer by layer, on a device whose GPU has 2:4 kernels.
 
-Each product of the model that keeps the pattern is timed alone, at its own size, by PyTorch's semi-structured kernels
-in fp16. A convolution over a window is no single product: TensorRT alone has kernels for it, so its time shows only in
-the whole model's.
+Each matrix product of the model that keeps the pattern is timed alone, at its own size, by PyTorch's semi-structured
+kernels in fp16. A convolution over a window is no single product: only TensorRT has sparse kernels for it, so its gain
+shows only in the time of the whole model.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -17,15 +17,36 @@ from mm_edge.bench.session import measure_products
 from mm_edge.bench.target import Target
 from mm_edge.bench.transport import Transport
 from mm_edge.errors import BenchError
-from mm_edge.plan.n_m import PatternLayer, parse_pattern, pattern_layers
 
 # PyTorch's kernels take fp16 weights in tiles of 32 outputs by 64 inputs.
 TILE_OUTPUTS, TILE_INPUTS = 32, 64
 
 
 @dataclass(frozen=True)
+class PatternLayer:
+    """One product of a deployed model with its size: `rows` positions, each mapped from `inputs` to `outputs`.
+
+    `rows` is None for a convolution over a window, which is no single matrix product.
+    """
+
+    name: str
+    op_type: str
+    rows: int | None
+    inputs: int
+    outputs: int
+
+    @property
+    def size(self) -> tuple[int | None, int, int]:
+        """Rows, inputs and outputs."""
+        return self.rows, self.inputs, self.outputs
+
+
+@dataclass(frozen=True)
 class PatternTime:
-    """One layer: median microseconds, median ratio and its 95 % interval; None with the reason where not measured."""
+    """The times of one layer: median microseconds, median ratio dense / 2:4 and its 95 % interval.
+
+    A layer that was not measured has None in their place and the `reason`.
+    """
 
     layer: PatternLayer
     dense_us: float | None
@@ -35,29 +56,31 @@ class PatternTime:
     reason: str | None
 
 
-def time_pattern_layers(model: Path, target: Target, transport: Transport) -> tuple[list[PatternTime], str | None]:
-    """Return the times of every layer of `model` that keeps the target's pattern, and why there are none, or None."""
-    layers = pattern_layers(model, parse_pattern(target.n_m[0]))
+def time_pattern_layers(
+    layers: Sequence[PatternLayer], target: Target, transport: Transport
+) -> tuple[list[PatternTime], str | None]:
+    """Return the times of `layers`, and why none could be taken (the list is then empty) or None."""
     reasons = [_why_not(layer) for layer in layers]
     sizes = sorted({_size(layer) for layer, reason in zip(layers, reasons, strict=True) if reason is None})
     try:
         samples = dict(zip(sizes, measure_products(sizes, target, transport=transport), strict=True)) if sizes else {}
     except BenchError as error:
         return [], f"2:4 was not measured layer by layer: {error}"
-    rows = []
+    times = []
     for layer, reason in zip(layers, reasons, strict=True):
         if reason is not None:
-            rows.append(PatternTime(layer, None, None, None, None, reason))
+            times.append(PatternTime(layer, None, None, None, None, reason))
             continue
         dense, sparse = samples[_size(layer)]
         ratios = stats.pair_ratios(dense, sparse)
         middle = [float(np.median(values)) for values in (dense, sparse, ratios)]
         interval = stats.bootstrap_median(ratios, 1)
-        rows.append(PatternTime(layer, middle[0] / 1000, middle[1] / 1000, middle[2], interval, None))
-    return rows, None
+        times.append(PatternTime(layer, middle[0] / 1000, middle[1] / 1000, middle[2], interval, None))
+    return times, None
 
 
 def _why_not(layer: PatternLayer) -> str | None:
+    """Return why PyTorch has no sparse kernel for `layer`, or None where it has one."""
     if layer.rows is None:
         return "a convolution over a window: TensorRT has sparse kernels for it, PyTorch has none"
     if layer.inputs % TILE_INPUTS or layer.outputs % TILE_OUTPUTS:

@@ -20,17 +20,15 @@ from typing import Any
 import numpy as np
 
 from mm_edge.arrays import Float32Array
-from mm_edge.bench import host, stats
-from mm_edge.bench.connect import require_ready
-from mm_edge.bench.target import Target
-from mm_edge.bench.transport import DEFAULT_TIMEOUT_S, Transport, file_sha256
+from mm_edge.bench import MINIMUM_PAIRS, host, stats
+from mm_edge.bench.readiness import require_ready
+from mm_edge.bench.target import Target, pattern_options
+from mm_edge.bench.transport import DEFAULT_TIMEOUT_S, Transport, hash_sent_file
 from mm_edge.errors import BenchError
-from mm_edge.plan.n_m import pattern_options
-from mm_edge.quality import parity
-from mm_edge.records import Latency, Parity
+from mm_edge.records import Latency
+from mm_edge.store import write_atomically
 
 SAMPLES_VERSION = 1
-MINIMUM_PAIRS = 200
 QUIET = 20  # percent
 SECONDS_PER_IMAGE = 10.0  # the slowest a device may be before it counts as hung
 SECONDS_PER_PAIR = 20.0
@@ -126,8 +124,8 @@ def measure_pair(
         return Measurement(Latency(), Latency(), None, None, None, (EMULATED,))
     options = {**run_options(target), "pairs": pairs}
     identity = {
-        "dense": file_sha256(dense),
-        "candidate": file_sha256(candidate),
+        "dense": hash_sent_file(dense),
+        "candidate": hash_sent_file(candidate),
         "options": options,
         "fingerprint": fingerprint,
     }
@@ -137,7 +135,8 @@ def measure_pair(
         result = transport.ask("measure", files, options, SECONDS_PER_PAIR * pairs + DEFAULT_TIMEOUT_S)
         _check_samples(result, pairs, transport.name)
         if raw_samples is not None:
-            _keep(raw_samples, {"samples_version": SAMPLES_VERSION, "identity": identity, "result": result})
+            document = {"samples_version": SAMPLES_VERSION, "identity": identity, "result": result}
+            write_atomically(raw_samples, json.dumps(document).encode())
     return _summarise(result, transport.source, raw_samples)
 
 
@@ -221,18 +220,6 @@ def evaluate_in_pieces(model: Path, pieces: Sequence[Path], target: Target, *, t
     Pieces keep what a device must hold at once small, and are sent once for all models.
     """
     return np.concatenate([evaluate(model, piece, target, transport=transport) for piece in pieces])
-
-
-def compare_outputs(model: Path, images: Path, target: Target, *, transport: Transport, kind: str) -> Parity:
-    """Compare the device's outputs with ONNX Runtime's on this machine, for every row of the .npy file `images`.
-
-    `kind` says what the images are, "images" or "noise". This is where kernels of different ISAs are seen to differ.
-    """
-    outputs = iter(evaluate(model, images, target, transport=transport))
-    here = parity.onnx_runner(model)
-    return parity.compare(
-        lambda _: [next(outputs)[None]], lambda x: here(x)[:1], np.load(images, allow_pickle=False), kind
-    )
 
 
 def run_options(target: Target) -> dict[str, Any]:
@@ -384,10 +371,3 @@ def _reuse(path: Path | None, identity: Mapping[str, Any]) -> dict[str, Any] | N
         return None  # not ours or damaged: measured again and replaced
     result: dict[str, Any] = kept["result"]
     return result
-
-
-def _keep(path: Path, document: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(json.dumps(document), encoding="utf-8")
-    temporary.replace(path)

@@ -25,7 +25,7 @@ from mm_edge.bench.transport import (
     Finished,
     decode_answer,
     encode_request,
-    file_sha256,
+    hash_sent_file,
     printable,
     run_bounded,
 )
@@ -256,7 +256,7 @@ class SshTransport:
 
     def _stage(self, path: Path) -> str:
         """Return where `path` lies on the device, sending it if it is not there."""
-        name = f"{file_sha256(path)[:24]}{path.suffix if path.suffix.isascii() else ''}"
+        name = f"{hash_sent_file(path)[:24]}{path.suffix if path.suffix.isascii() else ''}"
         if name in self._staged:
             del self._staged[name]
         else:

@@ -15,7 +15,7 @@ configuration directory. Parsing validates everything once, and an error names t
     affinity = []                         # core numbers, empty for any
     provider = "CPUExecutionProvider"
     python = ["python3"]                  # the command that starts Python there, for ssh
-    transport = "local"                   # default way to reach it: local, ssh, qemu, or none (artifacts only)
+    transport = "local"                   # how to reach it without --host: a name of transports.TRANSPORTS
     [session_options]                     # ONNX Runtime configuration entries, all strings
     [multiples.conv]                      # one table for each of OP_CLASSES: channel multiple per data type
     fp32 = 8
@@ -39,13 +39,13 @@ from typing import Any
 import click
 
 from mm_edge.bench import worker  # a leaf: it imports nothing from mm_edge and knows how a machine names its features
+from mm_edge.bench.transports import TRANSPORTS
 from mm_edge.errors import TargetError, unknown_name
 
 OP_CLASSES = ("conv", "pointwise", "depthwise", "grouped", "matmul")
 DATA_TYPES = ("fp32", "int8", "fp16", "bf16")
 REQUIRED_DATA_TYPES = ("fp32", "int8")
 ISAS = ("x86_64", "aarch64", "host")
-TRANSPORTS = ("local", "ssh", "qemu", "none")
 SOURCED_CLAIMS = ("multiples", "data_types", "n_m", "threads")
 MAX_MULTIPLE = 256
 MAX_THREADS = 256
@@ -89,6 +89,16 @@ class Target:
             raise TargetError(unknown_name("data type", data_type, DATA_TYPES))
         table = self.multiples[op_class]
         return table.get(data_type, table["fp32"])
+
+
+def pattern_options(target: Target) -> dict[str, str]:
+    """Return the options that make ONNX Runtime's provider use 2:4 kernels on `target`; empty where it has none.
+
+    TensorRT has sparse kernels for fp16 and int8 only, so fp16 is allowed, for the dense model too.
+    """
+    if not target.n_m or target.provider != "TensorrtExecutionProvider":
+        return {}
+    return {"trt_fp16_enable": "1", "trt_sparsity_enable": "1"}
 
 
 def user_folder() -> Path:
@@ -274,7 +284,7 @@ class _Parser:
             affinity=self._affinity(),
             provider=self._string("provider", Target.provider),
             python=self._strings("python", default=Target.python),
-            transport=self._choice("transport", TRANSPORTS, Target.transport),
+            transport=self._choice("transport", tuple(TRANSPORTS), Target.transport),
             session_options=self._table("session_options", None, str),
             memory_bytes=budget.get("memory_bytes"),
             storage_bytes=budget.get("storage_bytes"),

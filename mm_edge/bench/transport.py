@@ -7,7 +7,6 @@ uses is checked where it is used (session.py).
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import selectors
@@ -21,6 +20,7 @@ from typing import Any, Protocol, Self
 
 from mm_edge.bench import worker
 from mm_edge.errors import BenchError
+from mm_edge.store import hash_file
 
 MAX_ANSWER_BYTES = 64 << 20
 MAX_STDERR_BYTES = 1 << 20
@@ -132,11 +132,10 @@ class Finished:
         return printable(lines[-1]) if lines else ""
 
 
-def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file in hexadecimal; BenchError if it cannot be read."""
+def hash_sent_file(path: Path) -> str:
+    """Return the SHA-256 (hex) of a file that a device is to be sent; BenchError if it cannot be read."""
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return hash_file(path)
     except OSError as error:
         raise BenchError(f"cannot read {path}: {error.strerror}") from error
 

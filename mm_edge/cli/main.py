@@ -355,7 +355,8 @@ def report(folder: Path, open_page: bool) -> None:
 
 
 def _add_bench_commands() -> None:
-    from mm_edge.cli.devices import bench, targets
+    from mm_edge.cli.bench import bench
+    from mm_edge.cli.targets import targets
 
     main.add_command(bench)
     main.add_command(targets)

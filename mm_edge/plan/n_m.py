@@ -22,7 +22,8 @@ import numpy as np
 import onnx_ir as ir
 
 from mm_edge.arrays import BoolArray, Float32Array, Float32Arrays, Float64Array
-from mm_edge.bench.target import Target
+from mm_edge.bench.pattern import PatternLayer
+from mm_edge.bench.target import Target, pattern_options
 from mm_edge.errors import ParityError, UsageError
 from mm_edge.graph.export import constant_array, raw_from_onnx
 from mm_edge.records import Layer
@@ -46,25 +47,6 @@ class Pattern:
     def __str__(self) -> str:
         """Return "n:m"."""
         return f"{self.n}:{self.m}"
-
-
-@dataclass(frozen=True)
-class PatternLayer:
-    """One product of a deployed model with its size: `rows` positions by `inputs` to `outputs`.
-
-    `rows` is None for a convolution over a window, which is no single matrix product.
-    """
-
-    name: str
-    op_type: str
-    rows: int | None
-    inputs: int
-    outputs: int
-
-    @property
-    def size(self) -> tuple[int | None, int, int]:
-        """Rows, inputs and outputs."""
-        return self.rows, self.inputs, self.outputs
 
 
 @dataclass(frozen=True)
@@ -237,16 +219,6 @@ def compensate(weight: Float32Array, moment: Float64Array, mask: BoolArray, ridg
             values = np.take_along_axis(full, kept, axis=1) + change
             result[part[:, None], kept] = values
     return result
-
-
-def pattern_options(target: Target) -> dict[str, str]:
-    """Return ONNX Runtime's provider options with which `target` uses 2:4 kernels; empty where it has none.
-
-    TensorRT's sparse kernels are fp16 and int8 ones, so fp16 is allowed, for the dense model beside it too.
-    """
-    if not target.n_m or target.provider != "TensorrtExecutionProvider":
-        return {}
-    return {"trt_fp16_enable": "1", "trt_sparsity_enable": "1"}
 
 
 def pattern_layers(path: Path, pattern: Pattern) -> list[PatternLayer]:

@@ -49,6 +49,20 @@ def compare(run: Run, reference: Run, inputs: Float32Array, kind: str) -> Parity
     return Parity(abs_err, rel_err, agreed / len(inputs), ParityInputs(len(inputs), kind))
 
 
+def compare_with_outputs(model: Path, outputs: Float32Array, images: Float32Array, kind: str) -> Parity:
+    """Compare a device's `outputs` for `images`, a row each, with what ONNX Runtime answers for `model` here.
+
+    `outputs` are those of the model's first output. The kernels of different instruction sets may answer differently;
+    this shows by how much. `kind` says what the images are, "images" or "noise".
+
+    Raises:
+        ParityError: the shapes of the outputs differ.
+    """
+    rows = iter(outputs)
+    here = onnx_runner(model)
+    return compare(lambda _: [next(rows)[None]], lambda image: here(image)[:1], images, kind)
+
+
 def require(parity: Parity, what: str) -> None:
     """Raise ParityError unless `parity` is within tolerance."""
     if not (parity.max_rel_err <= TOLERANCE and parity.top1_agreement == 1.0):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -48,16 +50,17 @@ def conv(domain: str = "", groups: int = 1, kind: str = "Conv") -> onnx.NodeProt
         (helper.make_node("MatMul", ["x", "w"], ["y"], name="m"), (33, 33), AVX512, None),
     ],
 )
-def test_reasons(node, shape, info, reason):
+def test_reasons(node: onnx.NodeProto, shape: tuple[int, ...], info: dict[str, Any], reason: str | None) -> None:
     assert audit._explain(node, shape, True, False, info) == reason
 
 
-def test_other_reasons():
+def test_other_reasons() -> None:
     assert audit._explain(conv(), (64, 32, 3, 3), False, False, AVX512) == "its weights are not constant"
-    assert audit._explain(conv(), (64, 32, 3, 3), True, True, AVX512).startswith("runs in fp32 on dequantised int8")
+    reason = audit._explain(conv(), (64, 32, 3, 3), True, True, AVX512)
+    assert reason is not None and reason.startswith("runs in fp32 on dequantised int8")
 
 
-def test_kernels_of_a_real_model(tmp_path):
+def test_kernels_of_a_real_model(tmp_path: Path) -> None:
     machine = this_machine()
     saved = tmp_path / "kept" / "m.optimised.onnx"
     model = save_convs(tmp_path / "m.onnx", 33)
@@ -75,7 +78,7 @@ def test_kernels_of_a_real_model(tmp_path):
     assert {(use.kernel, use.reason) for use in aligned.kernels} == {("NCHWc", None)}
 
 
-def test_quantised_and_depthwise_kernels_are_told_apart():
+def test_quantised_and_depthwise_kernels_are_told_apart() -> None:
     nchwc = conv(audit.NCHWC_DOMAIN, groups=32)
     assert audit._kernel(nchwc, (32, 1, 3, 3)) == "NCHWc depthwise"
     assert audit._kernel(conv(kind="QLinearConv"), (32, 1, 3, 3)) == "QLinear"
@@ -92,7 +95,7 @@ def test_quantised_and_depthwise_kernels_are_told_apart():
         ({"nodes": [{"name": "c", "dur_us": 1, "input_shapes": [["x"]]}]}, "the board sent a node that is not one"),
     ],
 )
-def test_a_lying_device_is_refused(tmp_path, changes, message):
+def test_a_lying_device_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     weight = numpy_helper.from_array(np.zeros((1, 1), np.float32), "w")
     value = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 1])
     graph = helper.make_graph([helper.make_node("MatMul", ["x", "w"], ["y"], name="c")], "g", [value], [], [weight])

@@ -10,21 +10,27 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from mm_edge.bench.pattern import time_pattern_layers
+from mm_edge.arrays import Float32Array
+from mm_edge.bench.pattern import PatternLayer, time_pattern_layers
 from mm_edge.bench.session import measure_products, run_options
 from mm_edge.bench.target import load_target
 from mm_edge.bench.transport import LocalTransport
 from mm_edge.errors import BenchError
-from mm_edge.plan.n_m import PatternLayer, parse_pattern, pattern_layers
+from mm_edge.plan.n_m import parse_pattern, pattern_layers
 
 A100 = load_target("nvidia-a100")
+LAYERS = [
+    PatternLayer("window", "Conv", None, 4, 64),
+    PatternLayer("point", "Conv", 64, 64, 128),
+    PatternLayer("token", "MatMul", 64, 128, 96),
+]
 
 
 def save_network(path: Path) -> Path:
     """A 3x3 and a 1x1 convolution, a product of tokens and a classifier; all but the last keep 2:4."""
     generator = np.random.default_rng(0)
 
-    def sparse(*shape: int, axis: int) -> np.ndarray:
+    def sparse(*shape: int, axis: int) -> Float32Array:
         moved = generator.standard_normal(np.moveaxis(np.empty(shape), axis, -1).shape)
         return np.moveaxis(np.where(np.arange(moved.shape[-1]) % 4 < 2, moved, 0), -1, axis).astype(np.float32)
 
@@ -82,16 +88,12 @@ class Lying(Gpu):
 
 
 def test_layers_that_keep_the_pattern_with_their_sizes(tmp_path: Path) -> None:
-    assert pattern_layers(save_network(tmp_path / "net.onnx"), parse_pattern("2:4")) == [
-        PatternLayer("window", "Conv", None, 4, 64),
-        PatternLayer("point", "Conv", 64, 64, 128),
-        PatternLayer("token", "MatMul", 64, 128, 96),
-    ]
+    assert pattern_layers(save_network(tmp_path / "net.onnx"), parse_pattern("2:4")) == LAYERS
 
 
-def test_each_layer_has_its_times_or_its_reason(tmp_path: Path) -> None:
+def test_each_layer_has_its_times_or_its_reason() -> None:
     device = Gpu()
-    rows, why = time_pattern_layers(save_network(tmp_path / "net.onnx"), A100, device)
+    rows, why = time_pattern_layers(LAYERS, A100, device)
     assert why is None
     assert device.asked == [[64, 64, 128], [64, 128, 96]]
     assert [(row.dense_us, row.sparse_us, row.speedup, row.speedup_ci) for row in rows[1:]] == [(20, 10, 2, (2, 2))] * 2
@@ -99,19 +101,19 @@ def test_each_layer_has_its_times_or_its_reason(tmp_path: Path) -> None:
     assert rows[0].reason == "a convolution over a window: TensorRT has sparse kernels for it, PyTorch has none"
 
 
-def test_a_machine_without_a_gpu_says_so(tmp_path: Path) -> None:
+def test_a_machine_without_a_gpu_says_so() -> None:
     torch = pytest.importorskip("torch")
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA GPU here")
-    rows, why = time_pattern_layers(save_network(tmp_path / "net.onnx"), A100, LocalTransport())
+    rows, why = time_pattern_layers(LAYERS, A100, LocalTransport())
     assert rows == []
     assert why is not None
     assert why.startswith("2:4 was not measured layer by layer: ")
     assert why.endswith("layer times need a CUDA GPU that PyTorch can use, and there is none")
 
 
-def test_what_a_device_sends_is_checked(tmp_path: Path) -> None:
-    rows, why = time_pattern_layers(save_network(tmp_path / "net.onnx"), A100, Lying({"sparse_ns": [[-1], [-1]]}))
+def test_what_a_device_sends_is_checked() -> None:
+    rows, why = time_pattern_layers(LAYERS, A100, Lying({"sparse_ns": [[-1], [-1]]}))
     assert (rows, why) == (
         [],
         "2:4 was not measured layer by layer: this machine sent product_ns that are not times; the answer was refused",

@@ -19,14 +19,14 @@ from sshd import LoopbackServer, why_not
 from mm_edge import demo
 from mm_edge.api import Setting, make_request, run_job
 from mm_edge.bench import qemu, session, ssh
-from mm_edge.bench.connect import open_transport
 from mm_edge.bench.host import doubts
 from mm_edge.bench.target import load_target
+from mm_edge.bench.transports import open_transport
 from mm_edge.errors import BenchError
 from mm_edge.load.data import open_data
 from mm_edge.load.models import LoadedModel, LoadOptions, load_model
 from mm_edge.progress import Stages
-from mm_edge.quality.parity import TOLERANCE
+from mm_edge.quality.parity import TOLERANCE, compare_with_outputs
 from mm_edge.records import Latency, Report
 
 COUNT = int(os.environ.get("MM_EDGE_TEST_IMAGES", "8"))
@@ -51,7 +51,7 @@ def load() -> LoadedModel:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory) -> tuple[Path, Report]:
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Report]:
     """The demo network pruned for a Raspberry Pi 5."""
     out = tmp_path_factory.mktemp("made")
     setting = Setting(out=out, target="raspberry-pi-5", data=str(demo.IMAGES), bench=False)
@@ -60,7 +60,7 @@ def made(tmp_path_factory) -> tuple[Path, Report]:
 
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory) -> Path:
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     spec = load().input
     path = tmp_path_factory.mktemp("images") / "images.npy"
     batch, _ = next(iter(open_data(str(demo.IMAGES), spec, None).validation.batches(COUNT)))
@@ -69,15 +69,17 @@ def images(tmp_path_factory) -> Path:
     return path
 
 
-def check_parity(made, images: Path, target_name: str) -> None:
+def check_parity(made: tuple[Path, Report], images: Path, target_name: str) -> None:
     out, report = made
     target = load_target(target_name)
     (candidate,) = report.candidates
+    assert candidate.artifact is not None
     assert candidate.macs < 0.9 * report.dense.macs
     with open_transport(target, "qemu") as device:
         machine = session.read_info(device)
         for model in (out / "dense.onnx", out / candidate.artifact):
-            parity = session.compare_outputs(model, images, target, transport=device, kind="images")
+            outputs = session.evaluate(model, images, target, transport=device)
+            parity = compare_with_outputs(model, outputs, np.load(images), "images")
             assert parity.max_rel_err <= TOLERANCE
             assert parity.top1_agreement == 1.0
             assert parity.inputs.count == COUNT
@@ -87,16 +89,18 @@ def check_parity(made, images: Path, target_name: str) -> None:
     assert doubts(machine, target) == []
 
 
-def test_cortex_a76_agrees(emulator, made, images):
+def test_cortex_a76_agrees(emulator: Path, made: tuple[Path, Report], images: Path) -> None:
     check_parity(made, images, "raspberry-pi-5")
 
 
-def test_cortex_a72_agrees(emulator, made, images):
+def test_cortex_a72_agrees(emulator: Path, made: tuple[Path, Report], images: Path) -> None:
     check_parity(made, images, "raspberry-pi-4")
 
 
 @pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
-def test_a_whole_board_in_software(emulator, made, images, tmp_path, monkeypatch):
+def test_a_whole_board_in_software(
+    emulator: Path, made: tuple[Path, Report], images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out, _ = made
     server = LoopbackServer(tmp_path)
     monkeypatch.setenv(ssh.CONFIG_VARIABLE, str(server.config))
@@ -104,9 +108,10 @@ def test_a_whole_board_in_software(emulator, made, images, tmp_path, monkeypatch
     server.start()
     try:
         with open_transport(board, "board") as device:
-            parity = session.compare_outputs(out / "dense.onnx", images, board, transport=device, kind="images")
+            outputs = session.evaluate(out / "dense.onnx", images, board, transport=device)
             measured = session.measure_pair(out / "dense.onnx", out / "dense.onnx", board, transport=device)
             assert device.source == "emulated"
+        parity = compare_with_outputs(out / "dense.onnx", outputs, np.load(images), "images")
         assert parity.max_rel_err <= TOLERANCE
         assert measured.speedup is None
         assert server.left_behind() == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from mm_edge.bench.transport import LocalTransport
 from mm_edge.errors import BenchError
 
 
-def samples(**changes) -> dict:
+def samples(**changes: Any) -> dict[str, Any]:
     state = {"frequency_khz": 1_800_000, "temperature_c": None}
     return {
         "dense_ns": [2_000_000] * 200,
@@ -32,26 +33,29 @@ def samples(**changes) -> dict:
 
 
 @pytest.fixture
-def models(tmp_path) -> tuple[Path, Path]:
+def models(tmp_path: Path) -> tuple[Path, Path]:
     return save_convs(tmp_path / "dense.onnx", 32), save_convs(tmp_path / "small.onnx", 8)
 
 
-def test_local_measurement(models):
+def test_local_measurement(models: tuple[Path, Path]) -> None:
     with LocalTransport() as here:
         measured = session.measure_pair(*models, HOST, transport=here)
         machine = session.environment(HOST, here)
         peak = session.measure_memory(models[0], HOST, transport=here)
     assert measured.latency.samples == 200
     assert measured.latency.source == "host"
-    assert measured.latency.p50 <= measured.latency.p90 <= measured.latency.p99
-    assert measured.speedup > 1
+    times = [measured.latency.p50, measured.latency.p90, measured.latency.p99]
+    assert None not in times
+    assert times == sorted(time or 0.0 for time in times)
+    assert measured.speedup is not None and measured.speedup > 1
+    assert measured.speedup_ci is not None
     assert measured.speedup_ci[0] <= measured.speedup <= measured.speedup_ci[1]
     assert len(machine["fingerprint"]) == 16
     assert machine["transport"] == "this machine"
-    assert peak >= 0
+    assert peak is not None and peak >= 0
 
 
-def test_speedup_is_the_median_ratio(models):
+def test_speedup_is_the_median_ratio(models: tuple[Path, Path]) -> None:
     device = Scripted(samples(candidate_ns=[500_000] * 200))
     measured = session.measure_pair(*models, HOST, transport=device)
     assert (measured.speedup, measured.speedup_ci) == (4.0, (4.0, 4.0))
@@ -61,7 +65,7 @@ def test_speedup_is_the_median_ratio(models):
     assert measured.doubts == ()
 
 
-def test_emulated_times_are_not_even_taken(models):
+def test_emulated_times_are_not_even_taken(models: tuple[Path, Path]) -> None:
     device = Scripted({}, source="emulated")
     measured = session.measure_pair(*models, HOST, transport=device)
     assert (measured.speedup, measured.latency.p50, measured.latency.source) == (None, None, None)
@@ -72,7 +76,7 @@ def test_emulated_times_are_not_even_taken(models):
     assert device.asked == []
 
 
-def test_doubtful_runs_say_so_and_name_the_remedy(models):
+def test_doubtful_runs_say_so_and_name_the_remedy(models: tuple[Path, Path]) -> None:
     noisy = [1_000_000, 3_000_000] * 100
     slowing = [1_000_000] * 100 + [1_200_000] * 100
     changes = {
@@ -89,8 +93,8 @@ def test_doubtful_runs_say_so_and_name_the_remedy(models):
     assert "warm-up did not settle" in text
 
 
-def test_one_sentence_per_kind_of_doubt_the_worst_with_its_count(models):
-    def measure(**changes):
+def test_one_sentence_per_kind_of_doubt_the_worst_with_its_count(models: tuple[Path, Path]) -> None:
+    def measure(**changes: Any) -> session.Measurement:
         return session.measure_pair(*models, HOST, transport=Scripted(samples(**changes)))
 
     mild, wild = [1_000_000, 1_500_000] * 100, [1_000_000, 3_000_000] * 100
@@ -102,12 +106,12 @@ def test_one_sentence_per_kind_of_doubt_the_worst_with_its_count(models):
     assert session.merge_doubts(rows[2:3]) == []
 
 
-def test_samples_are_kept_and_reused_only_where_they_belong(models, tmp_path):
+def test_samples_are_kept_and_reused_only_where_they_belong(models: tuple[Path, Path], tmp_path: Path) -> None:
     raw = tmp_path / "raw" / "a.json"
     device = Scripted(samples())
 
-    def measure(**changes):
-        arguments = {"transport": device, "raw_samples": raw, "fingerprint": "machine-a", **changes}
+    def measure(**changes: Any) -> session.Measurement:
+        arguments: dict[str, Any] = {"transport": device, "raw_samples": raw, "fingerprint": "machine-a", **changes}
         return session.measure_pair(*models, HOST, **arguments)
 
     first = measure()
@@ -139,7 +143,7 @@ def test_samples_are_kept_and_reused_only_where_they_belong(models, tmp_path):
         ({"after": None}, "the board sent after 'no record'"),
     ],
 )
-def test_a_lying_device_is_refused(models, changes, message):
+def test_a_lying_device_is_refused(models: tuple[Path, Path], changes: dict[str, Any], message: str) -> None:
     with pytest.raises(BenchError, match=message):
         session.measure_pair(*models, HOST, transport=Scripted(samples(**changes)))
 
@@ -153,20 +157,20 @@ def test_a_lying_device_is_refused(models, changes, message):
         ({"shape": [2], "data": "?!"}, "sent outputs that are not base64"),
     ],
 )
-def test_evaluate_refuses_what_does_not_fit(tmp_path, reply, message):
+def test_evaluate_refuses_what_does_not_fit(tmp_path: Path, reply: dict[str, Any], message: str) -> None:
     np.save(tmp_path / "i.npy", np.zeros((2, 1), np.float32))
     with pytest.raises(BenchError, match=message):
         session.evaluate(tmp_path / "m.onnx", tmp_path / "i.npy", HOST, transport=Scripted(reply))
 
 
-def test_evaluate_here(models, tmp_path):
+def test_evaluate_here(models: tuple[Path, Path], tmp_path: Path) -> None:
     np.save(tmp_path / "images.npy", np.zeros((2, 3, 24, 24), np.float32))
     outputs = session.evaluate(models[1], tmp_path / "images.npy", HOST, transport=LocalTransport())
     assert outputs.shape == (2, 8)
     np.testing.assert_array_equal(outputs, 0)
 
 
-def test_environment_refuses_a_wrong_record():
+def test_environment_refuses_a_wrong_record() -> None:
     with pytest.raises(BenchError, match="the board sent isa None; the answer was refused"):
         session.environment(HOST, Scripted({}))
 
@@ -192,17 +196,17 @@ def fake_worker(tmp_path: Path, body: str) -> LocalTransport:
         ("print('\\x1b[31mred')", r"it printed: \[31mred$"),
     ],
 )
-def test_workers_that_go_wrong(tmp_path, monkeypatch, body, message):
+def test_workers_that_go_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, message: str) -> None:
     monkeypatch.setattr(transport, "MAX_ANSWER_BYTES", 1 << 20)
     with pytest.raises(BenchError, match=message):
         fake_worker(tmp_path, body).ask("info", {}, {}, timeout_s=2.0)
 
 
-def test_a_login_banner_is_not_the_answer(tmp_path):
+def test_a_login_banner_is_not_the_answer(tmp_path: Path) -> None:
     body = 'print(\'Welcome!\'); print(\'MM-EDGE-RESULT {"schema_version": 1, "result": {"a": 1}}\')'
     assert fake_worker(tmp_path, body).ask("info", {}, {}) == {"a": 1}
 
 
-def test_missing_interpreter():
+def test_missing_interpreter() -> None:
     with pytest.raises(BenchError, match=r"^cannot run /no/python: No such file or directory$"):
         LocalTransport(python=["/no/python"]).ask("info", {}, {})

@@ -8,7 +8,9 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,11 +22,13 @@ from mm_edge import demo
 from mm_edge.api import Setting, make_request, run_job
 from mm_edge.bench import session, ssh, transport, worker
 from mm_edge.bench.ssh import SshTransport, parse_host
-from mm_edge.bench.target import load_target
-from mm_edge.cli import devices as bench_cli
+from mm_edge.bench.target import load_target, profile_path
+from mm_edge.cli.bench import bench
+from mm_edge.cli.targets import targets
 from mm_edge.errors import BenchError, UsageError
 from mm_edge.load.models import LoadOptions, load_model
 from mm_edge.progress import Stages
+from mm_edge.quality.parity import compare_with_outputs
 
 PI5 = dataclasses.replace(load_target("raspberry-pi-5"), threads=1, python=(sys.executable,))
 
@@ -32,7 +36,7 @@ needs_sshd = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 
 
 @pytest.fixture
-def server(tmp_path, monkeypatch):
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackServer]:
     folder = tmp_path / "sshd"
     folder.mkdir()
     running = LoopbackServer(folder)
@@ -43,11 +47,11 @@ def server(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def models(tmp_path) -> tuple[Path, Path]:
+def models(tmp_path: Path) -> tuple[Path, Path]:
     return save_convs(tmp_path / "dense.onnx", 32), save_convs(tmp_path / "small model's.onnx", 8)
 
 
-def board(**changes) -> SshTransport:
+def board(**changes: Any) -> SshTransport:
     return SshTransport("board", **{"python": [sys.executable], **changes})
 
 
@@ -68,40 +72,42 @@ def script(server: LoopbackServer, body: str) -> list[str]:
         ("root@[fe80::1]:22", ("root@fe80::1", 22)),
     ],
 )
-def test_hosts(text, expected):
+def test_hosts(text: str, expected: tuple[str, int | None]) -> None:
     assert parse_host(text) == expected
 
 
 @pytest.mark.parametrize(
     "text", ["-oProxyCommand=evil", "a b", "pi@board:0", "pi@board:99999", "", "$(id)", "a;b", "@x"]
 )
-def test_what_is_no_host(text):
+def test_what_is_no_host(text: str) -> None:
     with pytest.raises(UsageError, match=r"is not USER@HOST\[:PORT\] or an ssh alias"):
         parse_host(text)
 
 
 @needs_sshd
-def test_every_command_through_ssh(server, models, tmp_path):
-    np.save(tmp_path / "images.npy", np.ones((2, 3, 24, 24), np.float32))
+def test_every_command_through_ssh(server: LoopbackServer, models: tuple[Path, Path], tmp_path: Path) -> None:
+    images = np.ones((2, 3, 24, 24), np.float32)
+    np.save(tmp_path / "images.npy", images)
     with board() as device:
         machine = session.environment(PI5, device)
         measured = session.measure_pair(*models, PI5, transport=device, pairs=20)
         peak = session.measure_memory(models[1], PI5, transport=device)
-        parity = session.compare_outputs(models[1], tmp_path / "images.npy", PI5, transport=device, kind="noise")
+        outputs = session.evaluate(models[1], tmp_path / "images.npy", PI5, transport=device)
         assert len(server.left_behind()) == 1
     assert machine["transport"] == "ssh board"
     assert any("the profile raspberry-pi-5 describes aarch64" in doubt for doubt in machine["doubts"])
     assert measured.latency.source == "device"
-    assert measured.speedup > 1
-    assert peak >= 0
+    assert measured.speedup is not None and measured.speedup > 1
+    assert peak is not None and peak >= 0
+    parity = compare_with_outputs(models[1], outputs, images, "noise")
     assert parity.max_rel_err < 1e-5
     assert parity.top1_agreement == 1.0
     assert server.left_behind() == []
 
 
 @needs_sshd
-def test_a_lost_connection_is_made_again(server, models):
-    told = []
+def test_a_lost_connection_is_made_again(server: LoopbackServer, models: tuple[Path, Path]) -> None:
+    told: list[str] = []
 
     def cut() -> None:
         time.sleep(0.6)
@@ -124,7 +130,9 @@ def test_a_lost_connection_is_made_again(server, models):
 
 
 @needs_sshd
-def test_a_device_that_stays_away_is_an_error_that_says_how_to_go_on(server, models):
+def test_a_device_that_stays_away_is_an_error_that_says_how_to_go_on(
+    server: LoopbackServer, models: tuple[Path, Path]
+) -> None:
     message = r"not back within 2 s .* run the same command again to go on"
     with pytest.raises(BenchError, match=message), board(reconnect_s=2) as device:
         server.kill()
@@ -132,7 +140,7 @@ def test_a_device_that_stays_away_is_an_error_that_says_how_to_go_on(server, mod
 
 
 @needs_sshd
-def test_files_do_not_pile_up(server, tmp_path):
+def test_files_do_not_pile_up(server: LoopbackServer, tmp_path: Path) -> None:
     dense = save_convs(tmp_path / "dense.onnx", 8)
     with board() as device:
         for channels in range(2, 7):
@@ -154,7 +162,9 @@ def test_files_do_not_pile_up(server, tmp_path):
         ("yes", "sent more than 1 MB; the answer was refused"),
     ],
 )
-def test_workers_that_go_wrong(server, monkeypatch, body, message):
+def test_workers_that_go_wrong(
+    server: LoopbackServer, monkeypatch: pytest.MonkeyPatch, body: str, message: str
+) -> None:
     monkeypatch.setattr(transport, "MAX_ANSWER_BYTES", 1 << 20)
     with pytest.raises(BenchError, match=message), board(python=script(server, body)):
         pass
@@ -162,7 +172,7 @@ def test_workers_that_go_wrong(server, monkeypatch, body, message):
 
 
 @needs_sshd
-def test_no_python_there(server):
+def test_no_python_there(server: LoopbackServer) -> None:
     message = r"ssh board has no 'python3\.99': install Python 3\.8 or later there"
     with pytest.raises(BenchError, match=message), board(python=["python3.99"]):
         pass
@@ -170,7 +180,7 @@ def test_no_python_there(server):
 
 
 @needs_sshd
-def test_what_a_device_lacks_is_named_with_the_remedy(server):
+def test_what_a_device_lacks_is_named_with_the_remedy(server: LoopbackServer) -> None:
     info = {**worker.describe_machine(), "onnxruntime": "1.8.1", "numpy": None}
     reply = json.dumps({"schema_version": 1, "result": info}).replace("'", "'\\''")
     python = script(server, f"cat >/dev/null; printf '%s\\n' 'MM-EDGE-RESULT {reply}'")
@@ -183,30 +193,32 @@ def test_what_a_device_lacks_is_named_with_the_remedy(server):
 
 
 @needs_sshd
-def test_a_full_disk_is_named(server, models, monkeypatch):
+def test_a_full_disk_is_named(
+    server: LoopbackServer, models: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     with board() as device:
         monkeypatch.setattr(device, "_free_bytes", lambda: 10)
         scratch = Path(device._require_scratch())
         scratch.chmod(0o500)
         if os.geteuid() == 0:
             pytest.importorskip("ctypes")
-            monkeypatch.setattr(ssh, "run_bounded", fail_scp(ssh.run_bounded))
+            monkeypatch.setattr(ssh, "run_bounded", fail_scp)
         with pytest.raises(BenchError, match=r"the disk is full: dense.onnx needs 0.1 MB and .* has 0.0 MB; free some"):
             session.measure_memory(models[0], PI5, transport=device)
         scratch.chmod(0o700)
 
 
-def fail_scp(real):
-    def run(argv, *rest):
-        if argv[0] == "scp":
-            return transport.Finished(1, b"", b"scp: write remote: Failure\n", None)
-        return real(argv, *rest)
-
-    return run
+def fail_scp(
+    argv: Sequence[str], stdin: bytes, timeout_s: float, environment: Mapping[str, str] | None = None
+) -> transport.Finished:
+    """Stands for run_bounded where every copy fails."""
+    if argv[0] == "scp":
+        return transport.Finished(1, b"", b"scp: write remote: Failure\n", None)
+    return transport.run_bounded(argv, stdin, timeout_s, environment)
 
 
 @needs_sshd
-def test_nobody_there(server):
+def test_nobody_there(server: LoopbackServer) -> None:
     server.kill()
     with (
         pytest.raises(
@@ -218,38 +230,38 @@ def test_nobody_there(server):
 
 
 @needs_sshd
-def test_a_key_that_is_refused(server):
+def test_a_key_that_is_refused(server: LoopbackServer) -> None:
     (server.folder / "authorized_keys").write_text("")
     with pytest.raises(BenchError, match=r"Permission denied .*; mm-edge types no passwords: set up a key"), board():
         pass
 
 
 @needs_sshd
-def test_an_unknown_host_key(server):
+def test_an_unknown_host_key(server: LoopbackServer) -> None:
     (server.folder / "known_hosts").write_text("")
     with pytest.raises(BenchError, match="the host key is not known or has changed; connect once by hand"), board():
         pass
 
 
 @needs_sshd
-def test_command_line_measures_over_ssh(server, models, tmp_path):
+def test_command_line_measures_over_ssh(server: LoopbackServer, models: tuple[Path, Path], tmp_path: Path) -> None:
     profile = tmp_path / "board.toml"
-    text = bench_cli.profile_path("raspberry-pi-5").read_text()
+    text = profile_path("raspberry-pi-5").read_text()
     text = text.replace('name = "raspberry-pi-5"', f'name = "board"\npython = ["{sys.executable}"]')
     profile.write_text(text)
     arguments = [*map(str, models), "--target", str(profile), "--host", "board", "--pairs", "20", "--json"]
-    result = CliRunner().invoke(bench_cli.bench, arguments)
+    result = CliRunner().invoke(bench, arguments)
     assert result.exit_code == 0, result.exception
     document = json.loads(result.stdout)
     assert document["models"][1]["latency_ms"]["source"] == "device"
     assert document["environment"]["transport"] == "ssh board"
-    checked = CliRunner().invoke(bench_cli.targets, ["check", str(profile), "--host", "board"])
+    checked = CliRunner().invoke(targets, ["check", str(profile), "--host", "board"])
     assert "board does not describe ssh board: the machine is x86_64" in str(checked.exception)
     assert server.left_behind() == []
 
 
 @needs_sshd
-def test_a_whole_job_on_a_board_whose_connection_breaks_half_way(server, tmp_path):
+def test_a_whole_job_on_a_board_whose_connection_breaks_half_way(server: LoopbackServer, tmp_path: Path) -> None:
     """The packaged profile as it is: the board's own python3, its four threads, accuracy taken there too."""
     out = tmp_path / "run"
     setting = Setting(out=out, target="raspberry-pi-5", data=str(demo.IMAGES), host="board")
@@ -267,8 +279,8 @@ def test_a_whole_job_on_a_board_whose_connection_breaks_half_way(server, tmp_pat
     cutter.start()
     report = run_job(lambda: load_model(str(demo.MODEL), LoadOptions()), setting, request, Stages())
     cutter.join(timeout=10)
-    rows = [report.dense, *report.candidates]
-    assert {(row.latency_ms.source, row.latency_ms.threads) for row in rows} == {("device", 4)}
+    latencies = [report.dense.latency_ms, *(candidate.latency_ms for candidate in report.candidates)]
+    assert {(latency.source, latency.threads) for latency in latencies} == {("device", 4)}
     assert all(row.speedup is not None and row.peak_memory_bytes is not None for row in report.candidates)
     assert report.environment["transport"] == "ssh board"
     assert report.environment["accuracy_on"] == "device"

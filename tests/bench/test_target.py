@@ -74,7 +74,7 @@ PI5 = {
 
 
 @pytest.fixture(autouse=True)
-def own_folder(tmp_path, monkeypatch):
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "own"
     monkeypatch.setattr(target_module, "user_folder", lambda: folder)
     return folder
@@ -86,12 +86,12 @@ def write(tmp_path: Path, text: str) -> str:
     return str(path)
 
 
-def test_packaged_names():
+def test_packaged_names() -> None:
     assert list_targets() == NAMES
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_packaged_profile_is_complete(name):
+def test_packaged_profile_is_complete(name: str) -> None:
     profile = load_target(name)
     assert profile.name == name
     for op_class in OP_CLASSES:
@@ -99,33 +99,33 @@ def test_packaged_profile_is_complete(name):
             assert profile.multiple(op_class, data_type) >= 1
 
 
-def test_profile_from_a_path(tmp_path):
+def test_profile_from_a_path(tmp_path: Path) -> None:
     profile = load_target(write(tmp_path, VALID))
     assert (profile.threads, profile.multiple("conv", "int8"), profile.multiple("conv", "fp16")) == (2, 16, 8)
 
 
-def test_profile_from_own_folder(own_folder):
+def test_profile_from_own_folder(own_folder: Path) -> None:
     own_folder.mkdir()
     (own_folder / "board.toml").write_text(VALID)
     assert load_target("board").description == "a board"
     assert "board" in list_targets()
 
 
-def test_own_profile_may_not_shadow_a_packaged_one(own_folder):
+def test_own_profile_may_not_shadow_a_packaged_one(own_folder: Path) -> None:
     own_folder.mkdir()
     (own_folder / "arm64.toml").write_text(VALID)
     with pytest.raises(TargetError, match="has the name of a packaged target; rename it"):
         load_target("arm64")
 
 
-def test_unknown_name_gives_the_nearest():
+def test_unknown_name_gives_the_nearest() -> None:
     with pytest.raises(
         TargetError, match=r"^unknown target 'raspberypi5'; did you mean raspberry-pi-5 or raspberry-pi-4"
     ):
         load_target("raspberypi5")
 
 
-def test_missing_file():
+def test_missing_file() -> None:
     with pytest.raises(TargetError, match=r"^target file 'no/such.toml' does not exist; see 'mm-edge targets list'$"):
         load_target("no/such.toml")
 
@@ -154,7 +154,7 @@ def test_missing_file():
         ('description = "a board"', "", 1, "description is missing"),
     ],
 )
-def test_mistakes_are_named_with_their_line(tmp_path, old, new, line, message):
+def test_mistakes_are_named_with_their_line(tmp_path: Path, old: str, new: str, line: int, message: str) -> None:
     assert old in VALID
     path = write(tmp_path, VALID.replace(old, new, 1))
     with pytest.raises(TargetError) as caught:
@@ -163,12 +163,12 @@ def test_mistakes_are_named_with_their_line(tmp_path, old, new, line, message):
     assert "\n" not in str(caught.value)
 
 
-def test_toml_syntax_error_gives_the_line(tmp_path):
+def test_toml_syntax_error_gives_the_line(tmp_path: Path) -> None:
     with pytest.raises(TargetError, match=r"not valid TOML: .*line 3"):
         load_target(write(tmp_path, VALID.replace('isa = "aarch64"', "isa = aarch64")))
 
 
-def test_host_takes_the_most_specific_profile():
+def test_host_takes_the_most_specific_profile() -> None:
     host = load_target("host")
     flags = ["avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl"]
     assert resolve_host(host, "x86_64", [*flags, "avx512_vnni"]).multiple("conv", "fp32") == 16
@@ -180,7 +180,7 @@ def test_host_takes_the_most_specific_profile():
     assert resolve_host(pi, "x86_64", []) is pi
 
 
-def test_mismatches_say_what_differs():
+def test_mismatches_say_what_differs() -> None:
     pi5, pi4 = load_target("raspberry-pi-5"), load_target("raspberry-pi-4")
     assert mismatches(pi5, PI5) == []
     assert mismatches(pi4, PI5) == ["the cores are 0x41/0xd0b, those of raspberry-pi-4 are 0x41/0xd08"]
@@ -194,7 +194,7 @@ def test_mismatches_say_what_differs():
     assert provider == "onnxruntime there lacks TensorrtExecutionProvider (it has CPUExecutionProvider)"
 
 
-def test_multiples_that_do_not_fill_a_cpu():
+def test_multiples_that_do_not_fill_a_cpu() -> None:
     avx512 = {"isa": "x86_64", "flags": load_target("x86_64-avx512").features, "cpu_parts": []}
     assert unfit_multiples(load_target("x86_64-avx512"), avx512) is None
     assert unfit_multiples(load_target("x86_64-avx2"), avx512) == (
@@ -206,14 +206,14 @@ def test_multiples_that_do_not_fill_a_cpu():
     assert unfit_multiples(load_target("raspberry-pi-4"), {**pi4, "isa": "riscv64"}) is None
 
 
-def test_matches_this_machine(monkeypatch):
+def test_matches_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(target_module, "this_machine", lambda: PI5)
     matching = [name for name in NAMES if matches_this_machine(load_target(name))]
     # rk3588 and raspberry-pi-5 have the same big cores: only the part number can tell
     assert matching == ["arm64", "host", "raspberry-pi-5", "rk3588"]
 
 
-def test_wrong_op_class_and_data_type():
+def test_wrong_op_class_and_data_type() -> None:
     host = load_target("host")
     with pytest.raises(TargetError, match="unknown operator class 'convolution'"):
         host.multiple("convolution", "fp32")

@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -20,18 +21,19 @@ from mm_edge.bench import worker
 WORKER = Path(worker.__file__)
 
 
-def ask(command: str, cwd: Path, **options: object) -> dict:
+def ask(command: str, cwd: Path, **options: object) -> dict[str, Any]:
     request = json.dumps({"schema_version": 1, "command": command, "options": options})
     done = subprocess.run(
         [sys.executable, "-I", WORKER], input=request.encode(), capture_output=True, cwd=cwd, check=True
     )
     (line,) = [line for line in done.stdout.decode().splitlines() if line.startswith(worker.RESULT_MARK)]
-    return json.loads(line[len(worker.RESULT_MARK) :])
+    reply: dict[str, Any] = json.loads(line[len(worker.RESULT_MARK) :])
+    return reply
 
 
-def test_it_is_python_3_8_and_needs_only_numpy_and_onnxruntime():
+def test_it_is_python_3_8_and_needs_only_numpy_and_onnxruntime() -> None:
     tree = ast.parse(WORKER.read_text(), feature_version=(3, 8))
-    names = set()
+    names: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names.update(alias.name.split(".")[0] for alias in node.names)
@@ -41,7 +43,7 @@ def test_it_is_python_3_8_and_needs_only_numpy_and_onnxruntime():
     assert names - set(sys.stdlib_module_names) == {"numpy", "onnxruntime", "torch"}
 
 
-def test_measure_gives_paired_samples(tmp_path):
+def test_measure_gives_paired_samples(tmp_path: Path) -> None:
     dense, candidate = save_convs(tmp_path / "d.onnx", 32), save_convs(tmp_path / "c.onnx", 8)
     result = ask("measure", tmp_path, dense=str(dense), candidate=str(candidate), pairs=22, threads=1)["result"]
     assert len(result["dense_ns"]) == len(result["candidate_ns"]) == 24  # whole blocks of four
@@ -52,7 +54,7 @@ def test_measure_gives_paired_samples(tmp_path):
     assert np.median(result["dense_ns"]) > np.median(result["candidate_ns"])
 
 
-def test_memory_grows_with_the_model(tmp_path):
+def test_memory_grows_with_the_model(tmp_path: Path) -> None:
     small = save_convs(tmp_path / "s.onnx", 8)
     large = save_convs(tmp_path / "l.onnx", 640, layers=2, size=4)  # 15 MB of weights
     peaks = [ask("memory", tmp_path, model=str(m), threads=1)["result"]["peak_rss_bytes"] for m in (small, large)]
@@ -60,7 +62,7 @@ def test_memory_grows_with_the_model(tmp_path):
     assert peaks[0] < 8 << 20
 
 
-def test_evaluate_returns_the_models_own_outputs(tmp_path):
+def test_evaluate_returns_the_models_own_outputs(tmp_path: Path) -> None:
     model = save_convs(tmp_path / "m.onnx", 5)
     images = np.random.default_rng(0).standard_normal((3, 3, 24, 24)).astype(np.float32)
     np.save(tmp_path / "images.npy", images)
@@ -71,13 +73,13 @@ def test_evaluate_returns_the_models_own_outputs(tmp_path):
     np.testing.assert_allclose(outputs, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_null_session_is_cheap_beside_a_millisecond(tmp_path):
+def test_null_session_is_cheap_beside_a_millisecond(tmp_path: Path) -> None:
     samples = ask("null", tmp_path, pairs=200, threads=1)["result"]["null_ns"]
     assert len(samples) == 200
     assert np.median(samples) < 0.02 * 1e6
 
 
-def test_info_describes_this_machine(tmp_path):
+def test_info_describes_this_machine(tmp_path: Path) -> None:
     info = ask("info", tmp_path)["result"]
     assert info["onnxruntime"] == onnxruntime.__version__
     assert 1 <= info["threads_auto"] <= 4
@@ -99,7 +101,7 @@ def test_info_describes_this_machine(tmp_path):
         ("measure", {"dense": "no.onnx"}, "worker", "KeyError: 'pairs'"),
     ],
 )
-def test_errors_are_answers(tmp_path, command, options, kind, message):
+def test_errors_are_answers(tmp_path: Path, command: str, options: dict[str, Any], kind: str, message: str) -> None:
     (tmp_path / "junk.onnx").write_bytes(b"junk")
     error = ask(command, tmp_path, **options)["error"]
     assert error["kind"] == kind
@@ -107,7 +109,7 @@ def test_errors_are_answers(tmp_path, command, options, kind, message):
     assert "\n" not in error["message"]
 
 
-def test_auto_threads_count_hyper_threads_once(monkeypatch):
+def test_auto_threads_count_hyper_threads_once(monkeypatch: pytest.MonkeyPatch) -> None:
     siblings = {0: "0,4", 4: "0,4", 1: "1,5", 5: "1,5"}
     monkeypatch.setattr(worker, "usable_cores", lambda: sorted(siblings))
     monkeypatch.setattr(worker, "_read_text", lambda path: siblings[int(path.split("cpu")[2].split("/")[0])])
@@ -115,12 +117,12 @@ def test_auto_threads_count_hyper_threads_once(monkeypatch):
 
 
 @pytest.mark.parametrize(("cores", "threads"), [(1, 1), (2, 1), (4, 3), (5, 4), (64, 4)])
-def test_auto_threads_leave_a_core(monkeypatch, cores, threads):
+def test_auto_threads_leave_a_core(monkeypatch: pytest.MonkeyPatch, cores: int, threads: int) -> None:
     monkeypatch.setattr(worker, "physical_cores", lambda: cores)
     assert worker.default_threads() == threads
 
 
-def test_cpuinfo_of_an_arm_board(monkeypatch):
+def test_cpuinfo_of_an_arm_board(monkeypatch: pytest.MonkeyPatch) -> None:
     text = "processor\t: 0\nFeatures\t: fp asimd asimddp\nCPU implementer\t: 0x41\nCPU part\t: 0xd05\n\n"
     text += "processor\t: 1\nFeatures\t: fp asimd asimddp\nCPU implementer\t: 0x41\nCPU part\t: 0xd0b\n"
     monkeypatch.setattr(worker, "_read_text", lambda path: text)
@@ -130,12 +132,12 @@ def test_cpuinfo_of_an_arm_board(monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA GPU here: the products are measured on it")
-def test_products_without_a_gpu_are_refused_in_a_sentence(tmp_path):
+def test_products_without_a_gpu_are_refused_in_a_sentence(tmp_path: Path) -> None:
     error = ask("products", tmp_path, products=[[8, 64, 32]], runs=20)["error"]
     assert error == {"kind": "gpu", "message": "layer times need a CUDA GPU that PyTorch can use, and there is none"}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here: 2:4 kernels cannot be timed")
-def test_products_on_a_gpu(tmp_path):
+def test_products_on_a_gpu(tmp_path: Path) -> None:
     result = ask("products", tmp_path, products=[[512, 1024, 1024], [8, 64, 32]], runs=20)["result"]
     assert [len(samples) for key in ("dense_ns", "sparse_ns") for samples in result[key]] == [20] * 4
