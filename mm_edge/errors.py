@@ -55,6 +55,17 @@ class BenchError(JobError):
     """A measurement could not be made."""
 
 
+def first_line(error: BaseException) -> str:
+    """Return the kind and first line of an error, for messages of one line."""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+
+
+def cause_line(error: BaseException) -> str:
+    """Return the `first_line` of what `error` was raised from, or its own where it was raised from nothing."""
+    return first_line(error if error.__cause__ is None else error.__cause__)
+
+
 def nearest(name: str, allowed: Iterable[str], count: int = 3) -> list[str]:
     """Return up to `count` of the `allowed` names most like `name`, best first."""
     return difflib.get_close_matches(name, list(allowed), n=count, cutoff=0.4)

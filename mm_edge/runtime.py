@@ -1,8 +1,8 @@
-"""Runs independent pieces of work side by side, and hands the results back in their order.
+"""Opens ONNX Runtime sessions, and runs independent pieces of work in parallel.
 
-ONNX Runtime lets go of the interpreter while it runs, and at batch 1 two images on a core each take less time than one
-image after the other on both: layers of a small network are too short to share. What comes out does not depend on how
-many run at once.
+ONNX Runtime releases Python's lock while it runs. At batch 1 two images on one core each take less time than two images
+one after the other on both cores, because the layers of a small network are too short to divide. So a session has one
+thread by default and several images run at once. The results do not depend on how many run at once.
 """
 
 from __future__ import annotations
@@ -12,14 +12,46 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
+
+import onnxruntime
 
 from mm_edge.bench.worker import usable_cores
+from mm_edge.errors import ModelError, first_line
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-MOST = 8  # beyond it what waits in memory grows faster than the speed
+MOST = 8  # With more, the results that wait in memory grow faster than the speed.
+ERRORS, FATAL = 3, 4  # What ONNX Runtime writes on stderr: errors without warnings, or fatal errors alone.
+
+
+def open_session(model: Path | bytes, threads: int = 1, *, severity: int = ERRORS) -> Any:
+    """Return an ONNX Runtime session on the CPU.
+
+    Args:
+        model: a file, or a serialised ModelProto.
+        threads: threads that share the work of one operator; 0 takes every core.
+        severity: the least serious message that ONNX Runtime writes on stderr, `ERRORS` or `FATAL`.
+
+    Raises:
+        ModelError: ONNX Runtime cannot load the model; its own exception is the cause.
+    """
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = severity
+    source = str(model) if isinstance(model, Path) else model
+    try:
+        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's own exception types have no common base
+        raise ModelError(f"ONNX Runtime cannot load {describe(model)}: {first_line(error)}") from error
+
+
+def describe(model: Path | bytes) -> str:
+    """Return what a message calls the model: its file, or "the model" for one in memory."""
+    return f"'{model}'" if isinstance(model, Path) else "the model"
 
 
 def cores() -> int:

@@ -20,14 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-import onnxruntime
 
 from mm_edge.arrays import Float32Array
 from mm_edge.bench.target import Target, matches_this_machine
 from mm_edge.errors import JobError, ModelError
-from mm_edge.load.weights import first_line
 from mm_edge.quality.parity import Run, compare, onnx_runner, require
 from mm_edge.records import InputSpec, Parity, to_json
+from mm_edge.runtime import open_session
 from mm_edge.store import disk_errors, write_atomically
 
 KEY_PREFIX = "mm_edge."
@@ -69,7 +68,7 @@ def read_metadata(model: Path) -> dict[str, Any]:
     Raises:
         ModelError: ONNX Runtime cannot load the file, or a value is not JSON.
     """
-    found = _open(model).get_modelmeta().custom_metadata_map
+    found = open_session(model).get_modelmeta().custom_metadata_map
     try:
         return {
             key.removeprefix(KEY_PREFIX): json.loads(value)
@@ -150,16 +149,6 @@ def _last_line(text: str) -> str:
 
 def run_images(model: Path) -> Run:
     """Return a function that runs a model with baked preprocessing on one uint8 image (H, W, C)."""
-    session = _open(model)
+    session = open_session(model)
     name = session.get_inputs()[0].name
     return lambda image: session.run(None, {name: image})
-
-
-def _open(model: Path) -> Any:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 3
-    try:
-        return onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # ONNX Runtime's own exception types have no common base
-        raise ModelError(f"ONNX Runtime cannot load '{model}': {first_line(error)}") from error

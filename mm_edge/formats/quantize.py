@@ -19,17 +19,15 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 from onnxruntime.quantization import CalibrationMethod, QDQQuantizer, QuantType, quantize_dynamic
 from onnxruntime.quantization.calibrate import TensorsData
 
 from mm_edge.arrays import Float32Array
 from mm_edge.bench.target import Target
-from mm_edge.errors import JobError, UsageError
+from mm_edge.errors import JobError, UsageError, cause_line, first_line
 from mm_edge.formats.int8_graph import (
     EXTREMES,
     WEIGHTED_OPS,
@@ -40,9 +38,9 @@ from mm_edge.formats.int8_graph import (
     read_ready,
     weighted_layers,
 )
-from mm_edge.load.weights import first_line
 from mm_edge.progress import Advance
 from mm_edge.quality.evaluation import compare_logits, run_onnx
+from mm_edge.runtime import open_session
 from mm_edge.store import write_atomically
 
 # Operators between the weighted ones that have 8-bit kernels, or only move bytes; leaving one out costs a round trip.
@@ -155,7 +153,7 @@ def calibrate(model: Path, images: Iterable[Float32Array]) -> Extremes:
     """
     proto = read_ready(model)
     names = add_extremes_(proto)
-    session = _session(proto.SerializeToString())
+    session = open_session(proto.SerializeToString())
     feed = session.get_inputs()[0].name
     rows = [session.run([EXTREMES], {feed: image[None]})[0] for batch in images for image in batch]
     if not rows:
@@ -309,9 +307,9 @@ def convert_fp16(model: Path, out: Path, target: Target) -> QuantReport:
     try:
         made = float16.convert_float_to_float16(read_ready(model), keep_io_types=True)
         content: bytes = made.SerializeToString()
-        _session(content)
+        open_session(content)
     except Exception as error:  # the converter's exceptions have no common base
-        raise JobError(f"the model cannot be converted to fp16: {first_line(error)}") from error
+        raise JobError(f"the model cannot be converted to fp16: {cause_line(error)}") from error
     write_atomically(out, content)
     return QuantReport("fp16", "cast", None, None, 0, (), None, None, len(content))
 
@@ -392,13 +390,6 @@ def _quantised(
     free_outputs_(made)
     content: bytes = made.SerializeToString(deterministic=True)
     return content
-
-
-def _session(content: bytes) -> Any:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
 
 
 def _drop_metadata_(proto: onnx.ModelProto, key: str) -> None:

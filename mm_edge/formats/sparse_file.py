@@ -18,10 +18,10 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 from onnx import TensorProto, numpy_helper
 
 from mm_edge.errors import ModelError
+from mm_edge.runtime import FATAL, open_session
 from mm_edge.store import write_atomically
 
 SUFFIXES = {"onnx": ".onnx", "sparse": ".sparse.onnx", "xz": ".onnx.xz"}
@@ -118,10 +118,8 @@ def _with_sparse(model: onnx.ModelProto) -> bytes:
 def _loads(content: bytes, form: str) -> bool:
     if form != "sparse":
         return True
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
     try:
-        onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    except Exception:  # ONNX Runtime's own exception types have no common base; any of them means "does not load"
+        open_session(content, severity=FATAL)
+    except ModelError:
         return False
     return True

@@ -17,13 +17,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as ir_passes
-import onnxruntime
 
 from mm_edge.arrays import Array
 from mm_edge.errors import JobError
 from mm_edge.graph.axes import Axis, AxisTable, Keep
 from mm_edge.graph.fold import add_constant_
 from mm_edge.graph.groups import Structure, Sum
+from mm_edge.graph.partial import constant_values, run_constants
 from mm_edge.graph.rules import added_operands
 
 # Ends the names of the constants that stand where nothing is summed over.
@@ -55,11 +55,11 @@ def renamed(branch: Branch, leaves: Mapping[Axis, Axis]) -> Branch:
 def find_branches(model: ir.Model, structure: Structure) -> tuple[Branch, ...]:
     """Return the branches of the raw graph `model` that its groups can remove, in graph order."""
     found: list[Branch] = []
-    computed = _computed(model)
+    constant = constant_values(model.graph)
     for node in model.graph:
         if node.op_type == "Add" and len(node.inputs) == 2:
             for skip, branch in ((node.inputs[0], node.inputs[1]), (node.inputs[1], node.inputs[0])):
-                inside = _private_nodes(model, computed, node, skip, branch)
+                inside = _private_nodes(model, constant, node, skip, branch)
                 item = _branch_of(model, structure, inside) if inside else None
                 if item is not None:
                     found.append(item)
@@ -68,7 +68,7 @@ def find_branches(model: ir.Model, structure: Structure) -> tuple[Branch, ...]:
 
 
 def _private_nodes(
-    model: ir.Model, computed: set[ir.Value | None], add: ir.Node, skip: ir.Value | None, branch: ir.Value | None
+    model: ir.Model, constant: set[ir.Value], add: ir.Node, skip: ir.Value | None, branch: ir.Value | None
 ) -> tuple[ir.Node, ...]:
     """Return the nodes that make `branch` and that nothing but `add` reads, if `skip` is all they start from."""
     if skip is None or branch is None or branch.producer() is None or branch.is_graph_output():
@@ -81,19 +81,9 @@ def _private_nodes(
         if users and own and not ends:
             inside.add(node)
     made = {value for node in inside for value in node.outputs}
-    starts = {value for node in inside for value in node.inputs if value in computed and value not in made}
+    read = {value for node in inside for value in node.inputs if value is not None}
+    starts = read - made - constant
     return tuple(node for node in model.graph if node in inside) if starts == {skip} else ()
-
-
-def _computed(model: ir.Model) -> set[ir.Value | None]:
-    """Return the values that depend on the input."""
-    computed: set[ir.Value | None] = {
-        value for value in model.graph.inputs if value.name not in model.graph.initializers
-    }
-    for node in model.graph:
-        if any(value in computed for value in node.inputs):
-            computed.update(node.outputs)
-    return computed
 
 
 def _branch_of(model: ir.Model, structure: Structure, inside: tuple[ir.Node, ...]) -> Branch | None:
@@ -190,7 +180,7 @@ def cut_branches_(model: ir.Model, structure: Structure, keep: Keep) -> None:
     ir_passes.RemoveUnusedNodesPass()(model)
     arrays = [(value, value.const_value) for value in model.graph.initializers.values()]
     reached = any(array is not None and not array.size and list(value.uses()) for value, array in arrays)
-    if reached or not _computed(model) & set(model.graph.outputs):
+    if reached or constant_values(model.graph) >= set(model.graph.outputs):
         raise refusal
     _fold_constant_operands_(model)
 
@@ -210,17 +200,18 @@ def _replace_by_constant_(model: ir.Model, node: ir.Node, table: AxisTable, item
 
 def _fold_constant_operands_(model: ir.Model) -> None:
     """Compute what a node that depends on the input adds or multiplies, where emptying has made it a constant."""
-    computed = _computed(model)
+    constant = constant_values(model.graph)
     started = _started_constant(model)
     wanted = {
-        value
+        value.name or "": value
         for node in model.graph
-        if node.outputs[0] in computed
+        if node.outputs[0] not in constant
         for value in node.inputs
-        if value is not None and value in started and value not in computed and value.producer() is not None
+        if value is not None and value in started and value in constant and value.producer() is not None
     }
-    arrays = _evaluate(model, sorted(wanted, key=lambda value: value.name or ""))
-    for value, array in arrays.items():
+    arrays = run_constants(model, sorted(wanted))
+    for name, array in arrays.items():
+        value = wanted[name]
         value.replace_all_uses_with(add_constant_(model, f"{value.name}{EMPTIED}", array))
     ir_passes.RemoveUnusedNodesPass()(model)
     for name, value in model.graph.initializers.items():
@@ -237,23 +228,6 @@ def _started_constant(model: ir.Model) -> set[ir.Value]:
         if any(value in started for value in node.inputs):
             started.update(node.outputs)
     return started
-
-
-def _evaluate(model: ir.Model, wanted: list[ir.Value]) -> dict[ir.Value, Array]:
-    if not wanted:
-        return {}
-    part = model.clone()
-    values = {value.name: value for node in part.graph for value in node.outputs}
-    part.graph.outputs[:] = [values[value.name] for value in wanted]
-    ir_passes.RemoveUnusedNodesPass()(part)
-    ir_passes.ShapeInferencePass()(part)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(
-        ir.to_proto(part).SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-    feeds = {item.name: np.zeros(item.shape, dtype=np.float32) for item in session.get_inputs()}
-    return dict(zip(wanted, session.run(None, feeds), strict=True))
 
 
 def _collapse(array: Array) -> Array:

@@ -17,7 +17,8 @@ from collections.abc import Iterable
 import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as ir_passes
-import onnxruntime
+
+from mm_edge.graph.partial import constant_values, run_constants
 
 MIXING = frozenset(
     "ReduceMean ReduceSum ReduceMax ReduceMin ReduceL1 ReduceL2 ReduceSumSquare ReduceLogSumExp ReduceProd CumSum "
@@ -39,12 +40,12 @@ def fold_weight_arithmetic_(model: ir.Model, parameters: Iterable[str]) -> Names
     if not roots:
         return frozenset()
     shapes = {name: shape_of(model.graph.initializers[name]) for name in names if name in model.graph.initializers}
-    arrays = _compute(model, [value.name or "" for value, _ in roots])
-    for (value, _), array in zip(roots, arrays, strict=True):
+    arrays = run_constants(model, [value.name or "" for value, _ in roots])
+    for (value, _), array in zip(roots, arrays.values(), strict=True):
         value.replace_all_uses_with(add_constant_(model, f"{value.name}/folded", array))
     ir_passes.RemoveUnusedNodesPass()(model)
     folded: set[str] = set()
-    for (value, sources), array in zip(roots, arrays, strict=True):
+    for (value, sources), array in zip(roots, arrays.values(), strict=True):
         if len(sources) == 1:
             (name,) = sources
             folded |= _take_name_(model, f"{value.name}/folded", array, name, shapes[name])
@@ -58,10 +59,10 @@ def _weights_only(model: ir.Model, parameters: Names) -> dict[ir.Value, Names]:
         for name, value in model.graph.initializers.items()
         if value.name is not None
     }
+    constant = constant_values(model.graph)
     for node in model.graph:
-        inputs = [value for value in node.inputs if value is not None]
-        if inputs and all(value in sources for value in inputs):
-            joined = frozenset[str]().union(*(sources[value] for value in inputs))
+        if node.outputs[0] in constant:
+            joined = frozenset[str]().union(*(sources[value] for value in node.inputs if value is not None))
             sources.update(dict.fromkeys(node.outputs, joined))
     return sources
 
@@ -86,22 +87,6 @@ def _roots(model: ir.Model, parameters: Names) -> list[tuple[ir.Value, Names]]:
         if value in whole_values
         and (value in outputs or any(use.node.outputs[0] not in whole_values for use in value.uses()))
     ]
-
-
-def _compute(model: ir.Model, names: list[str]) -> list[np.ndarray]:
-    """Run the weights-only part of the graph once."""
-    part = model.clone()
-    values = {value.name: value for node in part.graph for value in node.outputs}
-    part.graph.outputs.clear()
-    part.graph.outputs.extend(values[name] for name in names)
-    ir_passes.RemoveUnusedNodesPass()(part)
-    part.graph.inputs.clear()
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(
-        ir.to_proto(part).SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-    return [np.asarray(array) for array in session.run(names, {})]
 
 
 def _split_normalisations_(model: ir.Model, parameters: Names) -> None:

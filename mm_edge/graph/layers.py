@@ -22,6 +22,7 @@ import onnx_ir as ir
 from mm_edge.arrays import Float32Arrays
 from mm_edge.errors import ModelError
 from mm_edge.graph.export import RawGraph
+from mm_edge.graph.partial import SHAPE_READERS, constant_values
 from mm_edge.records import Layer
 
 PRODUCTS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum"})
@@ -34,7 +35,6 @@ NORMS = frozenset(
     {"BatchNormalization", "GroupNormalization", "InstanceNormalization", "LayerNormalization"}
     | {"LpNormalization", "RMSNormalization", "SimplifiedLayerNormalization"}
 )
-SHAPE_READERS = frozenset({"Shape", "Size"})
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class _Graph:
         self.nodes = list(raw.model.graph)
         self.inputs = [value for value in raw.model.graph.inputs if not value.is_initializer()]
         self.outputs = list(raw.model.graph.outputs)
-        self.constants: set[ir.Value] = set(raw.model.graph.initializers.values())
+        self.constants = constant_values(raw.model.graph, static_shapes=True)
         self.learned: set[ir.Value] = set()
         origins = _weight_origins(raw, self.nodes, self.constants, self.learned)
         found = (_site(node, origins, self.constants, raw) for node in self.nodes)
@@ -242,9 +242,9 @@ class _Graph:
 def _weight_origins(
     raw: RawGraph, nodes: Sequence[ir.Node], constants: set[ir.Value], learned: set[ir.Value]
 ) -> dict[ir.Value, str]:
-    """Return the parameter each weight-only value comes from (the largest that it is computed from).
+    """Return, for each constant that is computed from parameters, the largest of those parameters.
 
-    Adds to `constants` what is computed without activations, and to `learned` what parameters take part in.
+    Adds to `learned` every constant that depends on a parameter.
     """
     origins: dict[ir.Value, str] = {}
     initializers = raw.model.graph.initializers
@@ -254,10 +254,8 @@ def _weight_origins(
             origins[initializers[name]] = name
     for node in nodes:
         inputs = [value for value in node.inputs if value is not None]
-        if node.op_type not in SHAPE_READERS and not all(value in constants for value in inputs):
-            continue
-        constants.update(node.outputs)
-        if node.op_type in SHAPE_READERS or learned.isdisjoint(inputs):
+        constant = node.outputs[0] in constants and node.op_type not in SHAPE_READERS
+        if not constant or learned.isdisjoint(inputs):
             continue
         learned.update(node.outputs)
         names = [origins[value] for value in inputs if value in origins]

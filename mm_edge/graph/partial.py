@@ -1,15 +1,18 @@
-"""A graph that is run in parts: its weights change between runs, its intermediate values are kept.
+"""Parts of a graph: which values are constant, how some nodes are run alone, and how a network is run in steps.
 
-A *frontier* at position p is every computed value that a node before p makes and a node from p on reads, held for
-all images. From it any later value follows without running the network from its input again, so that a walk which
-changes one layer after the other costs about two forward passes, not one per layer.
+A value is *constant* when it does not depend on the network's input; every other value is *computed*.
+
+`RunnableGraph` runs a network in steps: its weights may change between steps, and its intermediate values are kept. A
+*frontier* at position p holds, for every image, each computed value that a node before p makes and that node p or a
+later one reads. Any later value can be computed from the frontier without running the network from its input again. A
+walk that changes one layer after the other so costs about two forward passes, not one per layer.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +22,58 @@ import onnx_ir as ir
 import onnx_ir.passes.common as ir_passes
 
 from mm_edge.arrays import Array, Arrays, Float32Array, IntArray
-from mm_edge.quality.evaluation import open_session
-from mm_edge.runtime import in_order
+from mm_edge.runtime import in_order, open_session
 
 Values = Arrays
+
+# Operators whose result is constant even where their operand is computed, because the shapes of a raw graph are static.
+SHAPE_READERS = frozenset({"Shape", "Size"})
+
+
+def constant_values(graph: ir.Graph, *, static_shapes: bool = False) -> set[ir.Value]:
+    """Return the values of `graph` that do not depend on its input: initialisers and what is computed from them alone.
+
+    With `static_shapes` the results of `SHAPE_READERS` are constant too. The result of a node without operands is not,
+    Constant nodes excepted: such nodes draw random numbers.
+    """
+    constant = set(graph.initializers.values())
+    for node in graph:
+        operands = [value for value in node.inputs if value is not None]
+        alone = all(value in constant for value in operands) if operands else node.op_type == "Constant"
+        if alone or (static_shapes and node.op_type in SHAPE_READERS):
+            constant.update(node.outputs)
+    return constant
+
+
+def open_part(
+    model: ir.Model,
+    given: Sequence[str],
+    wanted: Sequence[str],
+    arrays: Mapping[str, Array] | None = None,
+    threads: int = 1,
+) -> Part:
+    """Return the nodes of `model` that compute the values `wanted` from the values `given`, ready to run.
+
+    `arrays` replaces initialisers by name, each with an array of the same shape. `threads` is as for `open_session`.
+
+    Raises:
+        ValueError: a name is unknown, or `wanted` needs an input of the graph that is not `given`.
+        ModelError: ONNX Runtime cannot load the part.
+    """
+    computed = [name for name in wanted if name not in given]
+    if not computed:
+        return Part(None, tuple(given), tuple(wanted))
+    graph = ir.convenience.extract(model.graph, given, computed)
+    for name, value in graph.initializers.items():
+        if arrays is not None and name in arrays:
+            value.const_value = ir.tensor(np.asarray(arrays[name], order="C"), name=name)
+    content = ir.to_proto(ir.Model(graph, ir_version=model.ir_version)).SerializeToString()
+    return Part(open_session(content, threads), tuple(given), tuple(wanted))
+
+
+def run_constants(model: ir.Model, names: Sequence[str]) -> Values:
+    """Return the arrays of the constant values called `names`, computed once, by name."""
+    return open_part(model, (), names, threads=0).run({})
 
 
 class RunnableGraph:
@@ -38,6 +89,7 @@ class RunnableGraph:
 
     def __init__(self, model: ir.Model) -> None:
         """Take over `model`; its shapes are inferred anew."""
+        self._model = model
         ir_passes.ShapeInferencePass()(model)
         proto = ir.to_proto(model)
         self.nodes: list[onnx.NodeProto] = list(proto.graph.node)
@@ -49,20 +101,16 @@ class RunnableGraph:
         self.inputs = tuple(item.name for item in proto.graph.input if item.name not in self.arrays)
         self.outputs = tuple(item.name for item in proto.graph.output)
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self._types: dict[str, int] = {}
         for item in (*proto.graph.input, *proto.graph.value_info, *proto.graph.output):
             tensor = item.type.tensor_type
             self.shapes[item.name] = tuple(size.dim_value for size in tensor.shape.dim)
-            self._types[item.name] = tensor.elem_type
-        self._opsets = list(proto.opset_import)
-        self._ir_version = proto.ir_version
         self.made_at = {name: index for index, node in enumerate(self.nodes) for name in node.output}
         self.read_at: dict[str, list[int]] = {}
         for index, node in enumerate(self.nodes):
             for name in node.input:
                 self.read_at.setdefault(name, []).append(index)
         self._positions = {node.name: index for index, node in enumerate(self.nodes)}
-        self._constant = self._constant_values()
+        self._constant = {"", *(value.name for value in constant_values(model.graph) if value.name is not None)}
         self._crossing = self._crossing_sizes()
 
     def holding(self, arrays: Mapping[str, Array]) -> RunnableGraph:
@@ -103,23 +151,7 @@ class RunnableGraph:
 
     def open(self, given: Sequence[str], wanted: Sequence[str]) -> Part:
         """Return the part of the graph that computes `wanted` from `given`, ready to run."""
-        nodes, names = self._between(set(given), wanted)
-        graph = onnx.helper.make_graph(
-            nodes,
-            "part",
-            [onnx.helper.make_tensor_value_info(name, self._types[name], self.shapes[name]) for name in given],
-            [onnx.helper.make_tensor_value_info(name, self._types[name], self.shapes[name]) for name in wanted],
-            [onnx.numpy_helper.from_array(np.asarray(self.arrays[name], order="C"), name) for name in sorted(names)],
-        )
-        model = onnx.helper.make_model(graph, opset_imports=self._opsets, ir_version=self._ir_version)
-        return Part(open_session(model.SerializeToString()), tuple(given), tuple(wanted))
-
-    def _constant_values(self) -> set[str]:
-        constant = {*self.arrays, ""}
-        for node in self.nodes:
-            if all(name in constant for name in node.input):
-                constant.update(node.output)
-        return constant
+        return open_part(self._model, given, wanted, self.arrays)
 
     def _last_read(self, name: str) -> int:
         return len(self.nodes) if name in self.outputs else max(self.read_at.get(name, [-1]))
@@ -136,25 +168,10 @@ class RunnableGraph:
                 change[last + 1] -= size
         return np.cumsum(change)
 
-    def _between(self, given: set[str], wanted: Iterable[str]) -> tuple[list[onnx.NodeProto], set[str]]:
-        """Return the nodes, in order, and the initialisers that `wanted` needs beyond `given`."""
-        needed: set[int] = set()
-        initializers: set[str] = set()
-        stack = [name for name in wanted if name not in given]
-        while stack:
-            name = stack.pop()
-            if name in self.arrays:
-                initializers.add(name)
-            elif name and self.made_at[name] not in needed:
-                index = self.made_at[name]
-                needed.add(index)
-                stack += [item for item in self.nodes[index].input if item and item not in given]
-        return [self.nodes[index] for index in sorted(needed)], initializers
-
 
 @dataclass(frozen=True)
 class Part:
-    """Some nodes of a network, from `given` values to `wanted` ones."""
+    """Some nodes of a network, from `given` values to `wanted` ones; `session` is None where all wanted are given."""
 
     session: Any
     given: tuple[str, ...]

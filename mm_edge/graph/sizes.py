@@ -23,13 +23,13 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
-from mm_edge.errors import ExportError, ModelError, UsageError
+from mm_edge.errors import ExportError, ModelError, UsageError, cause_line, first_line
 from mm_edge.graph.axes import Axis
 from mm_edge.graph.export import RawGraph, export_raw
 from mm_edge.graph.groups import Structure, read_structure
 from mm_edge.graph.layers import read_layers
 from mm_edge.load.models import LoadedModel, create_timm, find_misfits, output_shape
-from mm_edge.load.weights import first_line, quiet_timm
+from mm_edge.load.weights import quiet_timm
 from mm_edge.records import Layer
 
 SMALLEST_SHARE = 0.7
@@ -173,7 +173,9 @@ def remake(model: LoadedModel, side: int) -> LoadedModel:
     try:
         output_shape(copy.deepcopy(module), (1, channels, side, side))
     except ModelError as error:
-        raise UsageError(f"{OPTION} {side}: {model.info.name} does not run at that size: {_cause(error)}") from error
+        raise UsageError(
+            f"{OPTION} {side}: {model.info.name} does not run at that size: {cause_line(error)}"
+        ) from error
     shape = (channels, side, side)
     return replace(
         model,
@@ -182,10 +184,6 @@ def remake(model: LoadedModel, side: int) -> LoadedModel:
         info=replace(model.info, input_shape=shape),
         warnings=(),
     )
-
-
-def _cause(error: BaseException) -> str:
-    return first_line(error.__cause__ if error.__cause__ is not None else error)
 
 
 def _resize(model: LoadedModel, side: int) -> nn.Module:
@@ -222,7 +220,7 @@ def _rebuild(model: LoadedModel, side: int) -> nn.Module:
     try:
         fresh = create_timm(model.build.name, meta=False, **arguments)
     except ModelError as error:
-        raise UsageError(f"{what} and timm has no way to change it: {_cause(error)}") from error
+        raise UsageError(f"{what} and timm has no way to change it: {cause_line(error)}") from error
     state = dict(model.module.state_dict())
     converter = getattr(inspect.getmodule(type(fresh)), "checkpoint_filter_fn", None)
     if converter is not None:

@@ -31,8 +31,7 @@ from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torch.utils.data import IterableDataset
 
 from mm_edge.arrays import BoolArray, Float32Array, IntArray
-from mm_edge.errors import DataError
-from mm_edge.load.weights import first_line
+from mm_edge.errors import DataError, first_line
 from mm_edge.records import InputSpec
 
 Bytes = npt.NDArray[np.uint8]

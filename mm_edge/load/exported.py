@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from mm_edge.errors import ModelError
-from mm_edge.load.weights import check_file, first_line
+from mm_edge.errors import ModelError, first_line
+from mm_edge.load.weights import check_file
 
 _OPERATOR = re.compile(
     r"torch\.ops\.(aten|prims|torchvision)\.(?!__|from_file)\w+(\.(?!__)\w+)?$"

@@ -8,7 +8,6 @@ and for networks with a fixed input size that size, are read off the tensors.
 from __future__ import annotations
 
 import copy
-import hashlib
 import importlib.util
 import inspect
 import math
@@ -23,20 +22,19 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
-from mm_edge.errors import ModelError, nearest, unknown_name
+from mm_edge.errors import ModelError, first_line, nearest, unknown_name
 from mm_edge.load.exported import read_exported
 from mm_edge.load.onnx_file import OnnxFile, read_onnx
 from mm_edge.load.weights import (
     WeightsFile,
-    check_file,
     check_finite,
-    first_line,
     quiet_timm,
     read_weights,
     strip_prefixes,
     zip_members,
 )
 from mm_edge.records import InputSpec, ModelInfo
+from mm_edge.store import hash_file
 
 _USER_CODE = re.compile(r"(?P<file>.+\.py):(?P<callable>[A-Za-z_][\w.]*)$")
 # Input sides tried, in this order, where only the tensors tell what a network with a fixed input size was made for.
@@ -495,7 +493,7 @@ def _load_onnx(path: Path, options: LoadOptions) -> LoadedModel:
     info = ModelInfo(
         name=path.stem,
         source=f"ONNX file {path.name}",
-        sha256=_sha256(path),
+        sha256=hash_file(path),
         params=file.params,
         macs=None,
         input_shape=shape,
@@ -537,7 +535,7 @@ def _finish(network: _Network, options: LoadOptions, family: str | None = None) 
     info = ModelInfo(
         name=network.name,
         source=network.source,
-        sha256=_sha256(network.path) if network.path is not None else None,
+        sha256=hash_file(network.path) if network.path is not None else None,
         params=sum(parameter.numel() for parameter in parameters),
         macs=None,
         input_shape=shape,
@@ -639,9 +637,3 @@ def output_shape(module: nn.Module, shape: tuple[int, ...]) -> tuple[int, ...]:
     if not isinstance(output, torch.Tensor):
         raise ModelError(f"the network returns a {type(output).__name__}; it must return a tensor of class scores")
     return tuple(output.shape)
-
-
-def _sha256(path: Path) -> str:
-    check_file(path)
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

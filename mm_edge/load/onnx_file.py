@@ -12,8 +12,8 @@ import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-from mm_edge.errors import ModelError
-from mm_edge.load.weights import check_file, first_line
+from mm_edge.errors import ModelError, first_line
+from mm_edge.load.weights import check_file
 
 # Metadata entry in which mm-edge's own artifacts carry their InputSpec as JSON.
 INPUT_METADATA_KEY = "mm_edge.input"

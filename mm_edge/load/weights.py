@@ -23,7 +23,7 @@ import safetensors
 import torch
 from torch import nn
 
-from mm_edge.errors import ModelError
+from mm_edge.errors import ModelError, first_line
 
 # Where training scripts keep the weights, best first: the averaged weights are the ones that were evaluated.
 _STATE_KEYS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model", "net", "weights")
@@ -150,12 +150,6 @@ def _explain(path: Path, trust_pickle: bool, error: Exception) -> ModelError:
     if foreign is not None:
         return ModelError(f"'{path}' cannot be unpickled: {first_line(error)}")
     return ModelError(f"'{path}' is damaged or cut short; copy or save it again")
-
-
-def first_line(error: BaseException) -> str:
-    """Return the kind and first line of an error, for messages of one line."""
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
 
 
 def _foreign_globals(path: Path) -> Iterator[str]:

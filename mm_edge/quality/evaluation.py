@@ -10,15 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import onnxruntime
 
 from mm_edge.arrays import Array, Float32Array, Float64Array, IntArray
-from mm_edge.errors import JobError, ModelError
-from mm_edge.load.weights import first_line
-from mm_edge.runtime import in_order
+from mm_edge.errors import JobError, first_line
+from mm_edge.runtime import describe, in_order, open_session
 
 
 @dataclass(frozen=True)
@@ -57,7 +54,7 @@ def run_onnx(
         try:
             scores = session.run([output], {feed.name: images.astype(dtype, copy=False)})[0]
         except Exception as error:  # ONNX Runtime's own exception types have no common base
-            raise JobError(f"ONNX Runtime failed on {_describe(model)}: {first_line(error)}") from error
+            raise JobError(f"ONNX Runtime failed on {describe(model)}: {first_line(error)}") from error
         return np.asarray(scores, dtype=np.float32)[:used]
 
     found: list[Float32Array] = []
@@ -97,28 +94,6 @@ def log_softmax(logits: Array) -> Float64Array:
     """Return the logarithm of the softmax of every row (n, classes)."""
     shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
     return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)), dtype=np.float64)
-
-
-def open_session(model: Path | bytes) -> Any:
-    """Return an ONNX Runtime session of one thread on the CPU: images run side by side (parallel.py).
-
-    Raises:
-        ModelError: ONNX Runtime cannot load the model.
-    """
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3  # warnings on stderr about graphs that run all the same
-    try:
-        return onnxruntime.InferenceSession(
-            model if isinstance(model, bytes) else str(model), options, providers=["CPUExecutionProvider"]
-        )
-    except Exception as error:  # ONNX Runtime's own exception types have no common base
-        raise ModelError(f"ONNX Runtime cannot load {_describe(model)}: {first_line(error)}") from error
-
-
-def _describe(model: Path | bytes) -> str:
-    return f"'{model}'" if isinstance(model, Path) else "the model"
 
 
 def _pieces(images: Float32Array, fixed: int | None) -> Iterator[tuple[Float32Array, int]]:

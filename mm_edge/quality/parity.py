@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
-import onnxruntime
 import torch
 from torch import nn
 
@@ -21,6 +20,7 @@ from mm_edge.arrays import Float32Array
 from mm_edge.errors import ParityError
 from mm_edge.graph.export import output_tensors
 from mm_edge.records import Parity, ParityInputs
+from mm_edge.runtime import open_session
 
 TOLERANCE = 1e-4
 
@@ -74,11 +74,7 @@ def require(parity: Parity, what: str) -> None:
 
 def onnx_runner(model: ir.Model | Path, threads: int = 1) -> Run:
     """Return a function that runs `model` on one input with ONNX Runtime's CPU provider."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    source = str(model) if isinstance(model, Path) else ir.to_proto(model).SerializeToString()
-    session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    session = open_session(model if isinstance(model, Path) else ir.to_proto(model).SerializeToString(), threads)
     name = session.get_inputs()[0].name
     return lambda inputs: session.run(None, {name: inputs})
 
