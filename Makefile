@@ -1,6 +1,7 @@
-# make demo    the whole job on the model and images shipped with the package
-# make test    the tests
-# make lint    style and types
+# make demo        the whole job on the model and images shipped with the package
+# make test        the tests
+# make test-quick  the tests that are not marked slow
+# make lint        style and types
 #
 # Each creates .venv on first use, installs the tested versions and runs. A later call installs nothing
 # unless pyproject.toml or constraints.txt changed.
@@ -21,13 +22,16 @@ STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 TORCH_PIN := $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-quick lint clean
 
 demo: $(STAMP)
 	$(BIN)/mm-edge demo --out $(OUT)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+test-quick: $(STAMP)
+	$(BIN)/python -m pytest -m "not slow"
 
 lint: $(DEV_STAMP)
 	$(BIN)/ruff check mm_edge tests benchmarks
