@@ -198,9 +198,33 @@ class Candidate:
         return self.kind != "dense" and (self.sparsity > 0 or bool(self.removed_blocks))
 
     @property
+    def is_budget(self) -> bool:
+        """Whether a budget asked for it."""
+        return self.planned_by is not None
+
+    @property
     def is_control(self) -> bool:
         """Whether this is the dense network on pictures of another size, which pruned rows have to beat."""
         return self.kind == "dense" and "@" in self.id
+
+
+def candidate_id(signal: str, strategy: str, kind: str, precision: str, side: int | None) -> str:
+    """Return a candidate's id in the report; `side` is that of its input, None for the dense network's own size."""
+    name = _id_without_size(signal, strategy, kind, precision, side)
+    return name if side is None else f"{name}@{side}"
+
+
+def file_name(signal: str, strategy: str, kind: str, precision: str, side: int | None) -> str:
+    """Return the name that the files of the candidate with these fields carry, without suffix."""
+    name = _id_without_size(signal, strategy, kind, precision, side).replace("/", "-").replace(":", "_")
+    return name if side is None else f"{name}-{side}px"
+
+
+def _id_without_size(signal: str, strategy: str, kind: str, precision: str, side: int | None) -> str:
+    if kind != "dense":
+        return f"{signal}/{strategy}/{kind}/{precision}"
+    # The dense network has one fp32 version at every other size, which is named by the size alone.
+    return "dense" if precision == "fp32" and side is not None else f"dense/{precision}"
 
 
 @dataclass(frozen=True)
@@ -260,9 +284,13 @@ class Report:
 
 
 def to_json(record: Any) -> Any:
-    """Return `record` as plain JSON values (dicts, lists, numbers, strings, None)."""
+    """Return `record` as plain JSON values (dicts, lists, numbers, strings, None).
+
+    A field whose metadata says json=False is left out.
+    """
     if dataclasses.is_dataclass(record) and not isinstance(record, type):
-        return {f.name: to_json(getattr(record, f.name)) for f in dataclasses.fields(record)}
+        fields = (f for f in dataclasses.fields(record) if f.metadata.get("json", True))
+        return {f.name: to_json(getattr(record, f.name)) for f in fields}
     if isinstance(record, dict):
         return {str(key): to_json(value) for key, value in record.items()}
     if isinstance(record, (list, tuple)):

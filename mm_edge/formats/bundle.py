@@ -26,8 +26,7 @@ def write_bundle(
     inputs: Float32Array,
     kind: str,
     *,
-    ort: bool,
-    baked: bool,
+    formats: tuple[str, ...],
 ) -> list[Path]:
     """Write what was asked for into `folder`/bundle and return the files.
 
@@ -49,10 +48,10 @@ def write_bundle(
     target_folder = folder / FOLDER
     target_folder.mkdir(exist_ok=True)
     made: list[Path] = []
-    if ort:
+    if "ort" in formats:
         files = convert_to_ort(source, target_folder, target, inputs, kind)
         made += [files.ort, files.operators]
-    if baked:
+    if "bake-preprocess" in formats:
         path = target_folder / f"{source.stem}-raw-images.onnx"
         write_model(bake_preprocess(onnx.load(source), spec), path)
         made.append(path)

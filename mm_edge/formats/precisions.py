@@ -5,7 +5,9 @@ This module imports nothing heavy, so that the command line can name them withou
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -17,6 +19,8 @@ class Precision:
     """
 
     help: str
+    check: Callable[..., None] | None = None
+    convert: Callable[..., Any] | None = None
 
 
 PRECISIONS: dict[str, Precision] = {
@@ -24,3 +28,12 @@ PRECISIONS: dict[str, Precision] = {
     "int8": Precision("8-bit integers, ranges from calibration images"),
     "fp16": Precision("16-bit floating point"),
 }
+
+
+@dataclass(frozen=True)
+class CalibrationImages:
+    ranges: Any
+    held_back: Any
+
+
+QuantReport = Any

@@ -17,10 +17,11 @@ class Signal:
     """
 
     help: str
+    needs_gradient: bool = True
 
 
 SIGNALS: dict[str, Signal] = {
-    "magnitude": Signal("the size of the weight"),
+    "magnitude": Signal("the size of the weight", False),
     "gradient": Signal("the size of the loss's gradient by the weight"),
     "product": Signal("the product of both"),
 }

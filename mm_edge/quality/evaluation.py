@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
 import numpy as np
 
@@ -26,6 +27,47 @@ class Evaluation:
     agreement_top1: float | None
     kl_to_dense: float | None
     count: int
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the dense network answers on the validation images; None throughout without any.
+
+    Attributes:
+        labels: the images' labels (n,).
+        logits: the dense network's answers (n, classes).
+        accuracy: the share of images whose label it puts first.
+    """
+
+    labels: IntArray | None = None
+    logits: Float32Array | None = None
+    accuracy: float | None = None
+
+
+class Judgement(TypedDict):
+    """The fields of a candidate that validation images decide."""
+
+    accuracy_top1: float | None
+    accuracy_drop: float | None
+    agreement_top1: float | None
+    kl_to_dense: float | None
+
+
+def judge(logits: Float32Array | None, reference: Reference) -> Judgement:
+    """Return what answers (n, classes) to the validation images say; None throughout without answers."""
+    if logits is None:
+        return {"accuracy_top1": None, "accuracy_drop": None, "agreement_top1": None, "kl_to_dense": None}
+    found = compare_logits(logits, reference.labels, reference.logits)
+    return {
+        "accuracy_top1": found.accuracy_top1,
+        "accuracy_drop": _drop(reference.accuracy, found.accuracy_top1),
+        "agreement_top1": found.agreement_top1,
+        "kl_to_dense": found.kl_to_dense,
+    }
+
+
+def _drop(dense: float | None, accuracy: float | None) -> float | None:
+    return None if dense is None or accuracy is None else 100 * (dense - accuracy)
 
 
 def run_onnx(

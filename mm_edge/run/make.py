@@ -31,9 +31,10 @@ from mm_edge.graph.depth import dead_tensors
 from mm_edge.graph.export import deploy
 from mm_edge.graph.groups import Structure
 from mm_edge.graph.widths import sparsity_of
+from mm_edge.plan.counts import count_macs, count_parameters
 from mm_edge.plan.masks import measure_sparsity
 from mm_edge.plan.n_m import reduced_axes, require_pattern
-from mm_edge.plan.plans import PATTERN, ChannelPlan, Plan, WeightPlan, count_macs, count_parameters
+from mm_edge.plan.plans import PATTERN, ChannelPlan, Plan, WeightPlan
 from mm_edge.quality.evaluation import Judgement, Reference, judge, run_onnx
 from mm_edge.quality.parity import Run, compare, onnx_runner, require, torch_runner
 from mm_edge.records import Candidate, Parity, candidate_id, file_name

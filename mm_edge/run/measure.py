@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from mm_edge.arrays import Float32Array
+from mm_edge.bench import MINIMUM_PAIRS
 from mm_edge.bench.session import (
-    MINIMUM_PAIRS,
     Measurement,
     environment,
     evaluate,

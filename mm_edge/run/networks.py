@@ -25,7 +25,7 @@ from mm_edge.graph.widths import Ladder
 from mm_edge.load.data import DataSplits, noise_batches
 from mm_edge.load.models import LoadedModel
 from mm_edge.plan.n_m import reduced_axes
-from mm_edge.plan.plans import make_ladders
+from mm_edge.plan.target_widths import make_ladders
 from mm_edge.quality.evaluation import Reference, compare_logits, run_onnx
 from mm_edge.records import InputSpec, Layer
 from mm_edge.recover.closed_form.branches import MeasuredBranch, measure_branches

@@ -13,7 +13,8 @@ from dataclasses import replace
 from functools import partial
 
 from mm_edge.errors import ParityError
-from mm_edge.plan.plans import Plan, count_parameters
+from mm_edge.plan.counts import count_parameters
+from mm_edge.plan.plans import Plan
 from mm_edge.records import Candidate, DenseRow, Latency, Report
 from mm_edge.run.convert import convert_front
 from mm_edge.run.finish import finish

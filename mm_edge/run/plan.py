@@ -24,18 +24,11 @@ from mm_edge.graph.export import deploy
 from mm_edge.graph.groups import Structure
 from mm_edge.graph.widths import Counts, Ladder, group_scores, lead, select_indices
 from mm_edge.plan.budgets import Budget, Draft, Met, Ruler, counts_of, meet, words_for
+from mm_edge.plan.counts import count_macs, parameter_cost
 from mm_edge.plan.latency_table import at_another_size, fit_time, measure_table
-from mm_edge.plan.plans import (
-    BUDGET_SLACK,
-    ChannelPlan,
-    Plan,
-    count_macs,
-    parameter_cost,
-    plan_all,
-    plan_budget,
-    plan_n_m,
-)
+from mm_edge.plan.plans import ChannelPlan, Plan, plan_all, plan_n_m
 from mm_edge.plan.ranges import apply_constraints
+from mm_edge.plan.scaling import BUDGET_SLACK, plan_budget
 from mm_edge.plan.scores import Scores
 from mm_edge.plan.strategies import assign
 from mm_edge.progress import Advance

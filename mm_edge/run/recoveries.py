@@ -91,6 +91,11 @@ class Recovery:
         """What every candidate gets when it is made: this recovery itself, or the one it starts with."""
         return self if self.starts_with is None else RECOVERIES[self.starts_with]
 
+    @property
+    def from_moments(self) -> bool:
+        """Whether it works from the dense network's moments, itself or by what it starts with."""
+        return self.base.needs_moments
+
 
 def _solve_closed_form(network: Network, plan: Plan, settings: MakeSettings, walked: bool) -> Solved:
     from mm_edge.run.closed_form import solve

@@ -110,6 +110,7 @@ def build_context(
     also: Collection[str] = (),
     threads: int = 1,
     progress: Advance | None = None,
+    module: object = None,
 ) -> RecoveryContext:
     """Run the dense network once over the calibration `images` (N, C, H, W) and keep what all candidates need.
 
