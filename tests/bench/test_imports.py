@@ -37,16 +37,17 @@ GROUND: dict[str, set[str]] = {
 
 
 def imported(path: Path) -> set[str]:
-    """Return the dotted names of the modules that `path` imports anywhere; names taken from a package count as it."""
+    """Return the dotted names of the modules that `path` imports anywhere in it."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0 and node.module is not None, f"{path.name}: relative import"
-            names.update(f"mm_edge.{a.name}" for a in node.names) if node.module == "mm_edge" else names.add(
-                node.module
-            )
+            if node.module == "mm_edge":  # "from mm_edge import bench" imports mm_edge.bench
+                names.update(f"mm_edge.{alias.name}" for alias in node.names)
+            else:
+                names.add(node.module)
     return names
 
 
