@@ -7,8 +7,10 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import tarfile
 import tomllib
+import zipfile
 from collections import Counter
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from mm_edge.demo import IMAGES, MODEL
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+TARGETS = sorted(path.stem for path in (ROOT / "targets").glob("*.toml"))
 RECORD = json.loads((ROOT / "benchmarks" / "results" / "demo_model.json").read_text())
 CONFIG = json.loads((MODEL / "config.json").read_text())
 
@@ -55,6 +58,51 @@ def test_every_data_file_is_packaged() -> None:
     for file in data:
         # A star in package-data does not cross folders, in fnmatch it does.
         assert any(fnmatch.fnmatch(str(file), p) and len(file.parts) == len(Path(p).parts) for p in patterns), file
+
+
+def test_every_folder_of_modules_is_packaged() -> None:
+    """Setuptools is given the list, and a folder that is not in it is left out of the wheel without a word."""
+    folders = {path.parent.relative_to(ROOT) for path in (ROOT / "mm_edge").rglob("__init__.py")}
+    packages = {".".join(folder.parts) for folder in folders}
+    assert sorted(packages | {"mm_edge.targets"}) == PROJECT["tool"]["setuptools"]["packages"]
+
+
+def list_targets(package_folder: Path, empty: Path) -> list[str]:
+    """Return what a fresh Python that finds mm_edge in `package_folder` alone lists; `empty` holds no profiles."""
+    code = "import json; from mm_edge.bench import target; print(json.dumps([target.__file__, target.list_targets()]))"
+    environment = {**os.environ, "PYTHONPATH": str(package_folder), "XDG_CONFIG_HOME": str(empty)}
+    argv = [sys.executable, "-c", code]
+    done = subprocess.run(argv, cwd=empty, env=environment, capture_output=True, text=True, check=True)
+    file, names = json.loads(done.stdout)
+    assert Path(file).is_relative_to(package_folder)
+    return list(names)
+
+
+@pytest.mark.slow
+def test_a_bare_checkout_lists_every_target(tmp_path: Path) -> None:
+    assert len(TARGETS) == 14
+    assert list_targets(ROOT, tmp_path) == TARGETS
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_every_package_and_target(tmp_path: Path) -> None:
+    pytest.importorskip("setuptools")
+    source = tmp_path / "source"
+    for name in ("mm_edge", "targets"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    argv = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "--quiet"]
+    subprocess.run([*argv, "--wheel-dir", tmp_path, source], check=True, capture_output=True, cwd=tmp_path)
+    (wheel,) = tmp_path.glob("*.whl")
+    unpacked, empty = tmp_path / "unpacked", tmp_path / "empty"
+    empty.mkdir()
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(unpacked)
+    assert sorted(path.stem for path in (unpacked / "mm_edge" / "targets").glob("*.toml")) == TARGETS
+    modules = {path.relative_to(ROOT) for path in (ROOT / "mm_edge").rglob("*.py")}
+    assert {path.relative_to(unpacked) for path in unpacked.rglob("*.py")} == modules
+    assert list_targets(unpacked, empty) == TARGETS
 
 
 def test_the_demo_files_are_under_five_megabytes_together() -> None:

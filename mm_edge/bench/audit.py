@@ -1,11 +1,11 @@
-"""Which kernel ONNX Runtime gave each convolution and matrix product, what share of the time it takes, and why.
+"""The kernel ONNX Runtime chose for each convolution and matrix product, its share of the time, and why it was chosen.
 
-The graph is the one ONNX Runtime optimised for the device, so what is read is what ran. Where an fp32 convolution on
-x86 stayed out of the NCHWc kernels, or fills only part of their lanes, its shapes explain it by ONNX Runtime's own
-conditions (its NCHWc graph transformer; b is the block: 16 lanes with AVX-512, 8 with AVX2):
+The kernels are read from the graph that ONNX Runtime optimised for the device, which is the graph that ran. An fp32
+convolution on x86 may run without the NCHWc kernels, or fill only part of their lanes. Its shapes explain why, by the
+conditions of ONNX Runtime's NCHWc graph transformer (b is the block: 16 lanes with AVX-512, 8 with AVX2):
 
     the weights must be constant, and 4-dimensional
-    one group:      input channels below b (read as they are), or a multiple of 4
+    one group:      input channels below b (read without blocking), or a multiple of 4
     depthwise:      output channels a multiple of 4
     other groups:   input and output channels of a group multiples of b
 """
@@ -38,8 +38,13 @@ MAX_NODES = 100_000
 class KernelUse:
     """One convolution or matrix product as it ran.
 
-    `kernel` is "NCHWc", "NCHWc depthwise", "QLinear" or "plain"; `share` the fraction of all nodes' time; `reason` says
-    why it is not the best kernel, or which lanes stay empty, None where there is nothing to say.
+    Attributes:
+        node: the node's name in the optimised graph.
+        op_type: its operator.
+        kernel: "NCHWc", "NCHWc depthwise", "QLinear" or "plain".
+        share: its fraction of the time of all nodes.
+        weight_shape: the shape of its weight.
+        reason: why the kernel is not the best one, or how many lanes it fills; None if there is nothing to explain.
     """
 
     node: str
@@ -52,7 +57,7 @@ class KernelUse:
 
 @dataclass(frozen=True)
 class Audit:
-    """Every convolution and matrix product of a model, the slowest first, and the share of all other nodes."""
+    """Every convolution and matrix product of a model, the slowest first, and the other nodes' share of the time."""
 
     kernels: tuple[KernelUse, ...]
     other_share: float
@@ -68,11 +73,12 @@ def audit_model(
         model: the .onnx file.
         target: gives threads, affinity, provider and session options.
         info: the device's info record; its flags give the block size.
-        transport: the way to the device.
-        save_to: where ONNX Runtime's optimised graph is kept, without the weights.
+        transport: the open transport to the device.
+        save_to: the file to write ONNX Runtime's optimised graph to, without its weights.
 
     Raises:
-        BenchError: the worker could not run it, or what it sent is not a profile.
+        BenchError: the worker could not run it, or its answer is not a profile.
+        JobError: `save_to` cannot be written.
     """
     result = transport.ask("profile", {"model": model}, run_options(target))
     graph = _read_graph(result, transport.name)
@@ -175,7 +181,7 @@ def _read_graph(result: Mapping[str, Any], device: str) -> onnx.ModelProto:
 
 
 def _read_times(result: Mapping[str, Any], device: str) -> dict[str, int]:
-    """Return microseconds by node name; BenchError unless every node is one."""
+    """Return microseconds by node name; BenchError if an entry is not a node with a time."""
     nodes = result.get("nodes")
     if not isinstance(nodes, list) or len(nodes) > MAX_NODES:
         raise BenchError(f"{device} sent no list of nodes; the answer was refused")

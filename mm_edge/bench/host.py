@@ -1,4 +1,4 @@
-"""The environment record: what a number was measured on, so that it can be judged and never merged with another's."""
+"""The environment record: which machine and runtime a figure was measured on, and what makes that machine doubtful."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _FINGERPRINTED = ("isa", "cpu_model", "flags", "cpu_parts", "cores", "memory_byt
 def describe(info: Mapping[str, Any], target: Target, transport: str) -> dict[str, Any]:
     """Return the `environment` section: the device's `info`, how it was reached, and a fingerprint of it.
 
-    `doubts` holds a sentence for each thing that makes the device unlike the target or its timing unsteady.
+    `doubts` holds a sentence for each way the device differs from the target and each cause of unsteady times.
     """
     import numpy as np
     import onnxruntime
@@ -41,7 +41,7 @@ def fingerprint(info: Mapping[str, Any]) -> str:
 
 
 def doubts(info: Mapping[str, Any], target: Target) -> list[str]:
-    """Return what a reader should know before trusting a latency from this machine."""
+    """Return a sentence for each reason to doubt a latency from this machine."""
     found = mismatches(target, info)
     unfit = None if found else unfit_multiples(target, info)
     if unfit is not None:

@@ -1,4 +1,4 @@
-"""Real arm64 kernels on another machine: aarch64 CPython and onnxruntime under QEMU's user-mode emulation.
+"""An emulated arm64 device: aarch64 CPython and onnxruntime under QEMU's user-mode emulation.
 
 `setup` builds a folder in the user's cache, without root and without touching the system's package state:
 
@@ -7,11 +7,12 @@
     cpu/NAME/      one sysroot for each core: links to root/, and the core's own proc/cpuinfo and sys/ files
     python-NAME    a script that runs Python on that core
 
-qemu prefers a path under its sysroot where there is one. ONNX Runtime's CPU detection reads /proc/cpuinfo and
-/sys/devices/system/cpu; shown the host's it fails, shown the core's it picks that core's kernels. A cpuinfo that
-promises more than `-cpu` can do ends in an illegal instruction, which is why each core has a sysroot of its own.
+qemu reads a file from the sysroot where the sysroot has it, and from this machine otherwise. ONNX Runtime detects the
+CPU from /proc/cpuinfo and /sys/devices/system/cpu: it fails on this machine's files, and with the core's files it picks
+that core's kernels. A cpuinfo with features that `-cpu` lacks would lead to an illegal instruction, so each core has a
+sysroot of its own.
 
-Neither time nor memory under emulation is a device's; outputs are.
+Outputs under emulation are those of a device; time and memory are not.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ SETUP_TIMEOUT_S = 900
 
 @dataclass(frozen=True)
 class Core:
-    """A core qemu can be: its part number and the features Linux names for it."""
+    """A core that qemu emulates: its ARM part number and the features Linux lists for it."""
 
     name: str
     part: str
@@ -67,7 +68,7 @@ DEFAULT_CORE = "cortex-a76"
 
 
 class QemuTransport(LocalTransport):
-    """Runs the worker on an emulated core. Nothing it times means anything, and its source says so."""
+    """Runs the worker on an emulated core. Its times mean nothing, so its source is "emulated"."""
 
     source = "emulated"
 
@@ -91,7 +92,7 @@ def core_of(target: Target) -> str:
     """Return the core to emulate for `target`: the one its profile names, or the default for a generic profile.
 
     Raises:
-        TargetError: the target is not an ARM CPU, or its core is none that qemu has.
+        TargetError: the target is not an ARM CPU, or qemu does not emulate its core.
     """
     if target.isa != "aarch64":
         raise TargetError(f"{target.name} is {target.isa}; only aarch64 targets are emulated")
@@ -117,7 +118,7 @@ def python_path(core: str) -> Path:
 
 
 def setup(tell: Callable[[str], None] = lambda line: None) -> Path:
-    """Build the emulator's folder anew and return it; `tell` is given one line for each step.
+    """Build the emulator's folder, in place of an older one, and return it; `tell` is given a line for each step.
 
     Raises:
         BenchError: a program is missing or a download failed; the message says which and what to do.
@@ -149,7 +150,7 @@ def setup(tell: Callable[[str], None] = lambda line: None) -> Path:
 
 
 def _download_packages(work: Path) -> list[Path]:
-    """Fetch PACKAGES and what they need for arm64, in an apt state of our own; return the files."""
+    """Download PACKAGES and their dependencies for arm64, with apt's state under `work`; return the files."""
     options = [
         f"-o=Dir::State={work}/state",
         f"-o=Dir::State::status={work}/state/status",
@@ -194,7 +195,7 @@ def _unpack_wheels(work: Path, site: Path, python_version: str) -> None:
 
 
 def _make_core(built: Path, core: Core, final: Path, python: str) -> None:
-    """Write the sysroot and the start script of one core; `final` is where `built` will lie."""
+    """Write the sysroot and the start script of one core; `built` will be moved to `final`."""
     sysroot = built / "cpu" / core.name
     topology = sysroot / "sys/devices/system/cpu/cpu0/topology"
     topology.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Whether a device has what the worker needs, and the command that helps where it has not."""
+"""What the worker needs on a device and does not find there, with the command that helps."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""What is asked of a worker, and the records that come of it. Measuring is one thing at a time per device.
+"""Requests to a worker, and the records made of its answers. A device measures one thing at a time.
 
-Raw samples are kept as JSON (SAMPLES_VERSION) with what they were measured on, so that a second run over the same
-files on the same machine reads them instead of measuring again, and runs from different machines are never merged.
+Raw samples are kept as JSON (SAMPLES_VERSION) together with the hashes of the models, the options and the fingerprint
+of the machine. A second run over the same files on the same machine reads them instead of measuring again; samples of
+another machine are never used.
 
 SAMPLES_VERSION history:
     1  first version.
@@ -29,15 +30,21 @@ from mm_edge.records import Latency
 from mm_edge.store import write_atomically
 
 SAMPLES_VERSION = 1
-QUIET = 20  # percent
-SECONDS_PER_IMAGE = 10.0  # the slowest a device may be before it counts as hung
-SECONDS_PER_PAIR = 20.0
+QUIET = 20  # the percentile of the samples that other programs hardly disturb
+SECONDS_PER_IMAGE = 10.0  # a device that takes longer is taken to hang
+SECONDS_PER_PAIR = 20.0  # likewise
 MAX_SAMPLE_NS = 3_600_000_000_000  # an hour: anything longer is not a sample
 
 
 @dataclass(frozen=True)
 class Doubt:
-    """What makes a measurement doubtful: of what kind, how much, and the sentence with the remedy."""
+    """One reason to doubt a measurement.
+
+    Attributes:
+        kind: what the doubt is about, such as "spread" or "clock".
+        size: how large the effect is, as a fraction; 0 where it has no size.
+        text: the sentence the user reads, with the remedy.
+    """
 
     kind: str
     size: float
@@ -51,9 +58,15 @@ EMULATED = Doubt("emulated", 0.0, "emulated: the target's own kernels, but neith
 class Measurement:
     """Dense and candidate timed together.
 
-    `speedup` is the median of the pair ratios dense / candidate with its 95 % interval; None when the device is
-    emulated, as are the latencies. `quiet_ratio` is that of the two models' QUIET percentiles: where other programs
-    run it strays less from one measurement to the next, and it is no time that anyone should expect.
+    Attributes:
+        latency: of the candidate; its numbers are None when the device is emulated.
+        dense_latency: of the dense model, likewise.
+        speedup: the median of the pair ratios dense / candidate; None when the device is emulated.
+        speedup_ci: the 95 % interval of `speedup`.
+        samples_file: where the raw samples are kept; None if they are not.
+        doubts: why the figures may be wrong.
+        quiet_ratio: the dense model's QUIET percentile divided by the candidate's. It varies less than `speedup` from
+            one measurement to the next when other programs run, but it is not a speed-up that a user would see.
     """
 
     latency: Latency
@@ -67,9 +80,14 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Footprint:
-    """One model's cost in a fresh process: peak memory beyond the harness's own, and what the first inference takes.
+    """One model's memory, cold start and size, measured in a fresh process.
 
-    `peak_rss_bytes` and the times are None when the device is emulated.
+    Attributes:
+        peak_rss_bytes: peak resident memory beyond the harness's own; None when the device is emulated.
+        session_ms: time to load the model; None when the device is emulated.
+        first_run_ms: time of the first inference; None when the device is emulated.
+        file_bytes: size of the model's file.
+        arena: whether ONNX Runtime's memory arena was on.
     """
 
     peak_rss_bytes: int | None
@@ -83,7 +101,7 @@ def environment(target: Target, transport: Transport) -> dict[str, Any]:
     """Return the environment record of the device behind `transport`; see host.describe.
 
     Raises:
-        BenchError: the device lacks what measuring needs (each lack with its remedy), or its record is not one.
+        BenchError: the device lacks what measuring needs (the message gives the remedy), or its record is malformed.
     """
     info = read_info(transport)
     require_ready(info, transport.name)
@@ -91,7 +109,7 @@ def environment(target: Target, transport: Transport) -> dict[str, Any]:
 
 
 def read_info(transport: Transport) -> dict[str, Any]:
-    """Return the device's checked info record, whatever it lacks; BenchError if it is not one."""
+    """Return the device's checked info record, even if the device lacks something; BenchError if it is malformed."""
     return _checked_info(transport.ask("info", {}, {}), transport.name)
 
 
@@ -111,11 +129,11 @@ def measure_pair(
         dense: the reference model.
         candidate: the model compared with it.
         target: gives threads, affinity, provider and session options.
-        transport: the way to the device.
+        transport: the open transport to the device.
         pairs: how many pairs of runs.
-        raw_samples: where the samples are kept; a file already there, made of the same models with the same settings
-            on the machine of `fingerprint`, is used instead of measuring again.
-        fingerprint: the environment's; without it nothing is reused.
+        raw_samples: the file that keeps the samples. If it already holds samples of the same models with the same
+            settings on the machine of `fingerprint`, they are used and nothing is measured.
+        fingerprint: the fingerprint of the environment; without it kept samples are never used.
 
     Raises:
         BenchError: the worker could not measure; the message says why.
@@ -146,7 +164,7 @@ def measure_memory(model: Path, target: Target, *, transport: Transport) -> int 
 
 
 def measure_footprint(model: Path, target: Target, *, transport: Transport, arena: bool = True) -> Footprint:
-    """Return memory, cold start and file size of `model`, with ONNX Runtime's memory arena on or off.
+    """Return memory, cold start and file size of `model`, with ONNX Runtime's memory arena on if `arena`, else off.
 
     Raises:
         BenchError: the worker could not measure; the message says why.
@@ -173,7 +191,7 @@ def measure_products(
     """Time matrix products (rows, inputs, outputs) dense and 2:4 on the device's GPU; nanoseconds, `runs` samples each.
 
     Raises:
-        BenchError: the device has no PyTorch or no GPU that runs 2:4, or its answer is not one.
+        BenchError: the device has no PyTorch or no GPU with 2:4 kernels, or its answer is malformed.
     """
     options = {**run_options(target), "products": [list(item) for item in products], "runs": runs}
     result = transport.ask("products", {}, options)
@@ -192,7 +210,7 @@ def evaluate(model: Path, images: Path, target: Target, *, transport: Transport)
     """Return the first output of `model` on the device for every row of the .npy file `images`.
 
     Raises:
-        BenchError: the worker could not run it, or what it sent does not fit its own shape.
+        BenchError: the images cannot be read, the worker could not run the model, or its answer is malformed.
     """
     try:
         count = len(np.load(images, mmap_mode="r", allow_pickle=False))
@@ -217,7 +235,7 @@ def evaluate(model: Path, images: Path, target: Target, *, transport: Transport)
 def evaluate_in_pieces(model: Path, pieces: Sequence[Path], target: Target, *, transport: Transport) -> Float32Array:
     """Return the first output of `model` on the device for every row of the .npy files `pieces`, in their order.
 
-    Pieces keep what a device must hold at once small, and are sent once for all models.
+    Small pieces need little memory on the device, and each is sent once for all models.
     """
     return np.concatenate([evaluate(model, piece, target, transport=transport) for piece in pieces])
 
@@ -249,7 +267,7 @@ def _summarise(result: Mapping[str, Any], source: str, samples_file: Path | None
 
 
 def merge_doubts(measurements: Sequence[Measurement]) -> list[str]:
-    """Return one sentence per kind of doubt: the worst case's, and how many of the measurements share it."""
+    """Return one sentence per kind of doubt: the largest doubt's, and how many measurements have that kind."""
     kinds: dict[str, list[Doubt]] = {}
     for measurement in measurements:
         for doubt in measurement.doubts:
@@ -360,6 +378,7 @@ def _checked_info(info: Mapping[str, Any], device: str) -> dict[str, Any]:
 
 
 def _reuse(path: Path | None, identity: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the result kept in `path` if it was measured on the same files with the same settings, else None."""
     if path is None or identity["fingerprint"] is None or not path.is_file():
         return None
     try:
@@ -368,6 +387,6 @@ def _reuse(path: Path | None, identity: Mapping[str, Any]) -> dict[str, Any] | N
             return None
         _check_samples(kept["result"], identity["options"]["pairs"], str(path))
     except (OSError, ValueError, KeyError, TypeError, BenchError):
-        return None  # not ours or damaged: measured again and replaced
+        return None  # not a file of samples, or damaged: the caller measures again and replaces it
     result: dict[str, Any] = kept["result"]
     return result

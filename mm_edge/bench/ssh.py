@@ -1,9 +1,9 @@
-"""A device reached through the system's OpenSSH, so the user's configuration, keys and jump hosts work.
+"""A device reached through the system's OpenSSH, so that the user's configuration, keys and jump hosts work.
 
-One shared connection carries everything. Files go by scp into a scratch folder made by mktemp on the device, named by
-their hash and kept only while recent; the folder is removed at the end. When the connection drops, whatever still runs
-on the device is stopped, the connection is made again, and the request is repeated. Nothing that a user or the device
-says reaches a shell unquoted.
+All commands share one connection. scp copies files into a scratch folder that mktemp makes on the device; a file is
+named by its hash, and only the FILES_KEPT most recently used ones are kept. The folder is removed at the end. When the
+connection drops, a worker that still runs on the device is stopped, the connection is made again and the request is
+repeated. Every text from the user or the device is quoted before a shell sees it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ RECONNECT_S = 120.0
 FILES_KEPT = 4  # dense, candidate, images and one to spare
 SSH_FAILED = 255  # ssh's own status when it, and not the command, failed
 NOT_FOUND = 127
-MAX_REPEATS = 3
+MAX_REPEATS = 3  # of one request, each after a lost connection
 
 _HOST = re.compile(r"(?:(?P<user>[\w.-]+)@)?(?P<name>[\w][\w.-]*|\[[0-9A-Fa-f:]+\])(?::(?P<port>\d{1,5}))?")
 _SCRATCH = re.compile(r"/[\w./+-]*/mm-edge-\w+")
@@ -67,8 +67,8 @@ class SshTransport:
     Args:
         host: USER@HOST[:PORT] or an alias.
         python: the command that starts Python on the device.
-        reconnect_s: how long to keep trying after the connection drops.
-        tell: is given one line when the connection is lost and when it is back.
+        reconnect_s: for how many seconds to try again after the connection dropped.
+        tell: is called with one line when the connection is lost and when it is back.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class SshTransport:
         reconnect_s: float = RECONNECT_S,
         tell: Callable[[str], None] = lambda line: None,
     ) -> None:
-        """Nothing is contacted until the transport is entered."""
+        """Keep the settings; the device is contacted when the transport is entered."""
         self._host, self._port = parse_host(host)
         self._python = list(python)
         self._reconnect_s = reconnect_s
@@ -91,14 +91,14 @@ class SshTransport:
 
     @property
     def source(self) -> str:
-        """ "device", or "emulated" when the Python there says that its processor is."""
+        """ "device", or "emulated" when the Python there reports an emulated processor."""
         return "emulated" if self._emulated else "device"
 
     def __enter__(self) -> Self:
         """Connect, make the scratch folder and send the worker.
 
         Raises:
-            BenchError: no ssh here, no connection, no scratch folder, or no Python there.
+            BenchError: ssh is missing here, the device cannot be reached, or it has no scratch folder or no Python.
         """
         for program in ("ssh", "scp"):
             if shutil.which(program) is None:
@@ -143,7 +143,7 @@ class SshTransport:
     ) -> dict[str, Any]:
         paths = {key: self._stage(path) for key, path in files.items()}
         request = encode_request(command, {**options, **paths})
-        # The worker runs behind a shell that notes its number, so that it can be stopped if the connection is lost.
+        # The shell that starts the worker writes its process number to a file, so that it can be stopped later.
         script = (
             f"cd {shlex.quote(self._require_scratch())} && export TMPDIR=$PWD && exec 3<&0 && "
             f"{{ {shlex.join([*self._python, WORKER_FILE.name])} <&3 & echo $! > pid; wait $!; }}"
@@ -163,7 +163,7 @@ class SshTransport:
     # --- connection ---------------------------------------------------------------------------------------------
 
     def _prepare(self) -> None:
-        """Make the scratch folder, or find it again, and see that the worker lies in it."""
+        """Make the scratch folder and send the worker; after a lost connection, use the old folder if it is there."""
         if self._scratch is not None:
             if self._run(f"test -d {shlex.quote(self._scratch)}").returncode == 0:
                 self._stop_worker()
@@ -232,7 +232,7 @@ class SshTransport:
         return run_bounded(["ssh", *self._options("-p"), "--", self._host, remote], stdin, timeout_s)
 
     def _run(self, script: str) -> Finished:
-        """Run a short command; BenchError if there is no connection, _LostError if there was one."""
+        """Run a short command; _LostError if the connection was open and dropped, BenchError if it never was."""
         finished = self._ssh(script, b"", CONNECT_TIMEOUT_S * 3)
         if finished.returncode == SSH_FAILED or finished.stopped:
             raise self._connection_error(finished)
@@ -255,7 +255,7 @@ class SshTransport:
     # --- files --------------------------------------------------------------------------------------------------
 
     def _stage(self, path: Path) -> str:
-        """Return where `path` lies on the device, sending it if it is not there."""
+        """Return the path on the device of the file `path`, which is sent unless it is there."""
         name = f"{hash_sent_file(path)[:24]}{path.suffix if path.suffix.isascii() else ''}"
         if name in self._staged:
             del self._staged[name]
@@ -279,7 +279,7 @@ class SshTransport:
             if moved.returncode == 0:
                 return
             sent = moved
-        alive = self._run("true")  # raises when it was the connection that failed
+        alive = self._run("true")  # raises _LostError if the copy failed because the connection dropped
         assert alive.returncode is not None
         raise self._send_error(path, sent)
 

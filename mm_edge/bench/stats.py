@@ -2,8 +2,8 @@
 
     ratio_i   = dense_ns[i] / candidate_ns[i]            pairs taken close together in time
     speed-up  = median(ratio)
-    interval  = circular block bootstrap of that median: blocks of consecutive pairs are drawn with replacement, so
-                that a slow second counts once and not as many independent witnesses (Politis and Romano, 1992)
+    interval  = circular block bootstrap of that median: blocks of consecutive pairs are drawn with replacement,
+                because pairs timed in the same slow second are not independent (Politis and Romano, 1992)
     spread    = (q75 - q25) / q50                        of one model's samples
     drift     = median(last third) / median(first third) - 1
 

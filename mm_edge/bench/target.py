@@ -1,17 +1,17 @@
-"""Target profiles: what a device can do and which channel counts it rewards.
+"""Target profiles: what a device can do, and at which channel counts it is fast.
 
-A profile is one TOML file. The packaged ones live in `targets/` at the top of the repository
-(`mm_edge/targets/` once installed); a user's own is given by path or kept in the `targets` folder of mm-edge's
-configuration directory. Parsing validates everything once, and an error names the line.
+A profile is one TOML file. The packaged profiles are in `targets/` at the top of the repository, and in
+`mm_edge/targets/` when mm-edge is installed. A user gives the path of another one, or keeps it in the `targets` folder
+of mm-edge's configuration directory. Parsing validates the whole file once, and an error names the line.
 
     name = "my-board"                     # the file's stem
     description = "one line"
     isa = "aarch64"                       # x86_64, aarch64, or host (this machine, filled in when used)
     features = ["asimddp"]                # flags of /proc/cpuinfo the profile relies on
     cpu_parts = ["0x41/0xd0b"]            # optional: ARM implementer/part, for a profile of one board
-    data_types = ["fp32", "int8"]         # worth using there
+    data_types = ["fp32", "int8"]         # the types that have fast kernels there
     n_m = ["2:4"]                         # n:m patterns the runtime has kernels for
-    threads = "auto"                      # or a number; auto is every physical core but one, four at most
+    threads = "auto"                      # or a number; auto is one fewer than the physical cores, at most four
     affinity = []                         # core numbers, empty for any
     provider = "CPUExecutionProvider"
     python = ["python3"]                  # the command that starts Python there, for ssh
@@ -38,7 +38,7 @@ from typing import Any
 
 import click
 
-from mm_edge.bench import worker  # a leaf: it imports nothing from mm_edge and knows how a machine names its features
+from mm_edge.bench import worker  # reads the features of this machine; it imports nothing from mm_edge
 from mm_edge.bench.transports import TRANSPORTS
 from mm_edge.errors import TargetError, unknown_name
 
@@ -78,10 +78,10 @@ class Target:
     storage_bytes: int | None = None
 
     def multiple(self, op_class: str, data_type: str) -> int:
-        """Return the channel multiple `op_class` rewards in `data_type`; a type with no entry runs as fp32 does.
+        """Return the channel multiple of `op_class` in `data_type`; a type without an entry has that of fp32.
 
         Raises:
-            TargetError: `op_class` is none of OP_CLASSES, or `data_type` none of DATA_TYPES.
+            TargetError: `op_class` is not in OP_CLASSES, or `data_type` is not in DATA_TYPES.
         """
         if op_class not in OP_CLASSES:
             raise TargetError(unknown_name("operator class", op_class, OP_CLASSES))
@@ -147,10 +147,11 @@ def _profile_paths() -> dict[str, Path]:
 
 
 def resolve_host(target: Target, isa: str | None = None, flags: Iterable[str] | None = None) -> Target:
-    """Fill in the profile `host` from this machine, or from a device's `isa` and `flags`; others return unchanged.
+    """Return the profile `host` with the ISA filled in, from this machine or from a device's `isa` and `flags`.
 
-    The multiples, data types and sources are those of the most specific generic profile whose ISA and features this
-    machine has (AVX-512 VNNI, AVX-512, AVX2, arm64); with none, those `host` itself states.
+    Multiples, data types and sources are taken from the most specific generic profile whose ISA and features the
+    machine has (AVX-512 VNNI, AVX-512, AVX2, arm64); if there is none, they stay as `host` states them. A profile of
+    any other name is returned unchanged.
     """
     if target.isa != "host":
         return target
@@ -170,9 +171,10 @@ def resolve_host(target: Target, isa: str | None = None, flags: Iterable[str] | 
 
 
 def unfit_multiples(target: Target, machine: Mapping[str, Any]) -> str | None:
-    """Return a sentence on the multiples of `target` that leave part of the CPU of `machine` unused, None if none do.
+    """Return a sentence on the multiples of `target` that leave part of the CPU of `machine` unused, or None.
 
-    `machine` is an info record. A profile of the very core is taken at its word: the generic ones are broader.
+    `machine` is an info record. A profile that names the machine's own core is not questioned, because it is more
+    precise than the generic profiles.
     """
     best = _most_specific(machine["isa"], set(machine["flags"])) if target.provider == Target.provider else None
     if best is None or set(machine["cpu_parts"]) & set(target.cpu_parts):
@@ -192,7 +194,11 @@ def _most_specific(isa: str, flags: set[str]) -> Target | None:
 
 
 def matches_this_machine(target: Target) -> bool:
-    """Whether latency measured here is latency on `target`: ISA, features, core type, provider and transport fit."""
+    """Return whether this machine is a `target`, so that latency can be measured here.
+
+    ISA, features, core type and provider must fit. A profile with another transport than "local" must name its core:
+    the ISA alone does not tell, for example, a board from a server.
+    """
     if target.transport != "local" and not target.cpu_parts:
         return False
     return not mismatches(target, this_machine())
@@ -204,7 +210,7 @@ def this_machine() -> dict[str, Any]:
 
 
 def mismatches(target: Target, machine: Mapping[str, Any]) -> list[str]:
-    """Return one sentence for each way `machine` (a worker's info record) is not what `target` describes."""
+    """Return one sentence for each way in which `machine` (an info record) differs from `target`."""
     found = []
     if target.isa not in ("host", machine["isa"]):
         found.append(f"the machine is {machine['isa']}, the profile {target.name} describes {target.isa}")
@@ -244,7 +250,8 @@ def parse_target(path: Path) -> Target:
     """Parse and validate one profile file.
 
     Raises:
-        TargetError: unreadable, not TOML, or a field is unknown, missing or wrong; the message gives file and line.
+        TargetError: the file cannot be read or is not TOML, or a field is unknown, missing or wrong; the message
+            gives file and line.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -254,7 +261,7 @@ def parse_target(path: Path) -> Target:
 
 
 class _Parser:
-    """Turns one file's text into a Target, keeping the line of every key for the messages."""
+    """Turns one file's text into a Target; keeps the line of every key for the error messages."""
 
     def __init__(self, path: Path, text: str) -> None:
         self._path = path
@@ -398,7 +405,7 @@ def _is_n_of_m(pattern: str) -> bool:
 
 
 def _key_lines(text: str) -> dict[str, int]:
-    """Return the line of each dotted key and table header, for messages (tomllib keeps no positions)."""
+    """Return the line of each dotted key and table header; tomllib keeps no positions."""
     lines: dict[str, int] = {}
     table = ""
     for number, line in enumerate(text.splitlines(), start=1):

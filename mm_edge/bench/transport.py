@@ -1,8 +1,8 @@
-"""How a request reaches a worker and its answer comes back.
+"""How a request reaches a worker and how its answer comes back.
 
-A transport stages files on the device, runs the worker there with one JSON request and returns the validated answer.
-What a device sends is not trusted: it is size-limited, must be the worker's own line of JSON, and every field a caller
-uses is checked where it is used (session.py).
+A transport puts files on the device, runs the worker there with one JSON request and returns the answer. What a device
+sends is not trusted: its size is limited, it must be one marked line of JSON, and session.py checks every field before
+it is used.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ WORKER_FILE = Path(worker.__file__)
 
 
 class Transport(Protocol):
-    """A way to a device. `source` labels its latencies: "host", "device", or "emulated" (times mean nothing)."""
+    """Reaches one device. Enter it with `with` before asking; transports.py lists the kinds."""
 
     @property
     def name(self) -> str:
@@ -39,7 +39,7 @@ class Transport(Protocol):
 
     @property
     def source(self) -> str:
-        """ "host", "device" or "emulated"."""
+        """What its latencies are labelled with: "host", "device" or "emulated" (times mean nothing)."""
         ...
 
     def ask(
@@ -49,21 +49,23 @@ class Transport(Protocol):
         options: Mapping[str, Any],
         timeout_s: float = DEFAULT_TIMEOUT_S,
     ) -> dict[str, Any]:
-        """Run one worker command; `files` become options of the same names that hold paths on the device.
+        """Run one worker command and return its result.
+
+        Each of `files` is put on the device, and the option of the same name is its path there.
 
         Raises:
-            BenchError: the device cannot be reached, the worker failed or died, or its answer is not one.
+            BenchError: the device cannot be reached, the worker failed or died, or its answer is malformed.
         """
         ...
 
     def __enter__(self) -> Self:
-        """Open the way there."""
+        """Connect."""
         ...
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Leave nothing behind on the device."""
+        """Disconnect; every file that was put on the device is removed."""
         ...
 
 
@@ -71,7 +73,7 @@ class LocalTransport:
     """Runs the worker on this machine, in a process of its own.
 
     Args:
-        python: the interpreter and what goes before it, when it is not this one.
+        python: the command that starts Python, where it is not the running interpreter.
         environment: variables added to this process's own.
     """
 
@@ -80,10 +82,8 @@ class LocalTransport:
 
     def __init__(self, python: Sequence[str] = (), environment: Mapping[str, str] | None = None) -> None:
         """Use `python` (default: the running interpreter) with `environment` added."""
-        self._python = list(python) or [
-            sys.executable,
-            "-P",
-        ]  # -P: this folder's modules are not to be imported by name
+        # -P keeps the worker's folder off the module path, so that "import stats" does not find this package's file.
+        self._python = list(python) or [sys.executable, "-P"]
         self._environment = dict(environment or {})
 
     def ask(
@@ -116,10 +116,17 @@ def encode_request(command: str, options: Mapping[str, Any]) -> bytes:
 
 
 class Finished:
-    """What a bounded process left: exit status (None if it was stopped), output, error output, why it was stopped."""
+    """What a process that run_bounded ran has left.
+
+    Attributes:
+        returncode: its exit status; None if it was stopped.
+        stdout: its output.
+        stderr: the end of its error output.
+        stopped: why it was stopped, "timeout" or "output"; None if it ended by itself.
+    """
 
     def __init__(self, returncode: int | None, stdout: bytes, stderr: bytes, stopped: str | None) -> None:
-        """Hold the four."""
+        """Keep the four values."""
         self.returncode = returncode
         self.stdout = stdout
         self.stderr = stderr
@@ -141,7 +148,7 @@ def hash_sent_file(path: Path) -> str:
 
 
 def printable(text: str, limit: int = 200) -> str:
-    """Return `text` from a device made safe for a terminal: no control characters, at most `limit` long."""
+    """Return `text`, which a device sent, without control characters and cut to `limit` characters."""
     clean = "".join(c if c.isprintable() else " " for c in text).strip()
     return clean if len(clean) <= limit else clean[:limit] + "..."
 
@@ -149,7 +156,7 @@ def printable(text: str, limit: int = 200) -> str:
 def run_bounded(
     argv: Sequence[str], stdin: bytes, timeout_s: float, environment: Mapping[str, str] | None = None
 ) -> Finished:
-    """Run `argv`, stopping it when it takes longer than `timeout_s` or prints more than an answer can be.
+    """Run `argv`; stop it when it takes longer than `timeout_s` or prints more than MAX_ANSWER_BYTES.
 
     Raises:
         BenchError: the program does not exist or may not be run.
@@ -173,14 +180,18 @@ def run_bounded(
 
 
 def _pump(process: subprocess.Popen[bytes], stdin: bytes, deadline: float) -> tuple[str | None, bytes, bytes]:
-    """Feed and drain the process; return why it must be stopped (or None), its output and its error output."""
+    """Write `stdin` and read until the process closes its pipes.
+
+    Returns:
+        Why it must be stopped ("timeout", "output" or None), its output, and the end of its error output.
+    """
     assert process.stdin and process.stdout and process.stderr
     collected = {process.stdout: bytearray(), process.stderr: bytearray()}
     try:
         process.stdin.write(stdin)
         process.stdin.close()
     except BrokenPipeError:
-        pass  # it ended before reading; its exit status says more
+        pass  # the process ended without reading; the caller reports its exit status
     stopped = None
     with selectors.DefaultSelector() as selector:
         for pipe in collected:
@@ -203,10 +214,10 @@ def _pump(process: subprocess.Popen[bytes], stdin: bytes, deadline: float) -> tu
 
 
 def decode_answer(finished: Finished, device: str) -> dict[str, Any]:
-    """Return the worker's result from what its process printed.
+    """Return the worker's result, read from what its process printed.
 
     Raises:
-        BenchError: it was stopped, died, printed no answer, or its answer is an error.
+        BenchError: the process was stopped, died or printed no answer, or the answer is an error.
     """
     if finished.stopped == "timeout":
         raise BenchError(f"the worker on {device} did not answer in time and was stopped")

@@ -1,30 +1,34 @@
 # ruff: noqa: B905 (zip's strict= came with Python 3.10)
 """The program that runs on the device: measures ONNX models and answers in JSON.
 
-This file is copied to boards and run alone, so it needs nothing but Python 3.8, numpy and onnxruntime, and imports
-nothing from mm_edge. A request is one JSON object on standard input,
+This file is copied to a device and runs alone there. It needs Python 3.8, numpy and onnxruntime, and imports nothing
+from mm_edge. A request is one JSON object on standard input,
 
     {"schema_version": 1, "command": "measure", "options": {...}}
 
 and the answer is one line on standard output, `MM-EDGE-RESULT ` followed by a JSON object that holds either
-`result` or `error` ({"kind", "message"}). Whatever else a library or a login script prints is not the answer.
+`result` or `error` ({"kind", "message"}). Lines without that mark, from a library or a login script, are ignored.
 
-Commands (options are validated on the other side; paths are this machine's):
+Commands (mm-edge checks the options before it sends them; paths are those of the device):
     info      cores, ISA flags, governor, frequency, temperature, memory, versions
     measure   dense and candidate interleaved in one process, every sample in nanoseconds
     memory    peak resident memory of one model in this fresh process, beyond the harness's own
     null      the harness's own cost: a model that does nothing
     profile   time of each node, and the graph as ONNX Runtime optimised it, without its weights
     evaluate  the outputs for a .npy of inputs, as base64 of little-endian float32
+    products  matrix products on the device's GPU, dense and 2:4, every sample in nanoseconds
 
-How runs are interleaved. Models alternate in blocks (dense dense dense | candidate candidate candidate | ...), the
-order of the two swapping every time, and the first run of a block is not timed: right after a switch a model pays for
-the other's use of the caches, which it would not do when deployed alone (7 to 15 % of EfficientNet-Lite0's latency
-where it was tried). Two live sessions of several threads must not spin while the other runs: unrestrained, ONNX
-Runtime's threads made the same model measure between 8 and 23 ms instead of 3.4 ms. `session.force_spinning_stop`
-ends the spinning with each run and keeps it inside the run (3.7 ms), which `session.intra_op.allow_spinning=0` does not
-(4.7 ms), so the former is set unless the request says otherwise. Both models are loaded anew for every third of the
-samples: where their memory happens to lie moves the ratio by some 3 % from one loading to the next.
+How runs are interleaved. The models alternate in blocks (dense dense dense | candidate candidate candidate | ...), and
+the order of the two swaps every time. The first run of a block is not timed: the other model has just used the caches,
+which cost 7 to 15 % of EfficientNet-Lite0's latency and would not happen to a model deployed alone.
+
+The threads of one session must not spin while the other session runs: with ONNX Runtime's defaults the same model took
+between 8 and 23 ms instead of 3.4 ms. `session.force_spinning_stop` stops the spinning at the end of each run and keeps
+it during the run (3.7 ms); `session.intra_op.allow_spinning=0` forbids it during the run too (4.7 ms). The former is
+set unless the request says otherwise.
+
+Both models are loaded again for every third of the samples, because the addresses of their memory change the ratio by
+about 3 % from one loading to the next.
 """
 
 from __future__ import annotations
@@ -43,15 +47,15 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 
 SCHEMA_VERSION = 1
 RESULT_MARK = "MM-EDGE-RESULT "
-BLOCK = 4  # timed runs of one model before the other has its turn
-SITTINGS = 3  # how often a measurement loads both models anew
+BLOCK = 4  # timed runs of one model before the other model runs
+SITTINGS = 3  # how often a measurement loads both models
 WARM_UP_WINDOW = 5  # warm-up is stable when the medians of two successive windows agree ...
 WARM_UP_TOLERANCE = 0.05  # ... to this fraction
-PRODUCT_WARM_UP = 20  # samples of a GPU product that do not count
+PRODUCT_WARM_UP = 20  # samples of a GPU product that are thrown away
 PRODUCT_REPEATS = 10  # launches between two events: one alone is shorter than an event's resolution
-WARM_UP_SECONDS = 3.0  # and ends here in any case
+WARM_UP_SECONDS = 3.0  # the longest warm-up, stable or not
 
-# An ONNX model of one Identity on one float: what is left when it runs is the harness.
+# An ONNX model of one Identity on one float: its run takes as long as the harness itself.
 NULL_MODEL = bytes.fromhex(
     "08073a3a0a100a017812017922084964656e7469747912046e756c6c5a0f0a0178120a0a08080112040a020801"
     "620f0a0179120a0a08080112040a02080142040a00100d"
@@ -70,7 +74,7 @@ _NUMPY_TYPES = {
 
 
 class WorkerError(Exception):
-    """A request that cannot be met; `kind` is read by the other side."""
+    """A request that cannot be answered; `kind` and the message are sent back."""
 
     def __init__(self, kind: str, message: str) -> None:
         """Keep `kind` beside the `message`."""
@@ -82,7 +86,7 @@ class WorkerError(Exception):
 
 
 def isa() -> str:
-    """Return the instruction set this Python runs on: "x86_64", "aarch64" or platform's own word."""
+    """Return the instruction set this Python runs on: "x86_64", "aarch64", or else as platform.machine() has it."""
     machine = platform.machine().lower()
     return {"amd64": "x86_64", "arm64": "aarch64"}.get(machine, machine)
 
@@ -127,24 +131,24 @@ def usable_cores() -> List[int]:
 
 
 def physical_cores() -> int:
-    """Return how many physical cores this process may use: hyper-threads of one core count once."""
+    """Return how many physical cores this process may use; the hyper-threads of one core count once."""
     cores = usable_cores()
     siblings = {_read_text("/sys/devices/system/cpu/cpu%d/topology/thread_siblings_list" % c) or str(c) for c in cores}
     return max(1, len(siblings))
 
 
 def default_threads() -> int:
-    """Return the thread count meant by "auto": one per physical core but one, at least one and four at most.
+    """Return the thread count meant by "auto": one fewer than the physical cores, at least one and at most four.
 
-    One core is left to the system, because threads that wait for each other lose far more to a busy core than they
-    gain: EfficientNet-Lite0 with two threads on two cores took 3.3 ms alone and 42 ms beside other programs. More than
-    four rarely helps a batch of one, and on big.LITTLE it pulls in the slow cores (8 threads 12 times slower than 4).
+    One core is left to the system, because threads wait for each other and one busy core slows them all:
+    EfficientNet-Lite0 with two threads on two cores took 3.3 ms alone and 42 ms beside other programs. More than four
+    threads rarely help a batch of one, and on big.LITTLE they use the slow cores (8 were 12 times slower than 4).
     """
     return max(1, min(4, physical_cores() - 1))
 
 
 def describe_machine() -> Dict[str, Any]:
-    """Return the record of the `info` command; what this machine does not tell is None."""
+    """Return the record of the `info` command; what this machine does not report is None."""
     cpu = read_cpu()
     return {
         "isa": isa(),
@@ -288,7 +292,7 @@ def make_session(model: Any, options: Dict[str, Any]) -> Any:
 
 
 def thread_count(options: Dict[str, Any]) -> int:
-    """Return the number of threads a request means; 0 is this machine's default."""
+    """Return the number of threads a request asks for; 0 asks for this machine's default."""
     return int(options.get("threads") or 0) or default_threads()
 
 
@@ -320,7 +324,7 @@ def measure(options: Dict[str, Any]) -> Dict[str, Any]:
     """Time `dense` and `candidate` in alternating blocks, in SITTINGS with fresh sessions.
 
     Options: dense, candidate (paths), pairs, and those of make_session and make_inputs.
-    Returns dense_ns and candidate_ns, equally long lists whose items belong in pairs, and how they were made.
+    Returns dense_ns and candidate_ns, lists of equal length whose items form pairs, and how they were measured.
     """
     before = _clock_state()
     samples: Tuple[List[int], List[int]] = ([], [])
@@ -334,7 +338,7 @@ def measure(options: Dict[str, Any]) -> Dict[str, Any]:
         warm_up, stable = warm_up + spent, stable and settled
         _alternate(runs, samples, int(options["pairs"]) * min(sitting, SITTINGS) // SITTINGS)
         gc.enable()
-        del runs  # the next sitting's models do not share memory with these
+        del runs  # frees the memory before the models are loaded again
     return {
         "dense_ns": samples[0],
         "candidate_ns": samples[1],
@@ -376,7 +380,7 @@ def _time_block(run: Callable[[], Any], samples: List[int]) -> None:
 
 
 def _warm_up(runs: List[Callable[[], Any]]) -> Tuple[int, bool]:
-    """Run until every model's window medians settle; return the runs spent on each and whether they did settle."""
+    """Run until the window medians of every model are stable; return the runs of each and whether they were stable."""
     deadline = time.perf_counter() + WARM_UP_SECONDS
     medians: List[List[float]] = []
     while True:
@@ -431,9 +435,9 @@ def memory(options: Dict[str, Any]) -> Dict[str, Any]:
 
 
 def _reset_peak() -> int:
-    """Make the kernel forget the peak so far and return what is resident now, in bytes.
+    """Reset the kernel's record of the peak and return the memory that is resident now, in bytes.
 
-    Where the peak cannot be reset the peak itself is returned: the difference is then a lower bound.
+    Where the peak cannot be reset, return the peak so far: the difference is then a lower bound.
     """
     try:
         with open("/proc/self/clear_refs", "w") as file:
@@ -472,7 +476,7 @@ def evaluate(options: Dict[str, Any]) -> Dict[str, Any]:
     import numpy as np
 
     session = make_session(options["model"], options)
-    # Mapped, not read: a board has little memory.
+    # Mapped rather than read, because a board has little memory.
     images = np.load(options["images"], mmap_mode="r", allow_pickle=False)
     name, output = session.get_inputs()[0].name, session.get_outputs()[0].name
     rows = [np.asarray(session.run([output], {name: images[i : i + 1]})[0]) for i in range(len(images))]
@@ -521,9 +525,10 @@ def _sum_events(events: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
 def products(options: Dict[str, Any]) -> Dict[str, Any]:
     """Time matrix products dense and 2:4 on this machine's GPU, fp16, through PyTorch.
 
-    Options: products, a list of [rows, inputs, outputs]; runs, samples of each. Values are random, since time does not
-    depend on them; a sample is the mean of PRODUCT_REPEATS launches between two events, dense and sparse in turn. The
-    result has `gpu` and, in the order of the products, `dense_ns` and `sparse_ns`, lists of samples.
+    Options: products, a list of [rows, inputs, outputs]; runs, the number of samples of each. The values are random,
+    since the time does not depend on them. A sample is the mean of PRODUCT_REPEATS launches between two events; dense
+    and sparse alternate. The result has `gpu` and, in the order of the products, `dense_ns` and `sparse_ns`, lists of
+    samples.
     """
     torch = _import_torch()
     dense: List[List[int]] = []
@@ -604,9 +609,9 @@ def _failure(kind: str, message: str) -> Dict[str, Any]:
 def main() -> None:
     """Answer one request from standard input."""
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-        os.environ.setdefault(name, "1")  # numpy's own threads would disturb what is timed
+        os.environ.setdefault(name, "1")  # numpy's own threads would disturb the times
     out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever a library prints goes to standard error
+    os.dup2(2, 1)  # what a library prints goes to standard error
     reply = answer(sys.stdin.read())
     out.write(RESULT_MARK + json.dumps(reply) + "\n")
     out.flush()
