@@ -32,10 +32,10 @@ from mm_edge.graph.compact import materialise
 from mm_edge.graph.export import deploy, export_raw
 from mm_edge.graph.groups import read_structure
 from mm_edge.graph.layers import read_layers, read_weights
-from mm_edge.graph.widths import Counts, group_scores, ladder, select_indices
+from mm_edge.graph.widths import Counts, allowed_widths, group_scores, select_indices
 from mm_edge.plan.ranges import apply_constraints, rule_ranges
 from mm_edge.plan.scores import score_weights
-from mm_edge.run.make import channel_multiple, make_ladders, plan_budget
+from mm_edge.run.make import channel_multiple, plan_budget, target_widths
 from mm_edge.store import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,8 +52,8 @@ def make_both(name: str, fraction: float, target: Target, folder: Path) -> dict[
     scores = score_weights(read_weights(raw, layers), {}, ("magnitude",))["magnitude"]
     ranges = apply_constraints(layers, rule_ranges(layers, type(module).__name__), structured=True)
     multiples = {group.leaf: channel_multiple(group, layers, target, ("fp32",)) for group in structure.groups}
-    fine = tuple(ladder(group, 1) for group in structure.groups)
-    _, aligned = plan_budget(structure, layers, make_ladders(structure, layers, target), ranges, fraction)
+    fine = tuple(allowed_widths(group, 1) for group in structure.groups)
+    _, aligned = plan_budget(structure, layers, target_widths(structure, layers, target), ranges, fraction)
     _, loose = plan_budget(structure, layers, fine, ranges, fraction)
     sizes = {group.leaf: group.size for group in structure.groups}
     unaligned: Counts = {

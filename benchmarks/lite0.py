@@ -53,7 +53,7 @@ from mm_edge.recover.closed_form.context import RecoveryContext, build_context
 from mm_edge.recover.training.adapt import tune_for
 from mm_edge.recover.training.distil import Sized
 from mm_edge.run.job import recovery_images
-from mm_edge.run.make import make_ladders, recover_keep
+from mm_edge.run.make import recover_keep, target_widths
 from mm_edge.runtime import cores
 
 RESULTS = Path(__file__).resolve().parent / "results" / "lite0.json"
@@ -72,7 +72,7 @@ class At:
     module: torch.nn.Module
     raw: RawGraph
     structure: Structure
-    ladders: Any
+    allowed: Any
     data: DataSplits
     leaves: Mapping[Any, Any]
 
@@ -97,10 +97,10 @@ class Seed:
         raw = read_raw(self.model)
         structure, layers = read_structure(raw), read_layers(raw)
         data = open_data(options.images, self.model.input, self.model.info.num_classes, (0.5, 0.5, 0.0), seed)
-        ladders = make_ladders(structure, layers, self.target)
+        allowed = target_widths(structure, layers, self.target)
         module = self.model.module
         self.full = At(
-            224, module, raw, structure, ladders, data, {group.leaf: group.leaf for group in structure.groups}
+            224, module, raw, structure, allowed, data, {group.leaf: group.leaf for group in structure.groups}
         )
         self.labels = data.validation.labels
         self.answers = run_onnx(_bytes(raw.model.clone()), data.validation.batches(50), cores())
@@ -118,7 +118,7 @@ class Seed:
         started = time.monotonic()
         context = self.context(self.full)
         kept = self.options.work / f"sensitivities-{self.seed}.safetensors"
-        sensitivities = read_sensitivities(kept, context, self.full.ladders)
+        sensitivities = read_sensitivities(kept, context, self.full.allowed)
         branches = measure_branches(context, find_branches(self.full.raw.model, self.full.structure))
         shared = {"shared_seconds": round(time.monotonic() - started, 1)}
         for fraction in full:
@@ -153,7 +153,7 @@ class Seed:
             if at.structure.macs() <= budget and removed:
                 continue
             gone = [renamed(item, at.leaves) for item in removed]
-            keep = allocate_rest(at.structure, at.structure.mac_cost, own, gone, budget, at.ladders)
+            keep = allocate_rest(at.structure, at.structure.mac_cost, own, gone, budget, at.allowed)
             found = recover_keep(context, keep, "auto", own, walked=False)
             tried.append(Spent(found.kl_held_back or 0.0, keep, own, tuple(item.id for item in removed)))
         return tried
@@ -203,9 +203,9 @@ class Seed:
     def remade(self, side: int) -> At:
         model = remake(self.model, side)
         sized = export_at(model, self.full.structure)
-        ladders = make_ladders(sized.structure, sized.layers, self.target)
+        allowed = target_widths(sized.structure, sized.layers, self.target)
         data = self.full.data.prepared_for(model.input)
-        return At(side, model.module, sized.raw, sized.structure, ladders, data, sized.leaves)
+        return At(side, model.module, sized.raw, sized.structure, allowed, data, sized.leaves)
 
     def path(self, kind: str, side: int, fraction: float) -> Path:
         return self.options.work / f"row-{self.seed}-{kind}-{side}-{fraction:.3f}.json"

@@ -53,7 +53,7 @@ from mm_edge.plan.ranges import apply_constraints, rule_ranges
 from mm_edge.plan.scores import SIGNALS, score_weights
 from mm_edge.plan.strategies import STRATEGIES, assign
 from mm_edge.quality.parity import TOLERANCE, compare, onnx_runner, torch_runner
-from mm_edge.run.make import make_ladders, plan_all, plan_budget
+from mm_edge.run.make import plan_all, plan_budget, target_widths
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "zoo.json"
@@ -159,16 +159,16 @@ def measure(name: str, shape: Sequence[int]) -> dict[str, Any]:
     noise = {fqn: rng.standard_normal(array.shape, dtype=np.float32) for fqn, array in weights.items()}
     scores = score_weights(weights, noise, SIGNALS)
     ranges = apply_constraints(layers, rule_ranges(layers, type(module).__name__), structured=True)
-    ladders = make_ladders(structure, layers, load_target(TARGET))
+    allowed = target_widths(structure, layers, load_target(TARGET))
     with timed(seconds, "plan_30"):
         assignments = [item for signal in SIGNALS for item in assign(tuple(STRATEGIES), signal, layers, ranges)]
-        plans = plan_all(structure, layers, ladders, scores, assignments, ("structured",))
+        plans = plan_all(structure, layers, allowed, scores, assignments, ("structured",))
     row["planned"] = sum(len(plan.assignment.names) for plan in plans)
     balanced = next(plan for plan in plans if plan.id == "magnitude/balanced/structured/fp32")
     assert balanced.keep is not None
     row["balanced"] = check(module, raw, structure, balanced.keep, images)
     with timed(seconds, "plan_budget"):
-        _, counts = plan_budget(structure, layers, ladders, ranges, BUDGET)
+        _, counts = plan_budget(structure, layers, allowed, ranges, BUDGET)
         keep = select_indices(counts, group_scores(structure, scores["magnitude"]))
     row["budget"] = check(module, raw, structure, keep, images)
     return row

@@ -36,10 +36,10 @@ from mm_edge.graph.export import RawGraph, deploy
 from mm_edge.graph.groups import Group, Structure
 from mm_edge.graph.reading import Work
 from mm_edge.graph.widths import (
+    AllowedWidths,
     Counts,
-    Ladder,
+    allowed_widths,
     group_scores,
-    ladder,
     meet_budget,
     round_widths,
     select_indices,
@@ -177,29 +177,31 @@ def operator_class(layer: Layer) -> str:
     return "pointwise" if all(size == 1 for size in layer.shape[2:]) else "conv"
 
 
-def make_ladders(
+def target_widths(
     structure: Structure, layers: Sequence[Layer], target: Target, precisions: Sequence[str] = ("fp32",)
-) -> tuple[Ladder, ...]:
+) -> tuple[AllowedWidths, ...]:
     """Return the widths each group may have on `target` when its candidates run in `precisions`."""
-    return tuple(ladder(group, channel_multiple(group, layers, target, precisions)) for group in structure.groups)
+    return tuple(
+        allowed_widths(group, channel_multiple(group, layers, target, precisions)) for group in structure.groups
+    )
 
 
 def plan_structured(
     structure: Structure,
     layers: Sequence[Layer],
-    ladders: Sequence[Ladder],
+    allowed: Sequence[AllowedWidths],
     assignment: Assignment,
     scores: Mapping[Axis, Float64Array],
 ) -> Plan:
-    """Return the plan of one strategy: E7's widths on the target's ladders, the highest scores kept."""
-    counts = round_widths(structure, layers, assignment.sparsity, ladders)
+    """Return the plan of one strategy: E7's widths among the widths the target allows, the highest scores kept."""
+    counts = round_widths(structure, layers, assignment.sparsity, allowed)
     return Plan(assignment, "structured", keep=select_indices(counts, scores))
 
 
 def plan_budget(
     structure: Structure,
     layers: Sequence[Layer],
-    ladders: Sequence[Ladder],
+    allowed: Sequence[AllowedWidths],
     ranges: Mapping[str, SparsityRange],
     fraction: float,
     cost: Cost | None = None,
@@ -209,11 +211,11 @@ def plan_budget(
     The cost is that of multiply-adds unless another is given.
 
     The ranges are scaled as a whole, rho(a) = lo + a (hi - lo), `a` found by bisection, beyond 1 where the budget asks.
-    Where the steps of the `ladders` miss the budget by more than BUDGET_SLACK they are halved, down to single indices.
+    Where the steps of the `allowed` widths miss the budget by over BUDGET_SLACK they are halved, down to steps of one.
     """
     cost = structure.mac_cost if cost is None else cost
     budget = fraction * cost.total()
-    sizes = {item.leaf: item.widths[-1] for item in ladders}
+    sizes = {item.leaf: item.widths[-1] for item in allowed}
 
     def sparsity(a: float) -> dict[str, float]:
         return {fqn: min(max(r.lo + a * (r.hi - r.lo), 0.0), 0.99) for fqn, r in ranges.items()}
@@ -230,13 +232,13 @@ def plan_budget(
             high = middle
     goal = wanted(high)
     while True:
-        counts = {item.leaf: item.nearest(goal[item.leaf]) for item in ladders}
-        counts = meet_budget(cost, ladders, counts, goal, budget, strict=True)
+        counts = {item.leaf: item.nearest(goal[item.leaf]) for item in allowed}
+        counts = meet_budget(cost, allowed, counts, goal, budget, strict=True)
         spent = cost.total(counts)
-        finer = tuple(item.halved() for item in ladders)
-        if budget * (1 - BUDGET_SLACK) <= spent <= budget or finer == tuple(ladders):
+        finer = tuple(item.halved() for item in allowed)
+        if budget * (1 - BUDGET_SLACK) <= spent <= budget or finer == tuple(allowed):
             return sparsity(high), counts
-        ladders = finer
+        allowed = finer
 
 
 def _lowest_share(ranges: Mapping[str, SparsityRange]) -> float:
@@ -530,7 +532,7 @@ def _drop(dense: float | None, accuracy: float | None) -> float | None:
 def plan_all(
     bench_structure: Structure,
     layers: Sequence[Layer],
-    ladders: Sequence[Ladder],
+    allowed: Sequence[AllowedWidths],
     scores: Scores,
     assignments: Sequence[Assignment],
     kinds: Sequence[str],
@@ -541,7 +543,7 @@ def plan_all(
     for assignment in assignments:
         if "structured" in kinds:
             by_group = channel_scores[assignment.signal]
-            plans.append(plan_structured(bench_structure, layers, ladders, assignment, by_group))
+            plans.append(plan_structured(bench_structure, layers, allowed, assignment, by_group))
     if "unstructured" in kinds:
         for signal in scores:
             rankings = rank_scores(layers, scores[signal])

@@ -20,7 +20,7 @@ from mm_edge.recover.closed_form.branches import MeasuredBranch, measure_branche
 from mm_edge.recover.closed_form.context import RecoveryContext, build_context
 from mm_edge.recover.closed_form.sensitivity import Sensitivity, from_arrays, measure_sensitivities, to_arrays
 from mm_edge.run.job import CLOSED_FORM_IMAGES, FROM_MOMENTS, Job, Place, recovery_images
-from mm_edge.run.make import make_ladders
+from mm_edge.run.make import target_widths
 from mm_edge.runtime import cores
 
 
@@ -108,8 +108,8 @@ def _sensitivities(job: Job, network: SizedNetwork, recovery: RecoveryContext | 
     if recovery is None or "structured" not in job.request.kinds:
         return {}
     structure = network.structure
-    ladders = make_ladders(structure, network.layers, job.target, job.request.precisions)
-    key = _key_of_measured(job, widths=[item.widths for item in ladders])
+    allowed = target_widths(structure, network.layers, job.target, job.request.precisions)
+    key = _key_of_measured(job, widths=[item.widths for item in allowed])
     stored = job.store.load_arrays("sensitivities", key)
     if stored is not None:
         found = from_arrays(structure, stored)
@@ -117,7 +117,7 @@ def _sensitivities(job: Job, network: SizedNetwork, recovery: RecoveryContext | 
         recovery.orders.update({leaf: item.surgeon for leaf, item in found.items()})
         return found
     with job.stages.stage("sensitivities") as advance:
-        found = measure_sensitivities(recovery, ladders, advance)
+        found = measure_sensitivities(recovery, allowed, advance)
     job.store.save_arrays("sensitivities", key, to_arrays(structure, found))
     return found
 

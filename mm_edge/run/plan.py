@@ -22,7 +22,7 @@ from mm_edge.graph.costs import Cost
 from mm_edge.graph.depth import Branch, renamed
 from mm_edge.graph.export import deploy
 from mm_edge.graph.groups import Structure
-from mm_edge.graph.widths import Counts, Ladder, group_scores, lead, select_indices
+from mm_edge.graph.widths import AllowedWidths, Counts, group_scores, lead, select_indices
 from mm_edge.plan.budgets import Budget, Draft, Met, Ruler, counts_of, meet, words_for
 from mm_edge.plan.latency_table import at_another_size, fit_time, measure_table
 from mm_edge.plan.ranges import apply_constraints
@@ -40,12 +40,12 @@ from mm_edge.run.make import (
     Plan,
     count_macs,
     file_name,
-    make_ladders,
     parameter_cost,
     plan_all,
     plan_budget,
     plan_n_m,
     recover_keep,
+    target_widths,
 )
 from mm_edge.run.score import score_network
 from mm_edge.runtime import cores
@@ -145,7 +145,7 @@ def model_time(job: Job, dense: Place, clock: Clock, advance: Advance) -> Cost:
     """Return the model of time that the latency table of the dense network's groups gives on the clock's device."""
     structure = dense.network.structure
     time = partial(_timed_share, job, clock, dense, quiet=True)
-    table = measure_table(structure, ladders_at(dense), time, advance)
+    table = measure_table(structure, widths_at(dense), time, advance)
     return fit_time(structure.mac_cost, table)
 
 
@@ -165,8 +165,8 @@ def plan_scaled(
         ruler = rulers.at(place)
         if ruler.whole <= ruler.target:
             continue
-        network, ladders = place.network, ladders_at(place)
-        met = meet(partial(_draw_scaled, place, ladders, ranges, ruler), ruler)
+        network, allowed = place.network, widths_at(place)
+        met = meet(partial(_draw_scaled, place, allowed, ranges, ruler), ruler)
         counts, words = counts_of(met.draft.keep), _words(rulers, met)
         for signal in scores:
             keep = select_indices(counts, group_scores(network.structure, scores[signal]))
@@ -174,7 +174,7 @@ def plan_scaled(
             plans.append(Plan(assignment, "structured", keep=keep, side=place.side, planned_by=words))
         where = "" if place.dense else f" at {network.side} px"
         asked = f"{rulers.budget.asked}{where}"
-        notes += budget_notes(network.structure, ladders, counts, met, ruler, asked, _UNITS[rulers.budget.kind])
+        notes += budget_notes(network.structure, allowed, counts, met, ruler, asked, _UNITS[rulers.budget.kind])
     return plans, notes
 
 
@@ -185,30 +185,36 @@ def _words(rulers: Rulers, met: Met) -> str:
     return words_for(rulers.budget, met, measured=rulers.measured, by_table=rulers.by_table)
 
 
-def ladders_at(place: Place) -> tuple[Ladder, ...]:
+def widths_at(place: Place) -> tuple[AllowedWidths, ...]:
     """Return the widths that groups may have on the job's target."""
     job, network = place.job, place.network
-    return make_ladders(network.structure, network.layers, job.target, job.request.precisions)
+    return target_widths(network.structure, network.layers, job.target, job.request.precisions)
 
 
 def _draw_scaled(
-    place: Place, ladders: Sequence[Ladder], ranges: Mapping[str, SparsityRange], ruler: Ruler, aim: float
+    place: Place, allowed: Sequence[AllowedWidths], ranges: Mapping[str, SparsityRange], ruler: Ruler, aim: float
 ) -> Draft:
     structure = place.network.structure
     part = aim * ruler.dense / ruler.cost.total()
-    sparsity, counts = plan_budget(structure, place.network.layers, ladders, ranges, part, ruler.cost)
+    sparsity, counts = plan_budget(structure, place.network.layers, allowed, ranges, part, ruler.cost)
     return Draft(lead(structure, counts), sparsity)
 
 
 def budget_notes(
-    structure: Structure, ladders: Sequence[Ladder], counts: Counts, met: Met, ruler: Ruler, asked: str, unit: str
+    structure: Structure,
+    allowed: Sequence[AllowedWidths],
+    counts: Counts,
+    met: Met,
+    ruler: Ruler,
+    asked: str,
+    unit: str,
 ) -> list[str]:
     """Say so when a budget cost groups the channel multiples of the target, or was missed, and what holds the rest."""
     notes = []
-    finer = sum(counts[item.leaf] not in item.widths for item in ladders)
+    finer = sum(counts[item.leaf] not in item.widths for item in allowed)
     if finer:
         notes.append(
-            f"{asked}: {finer} of {len(ladders)} groups have widths between the target's multiples, "
+            f"{asked}: {finer} of {len(allowed)} groups have widths between the target's multiples, "
             "which alone miss the budget by more than 3 %: expect less speed than the MACs say"
         )
     if not met.fits(ruler) or met.share < ruler.window[0] * ruler.target:
@@ -275,13 +281,13 @@ def _spend(
     rulers: Rulers, place: Place, measured: Sequence[MeasuredBranch], advance: Advance
 ) -> list[tuple[Place, Plan, Met]]:
     """Return one plan per set of removed blocks."""
-    ruler, ladders = rulers.at(place), ladders_at(place)
+    ruler, allowed = rulers.at(place), widths_at(place)
     here = {item.branch.id: renamed(item.branch, place.network.leaves) for item in measured}
     sets = offers(measured, lambda branch: _saved(ruler.cost, here[branch.id]))
     plans = []
     for removed in sets:
         branches = [here[item.id] for item in removed]
-        met = meet(partial(_draw_by_sensitivity, place, ladders, branches, ruler), ruler)
+        met = meet(partial(_draw_by_sensitivity, place, allowed, branches, ruler), ruler)
         assignment = Assignment("sensitivity", (rulers.budget.strategy,), {})
         names = tuple(item.id for item in removed)
         words = _words(rulers, met)
@@ -297,10 +303,10 @@ def _saved(cost: Cost, branch: Branch) -> float:
 
 
 def _draw_by_sensitivity(
-    place: Place, ladders: Sequence[Ladder], removed: Sequence[Branch], ruler: Ruler, aim: float
+    place: Place, allowed: Sequence[AllowedWidths], removed: Sequence[Branch], ruler: Ruler, aim: float
 ) -> Draft:
     structure = place.network.structure
-    return Draft(allocate_rest(structure, ruler.cost, place.sensitivities, removed, aim * ruler.dense, ladders))
+    return Draft(allocate_rest(structure, ruler.cost, place.sensitivities, removed, aim * ruler.dense, allowed))
 
 
 def _describe(place: Place, plan: Plan) -> str:
@@ -349,7 +355,7 @@ def make_plans(job: Job, places: list[Place]) -> tuple[list[Plan], list[str]]:
     scores, bounds, notes = score_network(job, raw, layers)
     strategies: list[Plan] = []
     with job.stages.stage("plan"):
-        ladders = ladders_at(places[0])
+        allowed = widths_at(places[0])
         for kind in job.request.kinds:
             ranges = apply_constraints(layers, bounds, kind == "structured")
             assignments = [item for s in scores for item in assign(job.request.strategies, s, layers, ranges)]
@@ -358,7 +364,7 @@ def make_plans(job: Job, places: list[Place]) -> tuple[list[Plan], list[str]]:
                 strategies += found
                 notes += _pattern_notes(dense)
             else:
-                strategies += plan_all(structure, layers, ladders, scores, assignments, (kind,))
+                strategies += plan_all(structure, layers, allowed, scores, assignments, (kind,))
         plans = [_move(plan, place) for place in pruned for plan in strategies]
     ranges = apply_constraints(layers, bounds, True)
     rulers, more = rulers_of(job, places[0])
