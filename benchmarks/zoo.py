@@ -45,9 +45,10 @@ from torch import nn
 from mm_edge.bench.target import load_target
 from mm_edge.graph.axes import Keep
 from mm_edge.graph.compact import mask_tensors, materialise
-from mm_edge.graph.export import RawGraph, deploy, export_raw
+from mm_edge.graph.deploy import deploy
+from mm_edge.graph.export import RawGraph, export_raw
 from mm_edge.graph.groups import Structure, read_structure
-from mm_edge.graph.layers import read_layers, read_weights
+from mm_edge.graph.layers import read_layer_weights, read_layers
 from mm_edge.graph.widths import group_scores, select_indices
 from mm_edge.plan.ranges import apply_constraints, rule_ranges
 from mm_edge.plan.scores import SIGNALS, score_weights
@@ -154,7 +155,7 @@ def measure(name: str, shape: Sequence[int]) -> dict[str, Any]:
         structure = read_structure(raw)
         layers = read_layers(raw)
     row |= {"macs": structure.macs(), "layers": len(layers), "groups": len(structure.groups), "pins": pins(structure)}
-    weights = read_weights(raw, layers)
+    weights = read_layer_weights(raw, layers)
     rng = np.random.default_rng(0)
     noise = {fqn: rng.standard_normal(array.shape, dtype=np.float32) for fqn, array in weights.items()}
     scores = score_weights(weights, noise, SIGNALS)

@@ -24,7 +24,7 @@ from mm_edge.graph.axes import Axis, AxisTable, Keep
 from mm_edge.graph.fold import add_constant_
 from mm_edge.graph.groups import Structure, Sum
 from mm_edge.graph.partial import constant_values, run_constants
-from mm_edge.graph.rules import added_operands
+from mm_edge.graph.rules.zeros import added_operands
 
 # Ends the names of the constants that stand where nothing is summed over.
 EMPTIED = "/emptied"

@@ -39,7 +39,9 @@ def fold_weight_arithmetic_(model: ir.Model, parameters: Iterable[str]) -> Names
     roots = _roots(model, names)
     if not roots:
         return frozenset()
-    shapes = {name: shape_of(model.graph.initializers[name]) for name in names if name in model.graph.initializers}
+    shapes = {
+        name: initializer_shape(model.graph.initializers[name]) for name in names if name in model.graph.initializers
+    }
     arrays = run_constants(model, [value.name or "" for value, _ in roots])
     for (value, _), array in zip(roots, arrays.values(), strict=True):
         value.replace_all_uses_with(add_constant_(model, f"{value.name}/folded", array))
@@ -122,7 +124,7 @@ def _split_normalisations_(model: ir.Model, parameters: Names) -> None:
         model.graph.insert_after(node, steps)
 
 
-def shape_of(value: ir.Value) -> tuple[int, ...]:
+def initializer_shape(value: ir.Value) -> tuple[int, ...]:
     """Return the shape of an initialiser."""
     assert value.const_value is not None
     return tuple(value.const_value.shape.numpy())

@@ -22,13 +22,13 @@ from mm_edge.graph.axes import Axis, AxisTable, Keep
 from mm_edge.graph.costs import Cost
 from mm_edge.graph.export import RawGraph
 from mm_edge.graph.reading import AttributeEdit, Axes, Edit, MeanEdit, OperandEdit, Reading, Work, is_static
-from mm_edge.graph.rules import (
-    PRODUCTS,
-    SUMS,
+from mm_edge.graph.rules import apply_rule
+from mm_edge.graph.rules.operands import operand_names
+from mm_edge.graph.rules.zeros import (
+    ADDING,
+    MULTIPLYING,
     added_operands,
-    apply_rule,
     carried_axes,
-    operand_names,
     undefined_at_zero,
     zero_operands,
 )
@@ -205,7 +205,7 @@ def _zeros_through(
     names = operand_names(node, *indices)
     if how == "none" or not names:
         return frozenset()
-    if how == "any" and node.op_type in PRODUCTS:
+    if how == "any" and node.op_type in MULTIPLYING:
         result = frozenset[Axis]()
         for index, name in zip(indices, names, strict=True):
             carried = carried_axes(reading, node, index)
@@ -230,7 +230,7 @@ def _crossed(reading: Reading, node: ir.Node, zeros: dict[str, frozenset[Axis]])
     In an outer product or sum of x with itself a zero in one row says nothing of the columns.
     """
     out = node.outputs[0]
-    if out.name is None or node.op_type not in PRODUCTS | SUMS:
+    if out.name is None or node.op_type not in MULTIPLYING | ADDING:
         return frozenset()
     held = _axes_holding(reading, out.name)
     repeated = {leaf for leaf, count in held.items() if count > 1}
@@ -238,7 +238,7 @@ def _crossed(reading: Reading, node: ir.Node, zeros: dict[str, frozenset[Axis]])
     for name in operand_names(node, *range(len(node.inputs))) if repeated else ():
         own = _axes_holding(reading, name)
         for leaf in repeated & own.keys():
-            if leaf not in zeros.get(name, frozenset()) or (node.op_type in SUMS and own[leaf] < held[leaf]):
+            if leaf not in zeros.get(name, frozenset()) or (node.op_type in ADDING and own[leaf] < held[leaf]):
                 crossed.add(leaf)
     return frozenset(crossed)
 

@@ -25,8 +25,8 @@ from mm_edge.graph.export import RawGraph
 from mm_edge.graph.partial import SHAPE_READERS, constant_values
 from mm_edge.records import Layer
 
-PRODUCTS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum"})
-ATTENTION = frozenset({"Attention", "MultiHeadAttention"})
+WEIGHTED_OPERATORS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum"})
+ATTENTION_OPERATORS = frozenset({"Attention", "MultiHeadAttention"})
 ACTIVATIONS = frozenset(
     {"Celu", "Clip", "Elu", "Erf", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu", "Mish"}
     | {"PRelu", "QuickGelu", "Relu", "Selu", "Sigmoid", "Softplus", "Swish", "Tanh"}
@@ -94,7 +94,7 @@ def read_layers(raw: RawGraph) -> tuple[Layer, ...]:
     return tuple(layers.values())
 
 
-def read_weights(raw: RawGraph, layers: Iterable[Layer]) -> Float32Arrays:
+def read_layer_weights(raw: RawGraph, layers: Iterable[Layer]) -> Float32Arrays:
     """Return the dense weights of `layers` as float32 arrays by fqn, in the layers' order.
 
     Raises:
@@ -223,7 +223,7 @@ class _Graph:
 
     def _attends(self, node: ir.Node) -> bool:
         """Whether `node` multiplies activations by activations (or by a query made of parameters alone)."""
-        if node.op_type in ATTENTION:
+        if node.op_type in ATTENTION_OPERATORS:
             return True
         if node.op_type not in ("MatMul", "Einsum", "Gemm") or node in self.number or not self.live_inputs(node):
             return False
@@ -259,14 +259,14 @@ def _weight_origins(
             continue
         learned.update(node.outputs)
         names = [origins[value] for value in inputs if value in origins]
-        if names and node.op_type not in PRODUCTS:
+        if names and node.op_type not in WEIGHTED_OPERATORS:
             origins[node.outputs[0]] = max(names, key=lambda name: _numel(initializers[name]))
     return origins
 
 
 def _site(node: ir.Node, origins: Mapping[ir.Value, str], constants: set[ir.Value], raw: RawGraph) -> _Site | None:
     """Return the site at `node`, or None when it does not multiply by exactly one weight."""
-    if node.op_type not in PRODUCTS or len(node.inputs) < 2:
+    if node.op_type not in WEIGHTED_OPERATORS or len(node.inputs) < 2:
         return None
     factors = list(node.inputs) if node.op_type == "Einsum" else list(node.inputs[:2])
     slots = [1] if node.op_type.startswith("Conv") else [*range(1, len(factors)), 0]

@@ -27,7 +27,6 @@ def restore_normalization_(model: ir.Model, node: ir.Node, kept: int, dense: int
     share = kept / dense
     epsilon = node.attributes["epsilon"].as_float() if "epsilon" in node.attributes else 1e-5
     out = node.outputs[0]
-    readers = list(out.uses())
     data, scale = node.inputs[0], node.inputs[1]
     shift = node.inputs[2] if len(node.inputs) > 2 else None
     assert data is not None and scale is not None and scale.const_value is not None
@@ -47,8 +46,7 @@ def restore_normalization_(model: ir.Model, node: ir.Node, kept: int, dense: int
     result = builder.step("Mul", result, scale)
     if shift is not None:
         result = builder.step("Add", result, shift)
-    for use in readers:
-        use.node.replace_input_with(use.idx, result)
+    out.replace_all_uses_with(result)
     model.graph.insert_after(node, builder.nodes)
     model.graph.remove(node, safe=True)
 

@@ -31,8 +31,9 @@ from mm_edge.formats.sparse_file import store_smallest
 from mm_edge.graph.axes import Axis, Keep
 from mm_edge.graph.compact import AxisMask, apply_mask, mask_tensors, masked_model, materialise
 from mm_edge.graph.costs import Cost
+from mm_edge.graph.deploy import deploy
 from mm_edge.graph.depth import dead_tensors, live_nodes
-from mm_edge.graph.export import RawGraph, deploy
+from mm_edge.graph.export import RawGraph
 from mm_edge.graph.groups import Group, Structure
 from mm_edge.graph.reading import Work
 from mm_edge.graph.widths import (

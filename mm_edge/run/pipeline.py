@@ -20,7 +20,7 @@ from mm_edge.bench.target import Target
 from mm_edge.errors import ConstraintError, ParityError, UsageError
 from mm_edge.formats.bundle import write_bundle
 from mm_edge.formats.device_files import add_metadata_, write_model
-from mm_edge.graph.export import deploy
+from mm_edge.graph.deploy import deploy
 from mm_edge.graph.groups import Structure
 from mm_edge.load.data import DataSplits, noise_batches
 from mm_edge.plan.budgets import is_budget

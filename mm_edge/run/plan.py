@@ -19,8 +19,8 @@ from mm_edge.arrays import Float32Array
 from mm_edge.graph.axes import Keep
 from mm_edge.graph.compact import materialise
 from mm_edge.graph.costs import Cost
+from mm_edge.graph.deploy import deploy
 from mm_edge.graph.depth import Branch, renamed
-from mm_edge.graph.export import deploy
 from mm_edge.graph.groups import Structure
 from mm_edge.graph.widths import AllowedWidths, Counts, group_scores, lead, select_indices
 from mm_edge.plan.budgets import Budget, Draft, Met, Ruler, counts_of, meet, words_for

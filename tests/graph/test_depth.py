@@ -14,8 +14,9 @@ from torch import nn
 from mm_edge.errors import JobError
 from mm_edge.graph.axes import Keep
 from mm_edge.graph.compact import mask_tensors, masked_model, materialise
+from mm_edge.graph.deploy import deploy
 from mm_edge.graph.depth import Branch, dead_tensors, find_branches
-from mm_edge.graph.export import RawGraph, deploy, export_raw
+from mm_edge.graph.export import RawGraph, export_raw
 from mm_edge.graph.groups import Structure, read_structure
 from mm_edge.graph.widths import allowed_widths
 from mm_edge.load.models import LoadOptions, load_model
