@@ -28,7 +28,10 @@ from mm_edge.graph.axes import Axis
 from mm_edge.graph.export import RawGraph, export_raw
 from mm_edge.graph.groups import Structure, read_structure
 from mm_edge.graph.layers import read_layers
-from mm_edge.load.models import LoadedModel, create_timm, find_misfits, output_shape
+from mm_edge.load.matching import find_misfits
+from mm_edge.load.models import LoadedModel
+from mm_edge.load.network import output_shape
+from mm_edge.load.timm_models import create_timm
 from mm_edge.load.weights import quiet_timm
 from mm_edge.records import Layer
 
