@@ -34,12 +34,12 @@ def fuse_batch_normalization(model: ir.Model) -> None:
 
 
 def fold_weights(model: ir.Model) -> None:
-    """Fold what is computed from weights alone (transposes, bias tables): kernels want constant operands."""
+    """Fold what is computed from weights alone (transposes, bias tables): kernels are faster with constant operands."""
     onnxscript.optimizer.fold_constants(model, input_size_limit=FOLDED_BYTES * 16, output_size_limit=FOLDED_BYTES * 16)
 
 
 def absorb_added_constants(model: ir.Model) -> None:
-    """Move a constant that is added, one number per channel (what a removed block leaves), into a bias before it."""
+    """Add a constant with one number per channel to the bias before it; a removed branch leaves such a constant."""
     for node in list(model.graph):
         if node.op_type != "Add":
             continue
@@ -55,7 +55,10 @@ def absorb_added_constants(model: ir.Model) -> None:
 
 
 def _absorb(value: ir.Value, added: np.ndarray) -> bool:
-    """Add a constant to the bias of what makes `value`, if nothing else reads it on the way; return whether it was."""
+    """Add a constant to the bias of the node that makes `value`; return whether that was possible.
+
+    It is where nothing else reads `value` or the values between.
+    """
     node = value.producer()
     if node is None or len(list(value.uses())) != 1 or value.is_graph_output():
         return False
@@ -71,7 +74,7 @@ def _absorb(value: ir.Value, added: np.ndarray) -> bool:
 
 
 def _add_to_initializer(value: ir.Value | None, added: np.ndarray) -> bool:
-    """Add to a constant that has one reader and, axes of size one in front aside, the same shape."""
+    """Add to a constant with one reader and, apart from leading axes of size one, the same shape; return whether so."""
     array = constant_array(value)
     if value is None or array is None or len(list(value.uses())) != 1 or _inner(array) != _inner(added):
         return False
@@ -85,7 +88,7 @@ def _inner(array: np.ndarray) -> tuple[int, ...]:
 
 
 def tidy(model: ir.Model) -> None:
-    """Constants become initialisers, equal ones are shared, unused nodes go, shapes are inferred."""
+    """Make constants initialisers, share equal ones, remove unused nodes and infer shapes."""
     ir_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     ir_passes.IdentityEliminationPass()(model)
     ir_passes.RemoveUnusedNodesPass()(model)

@@ -1,7 +1,7 @@
-"""PyTorch to one raw ONNX graph, once, and from a compact graph to a deployable file.
+"""Exports a PyTorch network to one raw ONNX graph, or reads a user's .onnx as one.
 
-The raw graph is un-optimised: every parameter and floating-point buffer keeps its PyTorch name, so that
-structure is read and weights are swapped by name. Only what no weight takes part in is folded.
+The raw graph is not optimised: every parameter and floating-point buffer keeps its PyTorch name, so that structure is
+read and weights are swapped by name. Only values that do not depend on a weight are folded.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def export_raw(module: nn.Module, example_input: torch.Tensor) -> RawGraph:
     """Export `module` for inputs shaped like `example_input` (N, C, H, W).
 
     Raises:
-        ExportError: torch.export refuses the network, or one of its parameters is lost on the way.
+        ExportError: torch.export refuses the network, or the export loses one of its parameters.
     """
     fresh = exportable(module)
     state = {name for name, _ in fresh.named_parameters()}
@@ -128,7 +128,7 @@ def fold_constants(model: ir.Model, keep: Iterable[str]) -> None:
     def should_fold(node: ir.Node) -> bool | None:
         return False if any(value is not None and value.name in names for value in node.inputs) else None
 
-    # A shape found in one round lets the next fold what was computed from it (swin's rolls need two).
+    # The next round can fold what was computed from shapes that this one finds (swin's rolls need two).
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for _ in range(FOLDING_ROUNDS):

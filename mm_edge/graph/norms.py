@@ -8,9 +8,9 @@ that stays, and m_k, v_k mean and variance over the k kept channels alone,
     (x - m) / sqrt(var + e) = y_k a + b,   y_k = (x - m_k) / sqrt(v_k + e)
     a       = sqrt((v_k + e) / (var + e)),   b = (1 - r) m_k / sqrt(var + e)
 
-so the operator's own kernel does the reductions (its optional outputs are m_k and 1 / sqrt(v_k + e)), a and b are one
-number per position, and the affine part follows. Five passes over the activations instead of one: the price of the
-mode, which shows in the measured latency.
+so that the operator's own kernel computes the means (its optional outputs are m_k and 1 / sqrt(v_k + e)), a and b have
+one number per position, and scale and shift are applied last. This takes five passes over the activations instead of
+one, which the measured latency includes.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Loads a model from whatever the user has, as a float32 module in evaluation mode with its input specification.
 
-What the input looks like is taken from the first of these that says it: the user's option, the file, timm's
-configuration of the architecture, ImageNet's mean and standard deviation. The number of classes and input channels,
-and for networks with a fixed input size that size, are read off the tensors.
+Shape and preprocessing of the input are taken from the first of these that states them: the user's option, the file,
+timm's configuration of the architecture, ImageNet's mean and standard deviation.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ __all__ = ["LoadOptions", "LoadedModel", "load_model", "wrap_module"]
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model ready for the stages that follow.
+    """A model as the later stages use it.
 
     Attributes:
         module: the network, float32, in evaluation mode, never run; None for an .onnx.

@@ -20,7 +20,10 @@ Shape = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """What the user says about the model beyond its path; None where nothing was said."""
+    """The user's options for loading a model; None where the user gave none.
+
+    `input_size` is (channels, height, width); `mean` and `std` hold one value, or one per channel, of pixels in [0, 1].
+    """
 
     arch: str | None = None
     input_size: Shape | None = None
