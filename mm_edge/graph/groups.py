@@ -130,7 +130,7 @@ class Structure:
 def read_structure(raw: RawGraph, keep: Sequence[str] = (), *, prune_norms: bool = False) -> Structure:
     """Read the coupled groups of `raw`; weights whose name matches a pattern in `keep` lose nothing.
 
-    With `prune_norms` the channels that a LayerNormalization averages over may be removed too, at the cost norms.py states.
+    With `prune_norms` the channels a LayerNormalization averages over may be removed too, at the cost norms.py states.
 
     Patterns are shell-style and match a parameter's name or a module's prefix of it.
 

@@ -183,11 +183,11 @@ def finetune(
         UsageError: fewer than two images.
         JobError: a mask names no parameter of the network.
     """
-    if images.positions < 2:
-        raise UsageError(f"--recover finetune has {images.positions} calibration images; give at least 2")
+    if images.places < 2:
+        raise UsageError(f"--recover finetune has {images.places} calibration images; give at least 2")
     checkpoints = checkpoints or Checkpoints()
     _, height, width = spec.shape
-    plan = _make_plan(images.positions, height * width, settings)
+    plan = _make_plan(images.places, height * width, settings)
     with _own_randomness():
         run = _Run(student, spec, settings, plan, choose_device())
         kept = checkpoints.load()
