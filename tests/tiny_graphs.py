@@ -11,7 +11,8 @@ import onnx_ir as ir
 
 from mm_edge.graph.axes import Axis, Keep
 from mm_edge.graph.compact import mask_tensors, masked_model, materialise
-from mm_edge.graph.export import RawGraph, deploy, fold_constants
+from mm_edge.graph.deploy import deploy
+from mm_edge.graph.export import RawGraph, fold_constants
 from mm_edge.graph.groups import Structure, read_structure
 from mm_edge.quality.parity import compare, onnx_runner
 

@@ -4,15 +4,15 @@ Every axis of every tensor is a variable of known size. An operator can say thre
 
     unify(a, b)         a and b are the same axis: they keep and lose the same indices
     product(f1, ..fn)   index = (i1 * |f2| + i2) * ... + in          (reshape merges or splits)
-    sum(s1, ..sn)       the parts one behind the other               (concat, split, slice)
+    sum(s1, ..sn)       the parts one after the other                (concat, split, slice)
 
 A variable is thus a *leaf*, or bound to a product or a sum of smaller variables. Leaves that no
 operator pinned are the coupled groups: removing index i of a leaf removes, from every axis built
 of it, all positions whose coordinate in that leaf is i.
 
-When two statements cannot hold together (a reshape cuts where a split does not), every leaf below is pinned:
-nothing can be lost there, so the statement no longer matters. Parts are always
-smaller than the whole and factors of size one are dropped, so the bindings form no cycle.
+Two statements may contradict each other: a reshape cuts an axis where a split does not. Then every leaf of both axes
+is pinned, which makes the compact graph right whatever the statements say. Parts are always smaller than the whole
+and factors of size one are dropped, so the bindings form no cycle.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Keep = Mapping[Axis, BoolArray]
 
 @dataclass(frozen=True)
 class Binding:
-    """A variable's make-up: a "product" (major factor first) or a "sum" (in order) of parts."""
+    """What a variable is made of: a "product" (major factor first) or a "sum" (in order) of parts."""
 
     kind: str
     parts: tuple[Axis, ...]
@@ -88,7 +88,7 @@ class AxisTable:
             yield from self.leaves(part)
 
     def pin(self, axis: Axis, reason: str) -> None:
-        """Forbid `axis` to lose any index; the first reason given to a leaf stays."""
+        """Keep every index of `axis`; a leaf that is pinned twice keeps its first reason."""
         for leaf in list(self.leaves(axis)):
             if self._pin[leaf] is None:
                 self._pin[leaf] = reason
@@ -105,7 +105,7 @@ class AxisTable:
         return axis
 
     def sum(self, parts: Sequence[Axis]) -> Axis:
-        """Return the axis made of `parts` one behind the other."""
+        """Return the axis made of `parts` one after the other."""
         filled = [part for part in parts if self.size(part) > 0]
         if len(filled) == 1:
             return filled[0]
@@ -115,7 +115,7 @@ class AxisTable:
         return axis
 
     def unify(self, a: Axis, b: Axis) -> None:
-        """Make `a` and `b` one axis. Different sizes pin both."""
+        """Make `a` and `b` one axis; if their sizes differ, pin both."""
         a, b = self.find(a), self.find(b)
         if a == b:
             return
@@ -209,7 +209,7 @@ class AxisTable:
         if bound_a.kind == bound_b.kind == "product":
             self._match(list(bound_a.parts), list(bound_b.parts), divide=True)
         else:
-            # Only a sum can be cut at both sides' boundaries; a product follows where its major factor allows.
+            # Cut both at the sum's boundaries; a product can be cut only between indices of its major factor.
             sizes = [self.size(part) for part in (bound_a if bound_a.kind == "sum" else bound_b).parts]
             for part_a, part_b in zip(self.split_sum(a, sizes), self.split_sum(b, sizes), strict=True):
                 self.unify(part_a, part_b)

@@ -1,7 +1,7 @@
-"""From a structure and what each group keeps to masks and to a compact graph.
+"""Makes masks and compact graphs from a structure and what each group keeps.
 
-`mask_tensors` and `materialise` are given the same `keep`: for each group's leaf, a bool array of its size. Every
-candidate is made from a copy of the raw graph, so that it costs milliseconds, not an export.
+`mask_tensors` and `materialise` take the same `keep`: for each group's leaf, a bool array of its size. Every candidate
+is made from a copy of the raw graph, which takes milliseconds where an export takes seconds.
 """
 
 from __future__ import annotations
@@ -62,7 +62,10 @@ def apply_mask(array: Array, mask: AxisMask | None) -> Array:
 
 
 def masked_model(raw: RawGraph, masks: Mapping[str, AxisMask], tensors: Mapping[str, Array] | None = None) -> ir.Model:
-    """Return the dense-shaped graph with `tensors` swapped in by name and `masks` applied: the reference of parity."""
+    """Return the graph at its dense shapes, with `tensors` swapped in by name and `masks` applied.
+
+    It is what a compact graph is checked against.
+    """
     model = raw.model.clone()
     for name, value in model.graph.initializers.items():
         swapped = None if name in raw.folded else (tensors or {}).get(name)
@@ -82,7 +85,7 @@ def materialise(
     Groups of which nothing is kept must make whole residual branches (see depth.py).
 
     Raises:
-        JobError: a group would be emptied that something else than a residual branch needs.
+        JobError: nothing is kept of a group that is not the inside of a residual branch.
     """
     model = raw.model.clone()
     for name, array in compact_arrays(raw, structure, keep, tensors).items():
@@ -103,7 +106,7 @@ def compact_arrays(
 ) -> Arrays:
     """Return the initialisers that `materialise` changes, by name: swapped in from `tensors`, removed indices dropped.
 
-    They are all that two compact graphs with as many indices of every group, and no group emptied, differ in.
+    Two compact graphs that keep the same number of indices of every group, and some of each, differ in these alone.
     """
     found: Arrays = {}
     for name, value in raw.model.graph.initializers.items():
@@ -142,7 +145,7 @@ def _apply_edit(model: ir.Model, node: ir.Node, edit: Edit, structure: Structure
 
 def _set_operand(model: ir.Model, node: ir.Node, index: int, array: Array, name: str) -> None:
     value = add_constant_(model, name, array)
-    # Explicit sizes replace what only made sense with the old ones.
+    # These attributes describe the old sizes.
     for implied in ("allowzero", "num_outputs"):
         node.attributes.pop(implied, None)
     if len(node.inputs) <= index:
@@ -168,7 +171,7 @@ def _scale_output(model: ir.Model, node: ir.Node, factor: float) -> None:
 
 
 def _forget_shapes(model: ir.Model) -> None:
-    """Shapes of computed values no longer hold; shape inference finds the new ones."""
+    """Remove the shapes of computed values, which have changed; shape inference finds the new ones."""
     outputs = set(model.graph.outputs)
     for node in model.graph:
         for value in node.outputs:

@@ -3,7 +3,7 @@
     cost(counts) = fixed + sum_i constant_i * prod_(a in axes_i) kept_size(a, counts)
 
 Multiply-adds are such a sum over the nodes, parameters one over the tensors, and a linear model of time one over the
-nodes again, its constants in milliseconds. Whoever spends a budget needs no more than this.
+nodes again, its constants in milliseconds. Budgets are met with any such cost.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mm_edge.graph.reading import Work
 
 @dataclass(frozen=True)
 class Cost:
-    """A cost by the indices each leaf keeps; `items` name the node or tensor they stand for."""
+    """A cost that depends on how many indices each leaf keeps; each of `items` names its node or tensor."""
 
     table: AxisTable
     items: tuple[Work, ...]
@@ -38,7 +38,7 @@ class Cost:
 
 
 class RunningCost:
-    """A cost under changing counts: a change looks at the items its leaf takes part in alone."""
+    """A cost whose counts change one leaf at a time; only the items that contain the leaf are computed again."""
 
     def __init__(self, cost: Cost, counts: Mapping[Axis, int]) -> None:
         """Start from `counts`."""

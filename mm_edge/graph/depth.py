@@ -1,11 +1,11 @@
-"""Depth: a residual branch removed whole, by keeping none of the channels inside it.
+"""Depth: a residual branch is removed by keeping none of the channels inside it.
 
-In x + f(x) let g be the groups that live inside f alone. With every one of them emptied, a layer that sums over one
-puts out its bias whatever it reads: f is a constant c, in the masked model and in the compact one, and all that led
-to it is dead. The compact graph then holds x + c, c of one number per channel; `deploy` moves it into the bias of
-the layer before, where there is one.
+In x + f(x) take the groups whose weights all lie inside f, and remove all of their indices. A layer that sums over such
+a group then puts out its bias whatever it reads. So f is a constant c, in the masked model and in the compact one, and
+the nodes before it are no longer needed. The compact graph holds x + c, where c has one number per channel; `deploy`
+adds it to the bias of the layer before, where there is one.
 
-    branch   an addition u + v in which v is made by nodes that nothing else reads, from u alone
+    branch   in an addition u + v, the nodes that compute v from u alone and that nothing else reads
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from mm_edge.graph.axes import Axis, AxisTable, Keep
 from mm_edge.graph.fold import add_constant_
 from mm_edge.graph.groups import Structure, Sum
 from mm_edge.graph.partial import constant_values, run_constants
-from mm_edge.graph.rules import added_operands
+from mm_edge.graph.rules.zeros import added_operands
 
-# Ends the names of the constants that stand where nothing is summed over.
+# The end of the names of constants that replace sums over nothing.
 EMPTIED = "/emptied"
 
 
@@ -38,7 +38,7 @@ class Branch:
         id: the module that holds its matrices and kernels; where several branches share it, its first parameter.
         leaves: the groups inside it; emptying them all removes it.
         tensors: the parameters that nothing outside it reads.
-        macs: the multiply-adds that go with it, everything else at full width.
+        macs: the multiply-adds saved by removing it, everything else at full width.
     """
 
     id: str
@@ -48,7 +48,7 @@ class Branch:
 
 
 def renamed(branch: Branch, leaves: Mapping[Axis, Axis]) -> Branch:
-    """Return a branch as that of the same network at another input size, whose `leaves` are called otherwise."""
+    """Return the same branch at another input size; `leaves` maps the leaves here to those there."""
     return replace(branch, leaves=tuple(leaves[leaf] for leaf in branch.leaves))
 
 
@@ -70,7 +70,7 @@ def find_branches(model: ir.Model, structure: Structure) -> tuple[Branch, ...]:
 def _private_nodes(
     model: ir.Model, constant: set[ir.Value], add: ir.Node, skip: ir.Value | None, branch: ir.Value | None
 ) -> tuple[ir.Node, ...]:
-    """Return the nodes that make `branch` and that nothing but `add` reads, if `skip` is all they start from."""
+    """Return the nodes that compute `branch` for `add` alone, or () if they read other computed values than `skip`."""
     if skip is None or branch is None or branch.producer() is None or branch.is_graph_output():
         return ()
     inside: set[ir.Node] = set()
@@ -107,7 +107,7 @@ def _branch_of(model: ir.Model, structure: Structure, inside: tuple[ir.Node, ...
 
 
 def _module(names: list[str]) -> str:
-    """Return what dotted names start with in common, all but the last part of a single one."""
+    """Return the module that holds all of the dotted names; the first name where no module holds them all."""
     shared = []
     for parts in zip(*(name.split(".")[:-1] for name in names), strict=False):
         if len(set(parts)) > 1:
@@ -117,12 +117,12 @@ def _module(names: list[str]) -> str:
 
 
 def is_emptied(table: AxisTable, axis: Axis, keep: Keep) -> bool:
-    """Return whether `keep` leaves nothing of an axis that had something."""
+    """Return whether `keep` removes every index of an axis that has some."""
     return table.size(axis) > 0 and not table.kept(axis, dict(keep)).any()
 
 
 def _cut_sums(structure: Structure, keep: Keep) -> set[str]:
-    """Return the names of the nodes that sum over nothing any more."""
+    """Return the names of the nodes that sum over an axis of which nothing is kept."""
     return {item.node for item in structure.sums if is_emptied(structure.table, item.axis, keep)}
 
 
@@ -160,12 +160,12 @@ def dead_tensors(model: ir.Model, structure: Structure, keep: Keep) -> frozenset
 
 
 def cut_branches_(model: ir.Model, structure: Structure, keep: Keep) -> None:
-    """Put constants, in place, where the compact graph `model` would sum over nothing, and drop what led there.
+    """Replace, in place, the sums over nothing in the compact graph `model` by constants, and remove unused nodes.
 
     The initialisers must have been sliced already.
 
     Raises:
-        JobError: an emptied group reaches the output by another way than a sum over it, or all ways lead through it.
+        JobError: something other than a sum reads an emptied group, or no output depends on the input any more.
     """
     lost = next(group for group in structure.groups if group.leaf in keep and not keep[group.leaf].any())
     refusal = JobError(
@@ -199,7 +199,7 @@ def _replace_by_constant_(model: ir.Model, node: ir.Node, table: AxisTable, item
 
 
 def _fold_constant_operands_(model: ir.Model) -> None:
-    """Compute what a node that depends on the input adds or multiplies, where emptying has made it a constant."""
+    """Compute, in place, the operands of computed nodes that have become constant."""
     constant = constant_values(model.graph)
     started = _started_constant(model)
     wanted = {
@@ -231,7 +231,7 @@ def _started_constant(model: ir.Model) -> set[ir.Value]:
 
 
 def _collapse(array: Array) -> Array:
-    """Return a constant without the axes along which it repeats itself: an addition broadcasts."""
+    """Return a constant with size one along every axis where its values repeat: its readers broadcast it."""
     for axis in range(array.ndim):
         first = np.take(array, [0], axis=axis)
         if array.shape[axis] > 1 and np.array_equal(np.broadcast_to(first, array.shape), array):

@@ -1,7 +1,7 @@
-"""PyTorch to one raw ONNX graph, once, and from a compact graph to a deployable file.
+"""Exports a PyTorch network to one raw ONNX graph, or reads a user's .onnx as one.
 
-The raw graph is un-optimised: every parameter and floating-point buffer keeps its PyTorch name, so that
-structure is read and weights are swapped by name. Only what no weight takes part in is folded.
+The raw graph is not optimised: every parameter and floating-point buffer keeps its PyTorch name, so that structure is
+read and weights are swapped by name. Only values that do not depend on a weight are folded.
 """
 
 from __future__ import annotations
@@ -17,13 +17,7 @@ import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as ir_passes
 import onnxscript.optimizer
-import onnxscript.rewriter
 import torch
-from onnxscript.rewriter.rules.common import (
-    fuse_batchnorm_into_conv_rule,
-    fuse_batchnorm_into_conv_transpose_rule,
-    fuse_batchnorm_into_gemm_rule,
-)
 from torch import nn
 
 from mm_edge.errors import ExportError, ModelError
@@ -64,7 +58,7 @@ def export_raw(module: nn.Module, example_input: torch.Tensor) -> RawGraph:
     """Export `module` for inputs shaped like `example_input` (N, C, H, W).
 
     Raises:
-        ExportError: torch.export refuses the network, or one of its parameters is lost on the way.
+        ExportError: torch.export refuses the network, or the export loses one of its parameters.
     """
     fresh = exportable(module)
     state = {name for name, _ in fresh.named_parameters()}
@@ -134,7 +128,7 @@ def fold_constants(model: ir.Model, keep: Iterable[str]) -> None:
     def should_fold(node: ir.Node) -> bool | None:
         return False if any(value is not None and value.name in names for value in node.inputs) else None
 
-    # A shape found in one round lets the next fold what was computed from it (swin's rolls need two).
+    # The next round can fold what was computed from shapes that this one finds (swin's rolls need two).
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for _ in range(FOLDING_ROUNDS):
@@ -304,85 +298,6 @@ def _split_shared_constants(model: ir.Model, keep: set[str]) -> None:
             )
             model.graph.register_initializer(twin)
             use.node.replace_input_with(use.idx, twin)
-
-
-def deploy(model: ir.Model) -> ir.Model:
-    """Turn a raw or compact graph, in place, into what a device loads: see `DEPLOY_PASSES`."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for step in DEPLOY_PASSES:
-            step(model)
-    return model
-
-
-def fuse_batch_normalization(model: ir.Model) -> None:
-    """Fold every BatchNormalization that follows a convolution or a Gemm into its weights."""
-    rules = [fuse_batchnorm_into_conv_rule, fuse_batchnorm_into_conv_transpose_rule, fuse_batchnorm_into_gemm_rule]
-    onnxscript.rewriter.rewrite(model, pattern_rewrite_rules=rules)
-
-
-def fold_weights(model: ir.Model) -> None:
-    """Fold what is computed from weights alone (transposes, bias tables): kernels want constant operands."""
-    onnxscript.optimizer.fold_constants(model, input_size_limit=FOLDED_BYTES * 16, output_size_limit=FOLDED_BYTES * 16)
-
-
-def absorb_added_constants(model: ir.Model) -> None:
-    """Move a constant that is added, one number per channel (what a removed block leaves), into a bias before it."""
-    for node in list(model.graph):
-        if node.op_type != "Add":
-            continue
-        for value, constant in (node.inputs, node.inputs[::-1]):
-            added = constant_array(constant)
-            if value is None or added is None or not _absorb(value, added):
-                continue
-            node.outputs[0].replace_all_uses_with(value)
-            for position, output in enumerate(model.graph.outputs):
-                if output is node.outputs[0]:
-                    value.name, model.graph.outputs[position] = output.name, value
-            model.graph.remove(node, safe=True)
-            break
-
-
-def _absorb(value: ir.Value, added: np.ndarray) -> bool:
-    """Add a constant to the bias of what makes `value`, if nothing else reads it on the way; return whether it was."""
-    node = value.producer()
-    if node is None or len(list(value.uses())) != 1 or value.is_graph_output():
-        return False
-    if node.op_type == "Conv" and len(node.inputs) > 2:
-        per_channel = added.ndim == 4 and added.size == added.shape[1]
-        return per_channel and _add_to_initializer(node.inputs[2], added.reshape(-1))
-    if node.op_type != "Add":
-        return False
-    for operand in node.inputs:
-        if operand is not None and constant_array(operand) is None and _absorb(operand, added):
-            return True
-    return any(_add_to_initializer(operand, added) for operand in node.inputs)
-
-
-def _add_to_initializer(value: ir.Value | None, added: np.ndarray) -> bool:
-    """Add to a constant that has one reader and, axes of size one in front aside, the same shape."""
-    array = constant_array(value)
-    if value is None or array is None or len(list(value.uses())) != 1 or _inner(array) != _inner(added):
-        return False
-    value.const_value = ir.tensor(array + added.reshape(array.shape), name=value.name)
-    return True
-
-
-def _inner(array: np.ndarray) -> tuple[int, ...]:
-    first = next((axis for axis, size in enumerate(array.shape) if size > 1), array.ndim)
-    return array.shape[first:]
-
-
-def tidy(model: ir.Model) -> None:
-    """Constants become initialisers, equal ones are shared, unused nodes go, shapes are inferred."""
-    ir_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-    ir_passes.IdentityEliminationPass()(model)
-    ir_passes.RemoveUnusedNodesPass()(model)
-    ir_passes.DeduplicateInitializersPass(size_limit=1024)(model)
-    ir_passes.ShapeInferencePass()(model)
-
-
-DEPLOY_PASSES = (fuse_batch_normalization, fold_weights, absorb_added_constants, tidy)
 
 
 def constant_array(value: ir.Value | None) -> np.ndarray | None:

@@ -1,12 +1,13 @@
-"""Weight standardisation and other arithmetic on weights alone, folded into the raw graph before masks are made.
+"""Folds weight standardisation and other arithmetic on weights alone into the raw graph, before masks are made.
 
-A network may compute the weights it uses: standardised kernels (w - mean(w)) / std(w), position biases out of a small
-multi-layer perceptron. Statistics over a weight change with every index it loses, so that pruning it would change what
-is left. Folding makes the computed weight a constant, and masks come after it.
+A network may compute the weights it uses: standardised kernels (w - mean(w)) / std(w), or position biases from a small
+multi-layer perceptron. Statistics over a weight change with every index it loses, so that pruning would change the
+values that stay. Folding makes the computed weight a constant, to which masks are then applied.
 
-A weights-only value is *mixed* once it passed an operator that combines several elements of a weight; from there on it
-is folded, as far as no other parameter joins: the gain of a scaled convolution stays a parameter of its own, to
-be zeroed with the rows it scales. A folded value of one parameter takes that parameter's name, and its shape.
+A value computed from weights alone is *mixed* when it, or a value it is computed from, is the result of an operator
+that combines several elements of a weight. Mixed values are folded up to the node where another parameter joins: the
+gain of a scaled convolution stays a parameter of its own, which a mask zeroes with the rows it scales. A folded value of
+one parameter takes that parameter's name and shape.
 """
 
 from __future__ import annotations
@@ -32,14 +33,16 @@ Names = frozenset[str]
 def fold_weight_arithmetic_(model: ir.Model, parameters: Iterable[str]) -> Names:
     """Fold, in place, what is computed by mixing elements of weights.
 
-    Returns the parameters whose names now hold the results. Others that took part are gone from the graph.
+    Returns the parameters whose names now hold the results. Other parameters that were folded are removed.
     """
     names = frozenset(parameters)
     _split_normalisations_(model, names)
     roots = _roots(model, names)
     if not roots:
         return frozenset()
-    shapes = {name: shape_of(model.graph.initializers[name]) for name in names if name in model.graph.initializers}
+    shapes = {
+        name: initializer_shape(model.graph.initializers[name]) for name in names if name in model.graph.initializers
+    }
     arrays = run_constants(model, [value.name or "" for value, _ in roots])
     for (value, _), array in zip(roots, arrays.values(), strict=True):
         value.replace_all_uses_with(add_constant_(model, f"{value.name}/folded", array))
@@ -53,7 +56,7 @@ def fold_weight_arithmetic_(model: ir.Model, parameters: Iterable[str]) -> Names
 
 
 def _weights_only(model: ir.Model, parameters: Names) -> dict[ir.Value, Names]:
-    """Return, per value computed without activations, the parameters it is computed from."""
+    """Return, for every constant value, the parameters it is computed from."""
     sources = {
         value: frozenset([name]) & parameters
         for name, value in model.graph.initializers.items()
@@ -68,7 +71,7 @@ def _weights_only(model: ir.Model, parameters: Names) -> dict[ir.Value, Names]:
 
 
 def _roots(model: ir.Model, parameters: Names) -> list[tuple[ir.Value, Names]]:
-    """Return the last values of every mixed computation that one set of parameters feeds, and that set."""
+    """Return the values to fold, each with its parameters: mixed values that some other computation reads."""
     sources = _weights_only(model, parameters)
     mixed: dict[ir.Value, Names] = {}
     for node in model.graph:
@@ -90,7 +93,10 @@ def _roots(model: ir.Model, parameters: Names) -> list[tuple[ir.Value, Names]]:
 
 
 def _split_normalisations_(model: ir.Model, parameters: Names) -> None:
-    """Write a BatchNormalization of a weight by its own statistics as one without gain, times gain, plus shift."""
+    """Replace a BatchNormalization of a weight by one with gain 1 and shift 0, then a product and a sum.
+
+    Only where gain or shift have parameters of their own, which then are not folded with the weight.
+    """
     sources = _weights_only(model, parameters)
     for node in list(model.graph):
         if node.op_type != "BatchNormalization" or not sources.get(node.outputs[0]):
@@ -122,7 +128,7 @@ def _split_normalisations_(model: ir.Model, parameters: Names) -> None:
         model.graph.insert_after(node, steps)
 
 
-def shape_of(value: ir.Value) -> tuple[int, ...]:
+def initializer_shape(value: ir.Value) -> tuple[int, ...]:
     """Return the shape of an initialiser."""
     assert value.const_value is not None
     return tuple(value.const_value.shape.numpy())
@@ -151,7 +157,7 @@ def _take_name_(model: ir.Model, constant: str, array: np.ndarray, parameter: st
 
 def add_constant_(model: ir.Model, name: str, array: np.ndarray) -> ir.Value:
     """Add `array` to the graph's initialisers as `name` and return its value."""
-    tensor = ir.tensor(np.asarray(array, order="C"), name=name)  # a scalar stays one
+    tensor = ir.tensor(np.asarray(array, order="C"), name=name)  # unlike ascontiguousarray, this keeps scalars
     value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
     model.graph.register_initializer(value)
     return value

@@ -1,9 +1,9 @@
 """Coupled groups: the leaves that may lose indices, and every tensor slice each of them owns.
 
-E8, exactness. For every removed index all parameters are zeroed there: the rows that produce it, biases,
-norm scales and shifts, the columns that read it. The compact graph then agrees with the masked one if, wherever
-indices are summed over, a removed one contributes nothing. `pin_inexact` walks the graph once more, carrying
-for every value the set of leaves at whose removed indices it is exactly zero, and pins the rest.
+E8, exactness. The mask zeroes every parameter at every removed index: the rows that produce it, biases, norm scales
+and shifts, the columns that read it. The compact graph agrees with the masked one if a removed index adds zero to
+every sum over it. `pin_inexact` goes through the graph once more, computes for every value the set of leaves at whose
+removed indices the value is exactly zero, and pins the leaves that some sum runs over without such a zero.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from mm_edge.graph.axes import Axis, AxisTable, Keep
 from mm_edge.graph.costs import Cost
 from mm_edge.graph.export import RawGraph
 from mm_edge.graph.reading import AttributeEdit, Axes, Edit, MeanEdit, OperandEdit, Reading, Work, is_static
-from mm_edge.graph.rules import (
-    PRODUCTS,
-    SUMS,
+from mm_edge.graph.rules import apply_rule
+from mm_edge.graph.rules.operands import operand_names
+from mm_edge.graph.rules.zeros import (
+    ADDING,
+    MULTIPLYING,
     added_operands,
-    apply_rule,
     carried_axes,
-    operand_names,
     undefined_at_zero,
     zero_operands,
 )
@@ -36,9 +36,9 @@ from mm_edge.graph.rules import (
 
 @dataclass(frozen=True)
 class TensorSlice:
-    """Where a group meets a tensor: position p of `axis` goes when index `coordinates[p]` of the group goes.
+    """One axis of a tensor that a group is part of.
 
-    -1 stands where the group does not reach.
+    Position p of `axis` is removed when index `coordinates[p]` of the group is; -1 marks positions outside the group.
     """
 
     tensor: str
@@ -66,13 +66,13 @@ class Group:
 
     @property
     def tensors(self) -> tuple[str, ...]:
-        """Names of the tensors the group reaches, without repetitions."""
+        """Names of the tensors the group is part of, without repetitions."""
         return tuple(dict.fromkeys(item.tensor for item in self.slices))
 
 
 @dataclass(frozen=True)
 class PinnedGroup:
-    """A leaf that keeps its full width although weights have it, and why."""
+    """A leaf of some weights that keeps its full width, and why."""
 
     id: str
     size: int
@@ -82,7 +82,7 @@ class PinnedGroup:
 
 @dataclass(frozen=True)
 class Sum:
-    """A node that sums over `axis`; `result` are the axes of what it puts out."""
+    """A node that sums over `axis`; `result` holds the axes of its output."""
 
     node: str
     axis: Axis
@@ -91,7 +91,18 @@ class Sum:
 
 @dataclass(frozen=True)
 class Structure:
-    """What the raw graph can lose, and what must change with it."""
+    """The groups of a raw graph, and what must change when they lose indices.
+
+    Attributes:
+        table: the axis variables.
+        tensor_axes: the axes of every initialiser, by name.
+        groups: the groups that may lose indices.
+        pinned: the leaves of weights that may not, each with its reason.
+        edits: the nodes that a compact graph changes.
+        work: the multiply-adds of every node at batch 1.
+        parameters: names of the initialisers that a mask may zero.
+        sums: the nodes that sum over an axis.
+    """
 
     table: AxisTable
     tensor_axes: dict[str, Axes]
@@ -119,7 +130,7 @@ class Structure:
 def read_structure(raw: RawGraph, keep: Sequence[str] = (), *, prune_norms: bool = False) -> Structure:
     """Read the coupled groups of `raw`; weights whose name matches a pattern in `keep` lose nothing.
 
-    With `prune_norms` the channels a LayerNormalization averages over may go too (see norms.py for the price).
+    With `prune_norms` the channels a LayerNormalization averages over may be removed too, at the cost norms.py states.
 
     Patterns are shell-style and match a parameter's name or a module's prefix of it.
 
@@ -157,7 +168,7 @@ def _pin_kept(reading: Reading, patterns: Sequence[str]) -> None:
 def pin_inexact(reading: Reading) -> None:
     """Pin every leaf that some sum runs over without a zero at its removed indices (E8).
 
-    So does every leaf at whose removed indices the masked model would divide by zero: no number is exact there.
+    Pin also every leaf at whose removed indices the masked model would divide by zero.
     """
     zeros = _zero_sets(reading)
     for node in reading.raw.model.graph:
@@ -205,7 +216,7 @@ def _zeros_through(
     names = operand_names(node, *indices)
     if how == "none" or not names:
         return frozenset()
-    if how == "any" and node.op_type in PRODUCTS:
+    if how == "any" and node.op_type in MULTIPLYING:
         result = frozenset[Axis]()
         for index, name in zip(indices, names, strict=True):
             carried = carried_axes(reading, node, index)
@@ -227,10 +238,10 @@ def _zeros_through(
 def _crossed(reading: Reading, node: ir.Node, zeros: dict[str, frozenset[Axis]]) -> frozenset[Axis]:
     """Return the leaves that several axes of the result hold and that not every operand has zeros at.
 
-    In an outer product or sum of x with itself a zero in one row says nothing of the columns.
+    In an outer product or sum of x with itself a row of zeros does not make the columns zero.
     """
     out = node.outputs[0]
-    if out.name is None or node.op_type not in PRODUCTS | SUMS:
+    if out.name is None or node.op_type not in MULTIPLYING | ADDING:
         return frozenset()
     held = _axes_holding(reading, out.name)
     repeated = {leaf for leaf, count in held.items() if count > 1}
@@ -238,7 +249,7 @@ def _crossed(reading: Reading, node: ir.Node, zeros: dict[str, frozenset[Axis]])
     for name in operand_names(node, *range(len(node.inputs))) if repeated else ():
         own = _axes_holding(reading, name)
         for leaf in repeated & own.keys():
-            if leaf not in zeros.get(name, frozenset()) or (node.op_type in SUMS and own[leaf] < held[leaf]):
+            if leaf not in zeros.get(name, frozenset()) or (node.op_type in ADDING and own[leaf] < held[leaf]):
                 crossed.add(leaf)
     return frozenset(crossed)
 
@@ -298,7 +309,7 @@ def _by_first_use(reading: Reading, tensors: dict[str, Axes]) -> list[str]:
 
 
 def _is_channel(item: TensorSlice) -> bool:
-    """Kernel positions are pinned in every network and not worth a line."""
+    """Return whether the slice is of channels; kernel positions are pinned in every network and not reported."""
     return item.axis < 2
 
 
@@ -310,7 +321,7 @@ def _run_length(coordinates: IntArray) -> int:
 
 
 def _live_edits(reading: Reading) -> tuple[Edit, ...]:
-    """Drop the edits that no group can bring about."""
+    """Return the edits without those that no group can make necessary."""
     table = reading.table
 
     def can_change(axis: Axis) -> bool:

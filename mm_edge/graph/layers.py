@@ -1,8 +1,8 @@
-"""Prunable layers of a raw graph: which weights there are, where each stands and what it costs.
+"""Prunable layers of a raw graph: the weights, the role of each in the network, and its multiply-adds.
 
-A *site* is a Conv, ConvTranspose, Gemm, MatMul or Einsum node that multiplies activations by one weight. The
-weight may pass through a transpose, a reshape or weight-standardisation arithmetic on its way; it keeps the
-name of its initialiser. What a site is for (its role) is read from the operators around it, never from names:
+A *site* is a Conv, ConvTranspose, Gemm, MatMul or Einsum node that multiplies activations by one weight. The weight may
+be transposed, reshaped or standardised before; the layer is named after its initialiser. The role of a site is read
+from the operators around it, never from names.
 
     macs      = output elements * reduced size       (one fused multiply-add is one, batch 1)
     positions = macs / weights                       (pixels or tokens the weight is applied to)
@@ -25,8 +25,8 @@ from mm_edge.graph.export import RawGraph
 from mm_edge.graph.partial import SHAPE_READERS, constant_values
 from mm_edge.records import Layer
 
-PRODUCTS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum"})
-ATTENTION = frozenset({"Attention", "MultiHeadAttention"})
+WEIGHTED_OPERATORS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum"})
+ATTENTION_OPERATORS = frozenset({"Attention", "MultiHeadAttention"})
 ACTIVATIONS = frozenset(
     {"Celu", "Clip", "Elu", "Erf", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu", "Mish"}
     | {"PRelu", "QuickGelu", "Relu", "Selu", "Sigmoid", "Softplus", "Swish", "Tanh"}
@@ -75,9 +75,8 @@ class _Site:
 def read_layers(raw: RawGraph) -> tuple[Layer, ...]:
     """Return every prunable weight of `raw` in graph order, with role, stage and dense MACs at batch 1.
 
-    A weight used twice is one layer whose MACs are summed. A weight that no activation meets (the exporter's
-    own constants aside) costs no MACs, since what it computes is folded before deployment. A place that no
-    rule knows is called `conv` or `mlp`; nothing raises.
+    A weight used twice is one layer whose MACs are summed. A weight that is never multiplied by an activation has no
+    MACs, because its result is folded before deployment. A site that no rule recognises has the role `conv` or `mlp`.
     """
     graph = _Graph(raw)
     roles, stages = _roles(graph), _stages(graph)
@@ -94,7 +93,7 @@ def read_layers(raw: RawGraph) -> tuple[Layer, ...]:
     return tuple(layers.values())
 
 
-def read_weights(raw: RawGraph, layers: Iterable[Layer]) -> Float32Arrays:
+def read_layer_weights(raw: RawGraph, layers: Iterable[Layer]) -> Float32Arrays:
     """Return the dense weights of `layers` as float32 arrays by fqn, in the layers' order.
 
     Raises:
@@ -112,9 +111,9 @@ def read_weights(raw: RawGraph, layers: Iterable[Layer]) -> Float32Arrays:
 
 
 class _Graph:
-    """The graph with its sites found, and the questions roles ask of it (each answered in one pass).
+    """The graph with its sites, and the properties of values that roles are read from, each computed in one pass.
 
-    Sets of sites are bit masks: bit i is site i, and two further bits stand for what is not a site.
+    Sets of sites are bit masks: bit i is site i; two further bits mean an attention product and the graph's ends.
     """
 
     def __init__(self, raw: RawGraph) -> None:
@@ -163,7 +162,7 @@ class _Graph:
 
     @cached_property
     def makers(self) -> dict[ir.Value, int]:
-        """Per value: the sites (the end bit for the model's input) it comes from with no site between."""
+        """Per value: the sites (the end bit for the model's input) it is computed from with no site between."""
         masks: dict[ir.Value, int] = dict.fromkeys(self.inputs, self.end_bit)
         for node in self.nodes:
             mask = 1 << self.number[node] if node in self.number else _union(masks, self.live_inputs(node))
@@ -177,7 +176,7 @@ class _Graph:
 
     @cached_property
     def activated_after(self) -> set[ir.Value]:
-        """Values that meet an activation function before a residual addition or a site other than a depthwise one."""
+        """Values that reach an activation function before a residual addition or a site that is not depthwise."""
         depthwise = {site.node for site in self.sites if site.kind == "depthwise"}
         met: set[ir.Value] = set()
         for node, inputs in self._backwards():
@@ -201,7 +200,7 @@ class _Graph:
 
     @cached_property
     def ending(self) -> set[ir.Value]:
-        """Values that reach a model output past nothing that could end a block: no norm, no residual addition."""
+        """Values that reach a model output through no site, norm or residual addition."""
         met: set[ir.Value] = set(self.outputs)
         for node, inputs in self._backwards():
             averages = self.merges(node) and all(self.makers.get(v, 0).bit_count() == 1 for v in inputs)
@@ -223,7 +222,7 @@ class _Graph:
 
     def _attends(self, node: ir.Node) -> bool:
         """Whether `node` multiplies activations by activations (or by a query made of parameters alone)."""
-        if node.op_type in ATTENTION:
+        if node.op_type in ATTENTION_OPERATORS:
             return True
         if node.op_type not in ("MatMul", "Einsum", "Gemm") or node in self.number or not self.live_inputs(node):
             return False
@@ -259,14 +258,14 @@ def _weight_origins(
             continue
         learned.update(node.outputs)
         names = [origins[value] for value in inputs if value in origins]
-        if names and node.op_type not in PRODUCTS:
+        if names and node.op_type not in WEIGHTED_OPERATORS:
             origins[node.outputs[0]] = max(names, key=lambda name: _numel(initializers[name]))
     return origins
 
 
 def _site(node: ir.Node, origins: Mapping[ir.Value, str], constants: set[ir.Value], raw: RawGraph) -> _Site | None:
     """Return the site at `node`, or None when it does not multiply by exactly one weight."""
-    if node.op_type not in PRODUCTS or len(node.inputs) < 2:
+    if node.op_type not in WEIGHTED_OPERATORS or len(node.inputs) < 2:
         return None
     factors = list(node.inputs) if node.op_type == "Einsum" else list(node.inputs[:2])
     slots = [1] if node.op_type.startswith("Conv") else [*range(1, len(factors)), 0]
@@ -331,7 +330,7 @@ def _roles(graph: _Graph) -> list[str]:
 
 
 def _role(graph: _Graph, site: _Site, patches: set[ir.Node], gate_mask: int) -> str:
-    """Return the role of `site`: the first rule that knows its place."""
+    """Return the role of `site`, by the first rule that recognises it."""
     ahead, bit = graph.readers.get(site.out, 0), 1 << graph.number[site.node]
     if site.constant:
         return "mlp" if site.kind == "linear" else "conv"
@@ -367,7 +366,7 @@ def _is_classifier(graph: _Graph, site: _Site) -> bool:
 
 
 def _is_gate(graph: _Graph, site: _Site) -> bool:
-    """Whether `site` computes one factor per channel that scales a larger feature map."""
+    """Whether `site` computes one factor per channel by which a larger feature map is multiplied."""
     return site.positions == 1 and not site.constant and site.out in graph.gating
 
 

@@ -77,7 +77,7 @@ def run_constants(model: ir.Model, names: Sequence[str]) -> Values:
 
 
 class RunnableGraph:
-    """One graph at batch 1 with the arrays of its initialisers, which `assign_` replaces.
+    """One graph at batch 1 and the arrays of its initialisers; `holding` gives the same graph with other arrays.
 
     Attributes:
         nodes: in topological order.
@@ -121,7 +121,7 @@ class RunnableGraph:
         return twin
 
     def holds(self, node: str) -> bool:
-        """Return whether the node called `node` is there; what led to a removed branch alone is not."""
+        """Return whether there is a node called `node`; the nodes of a removed branch are not there."""
         return node in self._positions
 
     def position(self, node: str) -> int:
@@ -133,7 +133,7 @@ class RunnableGraph:
         return self.nodes[self._positions[name]]
 
     def constant(self, value: str) -> Array:
-        """Return a value that no input takes part in, computed where it is not an initialiser."""
+        """Return the array of a constant value; it is computed where it is not an initialiser."""
         return self.arrays[value] if value in self.arrays else self.open((), (value,)).run({})[value]
 
     def is_computed(self, value: str) -> bool:
@@ -141,12 +141,12 @@ class RunnableGraph:
         return value not in self._constant
 
     def live(self, position: int) -> tuple[str, ...]:
-        """Return the computed values that cross `position`: made before it, read at or after it."""
+        """Return the names of the values of the frontier at `position`: made before it, read at or after it."""
         names = [*self.inputs, *(name for node in self.nodes[:position] for name in node.output)]
         return tuple(name for name in names if name not in self._constant and self._last_read(name) >= position)
 
     def live_size(self, position: int) -> int:
-        """Return how many numbers an image has at `position`."""
+        """Return the number of elements, per image, of the frontier at `position`."""
         return int(self._crossing[position])
 
     def open(self, given: Sequence[str], wanted: Sequence[str]) -> Part:
@@ -157,7 +157,7 @@ class RunnableGraph:
         return len(self.nodes) if name in self.outputs else max(self.read_at.get(name, [-1]))
 
     def _crossing_sizes(self) -> IntArray:
-        """Return, per position, the size of what crosses it."""
+        """Return, for every position, the number of elements of its frontier."""
         change = np.zeros(len(self.nodes) + 2, dtype=np.int64)
         for name in {*self.inputs, *self.made_at} - self._constant:
             last = self._last_read(name)
@@ -178,18 +178,18 @@ class Part:
     wanted: tuple[str, ...]
 
     def run(self, values: Mapping[str, Array]) -> Values:
-        """Return the wanted values of one image; those that were given come back as they are."""
+        """Return the wanted values of one image; values that are both given and wanted are returned as given."""
         computed = [name for name in self.wanted if name not in self.given]
         found = self.session.run(computed, {name: values[name] for name in self.given}) if computed else []
         return {**dict(zip(computed, found, strict=True)), **{n: values[n] for n in self.wanted if n in self.given}}
 
 
 class Frontier:
-    """The live values of some images at one position of a network.
+    """The frontier of some images at one position of a network.
 
     Attributes:
-        position: the values are all that a node from here on reads.
-        numbers: the images' numbers, in the order they are run.
+        position: the nodes from here on have not been run.
+        numbers: the numbers of the images, in the order in which they are run.
     """
 
     def __init__(self, network: RunnableGraph, images: Float32Array, numbers: Sequence[int]) -> None:
@@ -227,5 +227,5 @@ class Frontier:
 
 
 def narrowest(network: RunnableGraph, first: int, last: int) -> int:
-    """Return the position from `first` to `last` where the fewest numbers cross; the later of equal ones."""
+    """Return the position from `first` to `last` with the smallest frontier; the later of equal ones."""
     return min(range(first, last + 1), key=lambda position: (network.live_size(position), -position))

@@ -1,4 +1,4 @@
-"""What one walk over the raw graph records: axes of every value, edits, work and contractions."""
+"""What one pass over the raw graph records: the axes of every value, edits, work and contractions."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ Edit = OperandEdit | AttributeEdit | MeanEdit | NormEdit
 
 @dataclass(frozen=True)
 class Work:
-    """What one node costs, its multiply-adds say: the product of the kept sizes of `axes` times `constant`."""
+    """The cost of one node, for instance multiply-adds: `constant` times the product of the kept sizes of `axes`."""
 
     node: str
     axes: Axes
@@ -70,9 +70,9 @@ class Work:
 
 @dataclass(frozen=True)
 class Contraction:
-    """A sum over `axis` in which the removed indices must count for nothing.
+    """A sum over `axis`, to which the removed indices must add zero.
 
-    Exact only where at least one of the operands is zero at them (E8).
+    It is exact only where at least one of the operands is zero at them (E8).
     """
 
     node: str
@@ -82,9 +82,9 @@ class Contraction:
 
 @dataclass
 class Reading:
-    """The state of the walk. Rules call its methods and nothing else.
+    """The state of the pass; rules change it through its methods alone.
 
-    With `prune_norms` a LayerNormalization may lose channels, at the price norms.py states; else it pins them.
+    With `prune_norms` a LayerNormalization may lose channels, at the cost that norms.py states; otherwise it pins them.
     """
 
     raw: RawGraph
@@ -107,7 +107,7 @@ class Reading:
         """Record the axes of a node's output, checking them against its inferred shape.
 
         Raises:
-            StructureMismatch: the shapes differ: the rule does not describe this node.
+            StructureMismatch: the shapes differ, so the rule does not describe this node.
         """
         if value.shape is not None and tuple(self.table.size(axis) for axis in axes) != shape_of(value):
             raise StructureMismatch(f"sizes {[self.table.size(a) for a in axes]} for shape {value.shape}")
@@ -151,7 +151,7 @@ class Reading:
 
 
 class StructureMismatch(Exception):
-    """A rule met a node it does not describe; the node is then treated as an unknown operator."""
+    """A rule does not describe a node, which is then treated as an unknown operator."""
 
 
 def is_static(value: ir.Value) -> bool:

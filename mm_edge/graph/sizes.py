@@ -1,10 +1,10 @@
 """Input sizes: the same network on smaller or larger square pictures.
 
-A convolutional network takes other sizes as it is. A transformer is made again at the new size by its own means: timm's
-`set_input_size`, or its constructor's `img_size` with the weights brought over by its `checkpoint_filter_fn`. Both
-resample position embeddings and attention biases and give windows their new size. Then the network is exported anew,
+A convolutional network takes other sizes as it is. A transformer is built again at the new size, with timm's
+`set_input_size`, or with its constructor's `img_size` and the weights converted by its `checkpoint_filter_fn`. Both
+resample position embeddings and attention biases and give windows their new size. Then the network is exported again,
 because a graph holds sizes as constants (reshape targets, paddings of 'same' convolutions, position tables). Weights
-keep their names, so that structure, plans and masks carry over by name.
+keep their names, so that groups, plans and masks of one size apply to the other by name.
 
     stride   product of the strides on the way to the coarsest map
     auto     every side below the dense one, down to 0.7 of it, that is a multiple of the stride; at most MOST_SIZES
@@ -28,7 +28,10 @@ from mm_edge.graph.axes import Axis
 from mm_edge.graph.export import RawGraph, export_raw
 from mm_edge.graph.groups import Structure, read_structure
 from mm_edge.graph.layers import read_layers
-from mm_edge.load.models import LoadedModel, create_timm, find_misfits, output_shape
+from mm_edge.load.matching import find_misfits
+from mm_edge.load.models import LoadedModel
+from mm_edge.load.network import output_shape
+from mm_edge.load.timm_models import create_timm
 from mm_edge.load.weights import quiet_timm
 from mm_edge.records import Layer
 
@@ -38,13 +41,13 @@ OPTION = "--input-sizes"
 
 T = TypeVar("T")
 
-# "auto", "none" or the sides asked for; None where nothing was said.
+# "auto", "none" or the sides asked for, in pixels; None where the user gave none.
 InputSizes = str | tuple[int, ...] | None
 
 
 @dataclass(frozen=True)
 class SizedNetwork:
-    """The network made again for another input.
+    """The network at another input size.
 
     Attributes:
         side: height and width of its input.
@@ -52,7 +55,7 @@ class SizedNetwork:
         raw: its export.
         structure: its coupled groups.
         layers: its prunable layers, with their multiply-adds at this size.
-        leaves: for the leaf of each group of the dense network, the leaf of the same group here.
+        leaves: the leaf of each group of the dense network -> the leaf of the same group here.
     """
 
     side: int
@@ -63,7 +66,7 @@ class SizedNetwork:
     leaves: Mapping[Axis, Axis]
 
     def translate(self, of_groups: Mapping[Axis, T]) -> dict[Axis, T]:
-        """Return what is said of the dense network's groups (what they keep, say) as said of the same groups here."""
+        """Return values by the dense network's groups (for instance what each keeps) by the same groups here."""
         return {self.leaves[leaf]: value for leaf, value in of_groups.items()}
 
 
@@ -97,7 +100,7 @@ def check_input_sizes(sizes: InputSizes) -> InputSizes:
 
 
 def auto_sizes(side: int, stride: int) -> tuple[int, ...]:
-    """Return the sides worth trying below `side`, the largest first; see the top of the file."""
+    """Return the sides in pixels of `auto` below `side`, the largest first; see the top of the file."""
     first = -(-math.ceil(SMALLEST_SHARE * side) // stride)
     steps = range(first, -(-side // stride))
     pace = max(1, math.ceil(len(steps) / MOST_SIZES))
@@ -105,12 +108,12 @@ def auto_sizes(side: int, stride: int) -> tuple[int, ...]:
 
 
 def total_stride(model: LoadedModel, raw: RawGraph) -> int:
-    """Return by how much the network reduces its input's sides at its coarsest map."""
+    """Return the side of the network's input divided by the side of its coarsest feature map."""
     return max(declared_stride(model.module), _graph_stride(raw.model))
 
 
 def declared_stride(module: nn.Module | None) -> int:
-    """Return the reduction timm states for the last features of its networks, 1 where nothing is stated."""
+    """Return the stride that timm states for the last feature map of its networks, 1 where it states none."""
     info = getattr(module, "feature_info", None)
     entries = getattr(info, "info", info)
     last = entries[-1] if isinstance(entries, Sequence) and entries else None
@@ -211,7 +214,7 @@ def _is_fixed(module: nn.Module) -> bool:
 
 
 def _rebuild(model: LoadedModel, side: int) -> nn.Module:
-    """Build a timm network with a fixed input size anew, its weights resampled by its own converter."""
+    """Build a timm network with a fixed input size again, its weights resampled by its own converter."""
     assert model.module is not None
     what = f"{OPTION} {side}: {model.info.name} fixes its input size"
     if model.build is None:
@@ -241,7 +244,7 @@ def export_at(
     """Export the network `remake` returned and find the groups of the `dense` structure in it.
 
     Raises:
-        UsageError: it cannot be exported, or its coupled groups are others than at the dense size.
+        UsageError: it cannot be exported, or its groups differ from those of the dense network.
     """
     assert model.module is not None
     side = model.input.shape[1]

@@ -10,10 +10,10 @@ of groups adds their logs; one made by concatenation is the share-weighted sum o
     d log k[axis] / d log k[group] = share * k[part] / k[axis],
 
 which is iterated (Gauss-Newton; one round where nothing is concatenated). A pinned axis contributes 0, a
-depthwise weight has one group and counts it once: both fall out of reading the weight's axes.
+depthwise weight has one group and counts it once; both follow from the axes of the weight.
 
-Widths are then rounded to what the target's kernels like, never to zero, up or down by what
-it does to the multiply-adds that the unrounded widths would have cost.
+Widths are then rounded to the widths that suit the target's kernels, never to zero, up or down so that the
+multiply-adds stay near those of the unrounded widths.
 """
 
 from __future__ import annotations
@@ -114,8 +114,8 @@ def _fraction(structure: Structure, axis: Axis, kept: Fractions) -> tuple[float,
 def _bounded_least_squares(slope: Float64Array, goal: Float64Array, weight: Float64Array) -> Float64Array:
     """Minimise sum w (slope x - goal)^2 within log K_MIN <= x <= 0: a direct solution, then coordinate descent.
 
-    A trace of ridge makes the solution unique: groups that only occur together share evenly. Descent alone would
-    give it all to the first of them, along a valley too flat to leave.
+    A small ridge term makes the solution unique: groups that only occur together get equal values. Coordinate descent
+    alone would change only the first of them, because the others then hardly change the error.
     """
     weighted = slope * weight[:, None]
     gram = slope.T @ weighted
@@ -136,7 +136,7 @@ def _bounded_least_squares(slope: Float64Array, goal: Float64Array, weight: Floa
 
 
 def _solve_clipped(gram: Float64Array, right: Float64Array) -> Float64Array:
-    """Solve gram x = right, fixing at its bound what passes it and solving again for the rest."""
+    """Solve gram x = right; fix the entries beyond a bound at that bound and solve again for the rest."""
     low, high = math.log(K_MIN), 0.0
     x = np.zeros(len(right))
     free = np.ones(len(right), dtype=np.bool_)
@@ -152,8 +152,13 @@ def _solve_clipped(gram: Float64Array, right: Float64Array) -> Float64Array:
 
 
 @dataclass(frozen=True)
-class Ladder:
-    """The widths a group may have: multiples of the target's step below its size, and its size."""
+class AllowedWidths:
+    """The widths a group may have, in ascending order: multiples of a step, and the group's size.
+
+    Attributes:
+        leaf: the group's axis variable.
+        widths: numbers of kept indices.
+    """
 
     leaf: Axis
     widths: tuple[int, ...]
@@ -163,72 +168,73 @@ class Ladder:
         return min(self.widths, key=lambda width: (abs(math.log(width / max(wanted, 1e-9))), -width))
 
     def below(self, width: int) -> int | None:
-        """Return the next smaller width."""
+        """Return the next smaller width, or None."""
         position = bisect_left(self.widths, width)
         return self.widths[position - 1] if position > 0 else None
 
-    def halved(self) -> Ladder:
-        """Return the ladder with steps half as high; single steps stay."""
+    def halved(self) -> AllowedWidths:
+        """Return the widths with steps half as large; steps of one stay."""
         step = max(self.widths[0] // 2, 1)
-        return Ladder(self.leaf, (*range(step, self.widths[-1], step), self.widths[-1]))
+        return AllowedWidths(self.leaf, (*range(step, self.widths[-1], step), self.widths[-1]))
 
     def above(self, width: int) -> int | None:
-        """Return the next larger width."""
+        """Return the next larger width, or None."""
         position = bisect_left(self.widths, width)
         return self.widths[position + 1] if position + 1 < len(self.widths) else None
 
 
-def ladder(group: Group, multiple: int) -> Ladder:
+def allowed_widths(group: Group, multiple: int) -> AllowedWidths:
     """Return the widths of `group` that keep the axes it is part of at multiples of `multiple`.
 
-    A head or a convolution group covers `group.inner` channels at once and may go singly where those are aligned.
+    One index of the group covers `group.inner` channels (a head, a convolution group). Where those alone make a
+    multiple, the step is one index.
     """
     step = multiple // math.gcd(multiple, group.inner)
-    return Ladder(group.leaf, (*range(step, group.size, step), group.size))
+    return AllowedWidths(group.leaf, (*range(step, group.size, step), group.size))
 
 
 def round_widths(
-    structure: Structure, layers: Sequence[Layer], sparsity: Mapping[str, float], ladders: Sequence[Ladder]
+    structure: Structure, layers: Sequence[Layer], sparsity: Mapping[str, float], allowed: Sequence[AllowedWidths]
 ) -> Counts:
-    """Solve E7 and round: coarse ladders (few heads, few groups) first, the others making good for them.
+    """Return how many indices each group keeps: E7, rounded to the `allowed` widths of each group.
 
-    Returns how many indices each group keeps.
+    Groups with few allowed widths (heads, convolution groups) are rounded first, and E7 is solved again for the others.
     """
     fractions = solve_widths(structure, layers, sparsity)
-    sizes = {item.leaf: item.widths[-1] for item in ladders}
+    sizes = {item.leaf: item.widths[-1] for item in allowed}
     budget = structure.macs({leaf: fraction * sizes[leaf] for leaf, fraction in fractions.items()})
-    coarse = [item for item in ladders if 1 < len(item.widths) <= 8 and len(ladders) > 1]
-    fixed: Fractions = {item.leaf: 1.0 for item in ladders if len(item.widths) == 1}
+    coarse = [item for item in allowed if 1 < len(item.widths) <= 8 and len(allowed) > 1]
+    fixed: Fractions = {item.leaf: 1.0 for item in allowed if len(item.widths) == 1}
     fixed |= {item.leaf: item.nearest(fractions[item.leaf] * sizes[item.leaf]) / sizes[item.leaf] for item in coarse}
-    if len(fixed) < len(ladders):
+    if len(fixed) < len(allowed):
         fractions = solve_widths(structure, layers, sparsity, fixed)
-    counts = {item.leaf: item.nearest(fractions[item.leaf] * sizes[item.leaf]) for item in ladders}
+    counts = {item.leaf: item.nearest(fractions[item.leaf] * sizes[item.leaf]) for item in allowed}
     wanted = {leaf: fraction * sizes[leaf] for leaf, fraction in fractions.items()}
-    return meet_budget(structure.mac_cost, ladders, counts, wanted, budget, strict=False)
+    return meet_budget(structure.mac_cost, allowed, counts, wanted, budget, strict=False)
 
 
 def meet_budget(
     cost: Cost,
-    ladders: Sequence[Ladder],
+    allowed: Sequence[AllowedWidths],
     counts: Counts,
     wanted: Mapping[Axis, float],
     budget: float,
     *,
     strict: bool,
 ) -> Counts:
-    """Move widths up or down their ladders until the `cost` is as near to `budget` as it gets.
+    """Return `counts` moved among the `allowed` widths until the `cost` is as near to `budget` as it gets.
 
-    Each move is the one that strays least from the `wanted` widths by what it brings. With `strict` the
-    result is at or below the budget wherever the ladders reach it.
+    Each step takes the group whose distance from its `wanted` width grows least per change of the cost. With `strict`
+    the cost of the result is at most the budget, if any combination of allowed widths costs that little.
     """
     costs = RunningCost(cost, counts)
     while costs.total > budget:
-        move = _best_move(costs, ladders, wanted, budget, up=False)
+        move = _best_move(costs, allowed, wanted, budget, up=False)
         if move is None or (not strict and abs(costs.total + move[2] - budget) > costs.total - budget):
             break
         costs.apply(*move[:2])
     while costs.total < budget:
-        move = _best_move(costs, ladders, wanted, budget, up=True)
+        move = _best_move(costs, allowed, wanted, budget, up=True)
         if move is None:
             break
         costs.apply(*move[:2])
@@ -236,11 +242,14 @@ def meet_budget(
 
 
 def _best_move(
-    costs: RunningCost, ladders: Sequence[Ladder], wanted: Mapping[Axis, float], budget: float, *, up: bool
+    costs: RunningCost, allowed: Sequence[AllowedWidths], wanted: Mapping[Axis, float], budget: float, *, up: bool
 ) -> tuple[Axis, int, float] | None:
-    """Return the least harmful step (leaf, width, change) down, or up without passing the budget."""
+    """Return the step (leaf, width, change of the cost) that moves least away from the wanted widths, or None.
+
+    A step goes down, or with `up` one up that stays within the budget.
+    """
     found: tuple[float, Axis, int, float] | None = None
-    for item in ladders:
+    for item in allowed:
         now = costs.counts[item.leaf]
         width = item.above(now) if up else item.below(now)
         if width is None:
@@ -256,7 +265,7 @@ def _best_move(
 
 
 def lead(structure: Structure, counts: Mapping[Axis, int]) -> Keep:
-    """Return the first indices of every group: for what depends on how many stay and not on which."""
+    """Return masks that keep the first `counts` indices of every group, for what depends on the numbers alone."""
     return {leaf: np.arange(structure.table.size(leaf)) < count for leaf, count in counts.items()}
 
 

@@ -5,8 +5,8 @@ decoded and resized at most once per run while memory allows (see CACHE_BYTES), 
 with a warning, never replaced.
 
 One pool is split by a stratified cut: with r the random rank of an image among the n of its class and u one random
-number per class, images sorted by (r + u) / n are cut at the cumulative fractions. Each split has its exact size and
-each class its share of it to within one image.
+number per class, images sorted by (r + u) / n are cut at the cumulative fractions. Each split has its exact size, and
+the number of images of each class in it is within one of the class's share.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Bytes = npt.NDArray[np.uint8]
 SPLITS = ("calibration", "validation", "test")
 # Preprocessed images kept in memory per data source: 10,000 images of 224 x 224, or 500,000 of 32 x 32.
 CACHE_BYTES = 1536 * 2**20
-# A stream has no index to come back to, so its images are kept: this many at most.
+# A stream can be read once only, so its images are kept in memory: this many at most.
 STREAM_LIMIT = 10_000
 
 _FOLDER_NAMES = {
@@ -67,7 +67,7 @@ class Source(Protocol):
         """Raise one of Pillow's errors when a look at the file, short of decoding it, shows it cannot be read."""
 
     def name(self, index: int) -> str:
-        """Return what the user knows the image by."""
+        """Return the name of the image for messages: its file, or its number in the data set."""
 
     def identity(self) -> str:
         """Return a text that changes when the images do, without reading them."""
@@ -143,7 +143,7 @@ class _DatasetSource:
         return image
 
     def check(self, index: int) -> None:
-        """Nothing short of decoding is possible through timm's data sets."""
+        """Do nothing: timm's data sets offer no check other than decoding."""
 
     def name(self, index: int) -> str:
         return f"{self._spec}[{index}]"
@@ -196,7 +196,7 @@ class _Pool:
         return _Pool(self.source, spec, self._holdings)
 
     def check_all(self) -> None:
-        """Leave out what is visibly no image; damage further into a file shows when it is decoded."""
+        """Leave out files that a quick check finds unreadable; other damage is found when a file is decoded."""
         for index in range(len(self.readable)):
             try:
                 self.source.check(index)
@@ -275,12 +275,12 @@ class ImageSet:
 
     @property
     def places(self) -> int:
-        """Number of images, the unreadable ones included: a place does not move when one is left out."""
+        """Number of images, the unreadable ones included: positions do not change when an image is left out."""
         return len(self._members)
 
-    def at(self, place: int) -> tuple[Image.Image, int] | None:
-        """Return the decoded image at `place` (0 to `places` - 1) and its label; None if it cannot be read."""
-        index = int(self._members[place])
+    def at(self, position: int) -> tuple[Image.Image, int] | None:
+        """Return the decoded image at `position` (0 to `places` - 1) and its label; None if it cannot be read."""
+        index = int(self._members[position])
         image = self._pool.decode(index)
         return None if image is None else (image, int(self._pool.source.labels[index]))
 
@@ -317,7 +317,7 @@ class DataSplits:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What the user should know, the images that could not be read so far among it."""
+        """Sentences for the user, with the images found unreadable so far."""
         names = [name for pool in self._pools for name in pool.unreadable]
         if not names:
             return self.notes
@@ -441,7 +441,7 @@ def _open_reader(path: Path) -> Any:
 
 
 def _siblings(path: Path) -> dict[str, Path]:
-    """The train, val and test files or folders of one data set, where `path` is named as its train part."""
+    """Return the train, val and test files or folders of one data set, if `path` is named as its train part."""
     found: dict[str, Path] = {}
     marked = re.compile(r"(?<![a-zA-Z])train(?:ing)?(?![a-zA-Z])")
     if not marked.search(path.name):
@@ -455,7 +455,7 @@ def _siblings(path: Path) -> dict[str, Path]:
 
 
 def _parts_inside(source: _ReaderSource) -> dict[str, npt.NDArray[np.intp]]:
-    """Images by the split folder above their class folder; one pool where there is no such folder."""
+    """Return the images by the split folder above their class folder; one pool where there is no such folder."""
     named = {name: part for part, names in _FOLDER_NAMES.items() for name in names}
     part_of = []
     for index in range(len(source.labels)):
@@ -494,7 +494,7 @@ def _open_specification(spec: str) -> tuple[dict[str, Source], _Parts]:
 
 
 def _are_one(sources: list[Source]) -> bool:
-    """Whether every part turned out to be the same files, as of a folder that has no parts."""
+    """Return whether all parts hold the same files, as those of a folder without parts do."""
     first = sources[0]
     same_labels = all(np.array_equal(source.labels, first.labels) for source in sources)
     listings = [getattr(source, "files", None) for source in sources]
@@ -578,11 +578,11 @@ def _cut(
 ) -> list[npt.NDArray[np.intp]]:
     """Cut `indices` at the cumulative `fractions`, stratified by class (see the top of the file)."""
     labels = pool.source.labels[indices]
-    place = np.empty(len(indices))
+    position = np.empty(len(indices))
     for label in np.unique(labels):
         of_class = np.flatnonzero(labels == label)
         ranks = generator.permutation(len(of_class))
-        place[of_class] = (ranks + generator.random()) / len(of_class)
-    order = indices[np.argsort(place, kind="stable")]
+        position[of_class] = (ranks + generator.random()) / len(of_class)
+    order = indices[np.argsort(position, kind="stable")]
     ends = np.rint(np.cumsum([0.0, *fractions]) * len(indices)).astype(int)
     return [order[start:end] for start, end in itertools.pairwise(ends)]

@@ -1,9 +1,9 @@
 """Reads a .pt2 (torch.export) file, after checking that reading and running it can only compute tensors.
 
 An exported program is data that names operators, symbolic expressions and pickled constants, and torch's reader
-resolves all three without limits. So the archive is looked through first: operators from an allow-list of
-namespaces, expressions of plain arithmetic, no compiled code, no opaque objects; and pickles inside it are read as
-tensors only.
+resolves all three without limits. So the archive is checked first: it may hold operators from an allow-list of
+namespaces and expressions of plain arithmetic, but no compiled code and no opaque objects. Pickles inside it are read
+as tensors only.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def _refusal(path: Path, what: str) -> ModelError:
 
 
 def _walk(document: Any) -> Iterator[tuple[str, Any]]:
-    """Every (key, value) pair of a JSON document, however deep."""
+    """Yield every (key, value) pair of a JSON document, at every depth."""
     pending = [document]
     while pending:
         item = pending.pop()

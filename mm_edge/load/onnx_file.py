@@ -21,7 +21,7 @@ INPUT_METADATA_KEY = "mm_edge.input"
 
 @dataclass(frozen=True)
 class OnnxFile:
-    """What an .onnx says of itself.
+    """What is read from an .onnx.
 
     Attributes:
         path: the file.

@@ -25,7 +25,7 @@ from torch import nn
 
 from mm_edge.errors import ModelError, first_line
 
-# Where training scripts keep the weights, best first: the averaged weights are the ones that were evaluated.
+# Keys under which training scripts keep the weights. Averaged weights come first: they are the ones evaluated.
 _STATE_KEYS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model", "net", "weights")
 _HARMLESS_GLOBALS = re.compile(r"torch\.|collections\.OrderedDict$|argparse\.Namespace$|numpy\.")
 _WRAPPER_PREFIXES = re.compile(r"^(?:model\.|module\.|_orig_mod\.)+")
@@ -153,7 +153,7 @@ def _explain(path: Path, trust_pickle: bool, error: Exception) -> ModelError:
 
 
 def _foreign_globals(path: Path) -> Iterator[str]:
-    """Names a pickle would import beyond tensors and plain containers, read without running it."""
+    """Yield the names a pickle would import beyond tensors and plain containers, without running it."""
     for data in _pickle_streams(path):
         strings: list[str] = []
         try:
@@ -217,7 +217,10 @@ def _find_state(data: Mapping[Any, Any]) -> tuple[str, Any]:
 
 
 def _describe_checkpoint(data: Mapping[Any, Any]) -> tuple[dict[str, Any], str | None]:
-    """What timm's training arguments and the checkpoint's own keys say, the latter first."""
+    """Return the configuration and architecture from timm's training arguments and the checkpoint's own keys.
+
+    The checkpoint's keys replace the arguments.
+    """
     arguments = data.get("args")
     config = dict(vars(arguments)) if isinstance(arguments, argparse.Namespace) else {}
     if isinstance(arguments, Mapping):

@@ -25,7 +25,7 @@ from mm_edge.arrays import Float64Array
 from mm_edge.graph.axes import Axis, Keep
 from mm_edge.graph.costs import Cost
 from mm_edge.graph.groups import Structure
-from mm_edge.graph.widths import Ladder, lead
+from mm_edge.graph.widths import AllowedWidths, lead
 from mm_edge.progress import Advance
 
 # The widths each group is timed at.
@@ -46,10 +46,13 @@ class TimedWidth:
 
 
 def measure_table(
-    structure: Structure, ladders: Sequence[Ladder], time: Callable[[Keep], float], progress: Advance | None = None
+    structure: Structure,
+    allowed: Sequence[AllowedWidths],
+    time: Callable[[Keep], float],
+    progress: Advance | None = None,
 ) -> tuple[TimedWidth, ...]:
     """Time every group that has a width to give at a few of its widths; `time` returns the share of what is kept."""
-    wanted = [(item.leaf, count) for item in ladders for count in _counts(item)]
+    wanted = [(item.leaf, count) for item in allowed for count in _counts(item)]
     table = []
     for leaf, count in wanted:
         table.append(TimedWidth(leaf, count, time(lead(structure, {leaf: count}))))
@@ -58,8 +61,8 @@ def measure_table(
     return tuple(table)
 
 
-def _counts(ladder: Ladder) -> list[int]:
-    size, below = ladder.widths[-1], ladder.widths[:-1]
+def _counts(widths: AllowedWidths) -> list[int]:
+    size, below = widths.widths[-1], widths.widths[:-1]
     near = [min(below, key=lambda width: abs(width - part * size)) for part in PARTS if below]
     return list(dict.fromkeys(near))
 

@@ -21,7 +21,8 @@ from mm_edge.errors import BenchError
 from mm_edge.formats.device_files import write_model
 from mm_edge.graph.axes import Keep
 from mm_edge.graph.compact import materialise
-from mm_edge.graph.export import RawGraph, deploy
+from mm_edge.graph.deploy import deploy
+from mm_edge.graph.export import RawGraph
 from mm_edge.graph.groups import Structure
 from mm_edge.store import RunStore, hash_file, hash_key
 

@@ -13,10 +13,11 @@ import torch
 from torch import nn
 
 from mm_edge.graph.compact import mask_tensors, materialise
-from mm_edge.graph.export import deploy, export_raw
+from mm_edge.graph.deploy import deploy
+from mm_edge.graph.export import export_raw
 from mm_edge.graph.groups import Structure, read_structure
-from mm_edge.graph.layers import read_layers, read_weights
-from mm_edge.graph.widths import group_scores, ladder, round_widths, select_indices
+from mm_edge.graph.layers import read_layer_weights, read_layers
+from mm_edge.graph.widths import allowed_widths, group_scores, round_widths, select_indices
 from mm_edge.plan.ranges import apply_constraints, rule_ranges
 from mm_edge.plan.scores import magnitude_scores
 from mm_edge.plan.strategies import assign
@@ -90,9 +91,9 @@ def assert_pruned_exactly(module: nn.Module, shape: tuple[int, int, int], least:
     structure, layers = read_structure(raw), read_layers(raw)
     ranges = apply_constraints(layers, rule_ranges(layers, type(module).__name__), structured=True)
     (balanced,) = assign(("balanced",), "magnitude", layers, ranges)
-    ladders = [ladder(group, MULTIPLE) for group in structure.groups]
-    counts = round_widths(structure, layers, balanced.sparsity, ladders)
-    keep = select_indices(counts, group_scores(structure, magnitude_scores(read_weights(raw, layers))))
+    allowed = [allowed_widths(group, MULTIPLE) for group in structure.groups]
+    counts = round_widths(structure, layers, balanced.sparsity, allowed)
+    keep = select_indices(counts, group_scores(structure, magnitude_scores(read_layer_weights(raw, layers))))
     assert 1 - structure.macs({leaf: float(count) for leaf, count in counts.items()}) / structure.macs() >= least
     masked = copy.deepcopy(module)
     parameters = dict(masked.named_parameters())

@@ -14,10 +14,11 @@ from torch import nn
 from mm_edge.errors import JobError
 from mm_edge.graph.axes import Keep
 from mm_edge.graph.compact import mask_tensors, masked_model, materialise
+from mm_edge.graph.deploy import deploy
 from mm_edge.graph.depth import Branch, dead_tensors, find_branches
-from mm_edge.graph.export import RawGraph, deploy, export_raw
+from mm_edge.graph.export import RawGraph, export_raw
 from mm_edge.graph.groups import Structure, read_structure
-from mm_edge.graph.widths import ladder
+from mm_edge.graph.widths import allowed_widths
 from mm_edge.load.models import LoadOptions, load_model
 from mm_edge.plan.counts import count_macs
 from mm_edge.quality.parity import compare, onnx_runner
@@ -174,14 +175,14 @@ def test_a_removed_block_is_recovered_like_any_pruning(small: tuple[RawGraph, St
     raw, structure = small
     images = np.random.default_rng(0).standard_normal((60, 3, 8, 8), dtype=np.float32)
     context = build_context(raw, structure, images)
-    ladders = [ladder(group, 2) for group in structure.groups]
-    sensitivities = measure_sensitivities(context, ladders)
+    allowed = [allowed_widths(group, 2) for group in structure.groups]
+    sensitivities = measure_sensitivities(context, allowed)
     measured = measure_branches(context, find_branches(raw.model, structure))
     assert [item.branch.id for item in measured] == ["first", "second"]
     assert all(math.isfinite(item.kl) and item.kl > 0 for item in measured)
     removed = [measured[1].branch]
     budget = 0.6 * structure.macs()
-    keep = allocate_rest(structure, structure.mac_cost, sensitivities, removed, budget, ladders)
+    keep = allocate_rest(structure, structure.mac_cost, sensitivities, removed, budget, allowed)
     assert count_macs(raw, structure, keep) <= budget
     assert not any(keep[leaf].any() for leaf in removed[0].leaves)
     counts = {leaf: int(kept.sum()) for leaf, kept in keep.items() if kept.any()}

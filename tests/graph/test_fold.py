@@ -9,7 +9,8 @@ from timm.layers import ScaledStdConv2d, StdConv2d
 from torch import nn
 
 from mm_edge.graph.compact import mask_tensors, materialise
-from mm_edge.graph.export import deploy, export_raw
+from mm_edge.graph.deploy import deploy
+from mm_edge.graph.export import export_raw
 from mm_edge.graph.groups import read_structure
 from mm_edge.graph.layers import read_layers
 from mm_edge.quality.parity import compare, onnx_runner, torch_runner

@@ -15,7 +15,7 @@ from torch.nn import functional
 import mm_edge  # noqa: F401  makes timm importable beside CPU-only torch
 from mm_edge.errors import ModelError
 from mm_edge.graph.export import RawGraph, export_raw, raw_from_onnx
-from mm_edge.graph.layers import read_layers, read_weights
+from mm_edge.graph.layers import read_layer_weights, read_layers
 from mm_edge.records import Layer
 
 
@@ -177,14 +177,14 @@ def test_no_weights_and_unknown_shapes_do_not_raise() -> None:
 def test_weights_are_read_by_name_and_must_be_finite() -> None:
     module = Transformer()
     raw = export_raw(module, torch.zeros(1, 3, 16, 16))
-    weights = read_weights(raw, read_layers(raw))
+    weights = read_layer_weights(raw, read_layers(raw))
     state = dict(module.named_parameters())
     assert all(np.array_equal(value, state[fqn].detach().numpy()) for fqn, value in weights.items())
     with torch.no_grad():
         module.out.weight[0, 0] = float("nan")
     broken = export_raw(module, torch.zeros(1, 3, 16, 16))
     with pytest.raises(ModelError) as caught:
-        read_weights(broken, read_layers(broken))
+        read_layer_weights(broken, read_layers(broken))
     assert str(caught.value) == "weight 'out.weight' holds NaN or infinite values; give a sound checkpoint"
 
 

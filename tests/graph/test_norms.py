@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from mm_edge.graph.compact import mask_tensors, materialise
-from mm_edge.graph.export import deploy, export_raw
+from mm_edge.graph.deploy import deploy
+from mm_edge.graph.export import export_raw
 from mm_edge.graph.groups import Structure, read_structure
 from mm_edge.graph.reading import NormEdit
 from mm_edge.quality.parity import compare, onnx_runner, torch_runner

@@ -14,9 +14,9 @@ from mm_edge.graph.export import RawGraph
 from mm_edge.graph.groups import Group, Structure
 from mm_edge.graph.layers import read_layers
 from mm_edge.graph.widths import (
-    Ladder,
+    AllowedWidths,
+    allowed_widths,
     group_scores,
-    ladder,
     meet_budget,
     round_widths,
     select_indices,
@@ -114,7 +114,7 @@ def test_fractions_stay_within_bounds(chain, rho: list[float]) -> None:
     assert all(0.1 - 1e-9 <= fraction <= 1 for fraction in kept.values())
 
 
-# --- ladders, rounding, budgets -------------------------------------------------------------------
+# --- allowed widths, rounding, budgets ------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -129,48 +129,48 @@ def test_fractions_stay_within_bounds(chain, rho: list[float]) -> None:
         (3, 1, 1, (1, 2, 3)),
     ],
 )
-def test_a_ladder_has_the_multiples_below_the_size_and_the_size(size, inner, multiple, widths) -> None:
-    assert ladder(Group("g", 0, size, (), inner), multiple).widths == widths
+def test_allowed_widths_are_the_multiples_below_the_size_and_the_size(size, inner, multiple, widths) -> None:
+    assert allowed_widths(Group("g", 0, size, (), inner), multiple).widths == widths
 
 
 def test_the_nearest_width_is_by_ratio_and_ties_go_up() -> None:
-    rungs = Ladder(0, (8, 16, 24))
-    assert [rungs.nearest(wanted) for wanted in (0.0, 11.2, 11.4, 19.5, 19.7, 99.0)] == [8, 8, 16, 16, 24, 24]
-    assert Ladder(0, (4, 16)).nearest(8) == 16
-    assert (rungs.below(8), rungs.below(24), rungs.above(24), rungs.above(8)) == (None, 16, None, 16)
+    item = AllowedWidths(0, (8, 16, 24))
+    assert [item.nearest(wanted) for wanted in (0.0, 11.2, 11.4, 19.5, 19.7, 99.0)] == [8, 8, 16, 16, 24, 24]
+    assert AllowedWidths(0, (4, 16)).nearest(8) == 16
+    assert (item.below(8), item.below(24), item.above(24), item.above(8)) == (None, 16, None, 16)
 
 
-def test_halving_a_ladder_keeps_its_top_and_ends_at_single_steps() -> None:
-    assert Ladder(0, (16, 32, 40)).halved().widths == (8, 16, 24, 32, 40)
-    assert Ladder(0, (6,)).halved().widths == (3, 6)
-    assert Ladder(0, (1, 2, 3)).halved() == Ladder(0, (1, 2, 3))
+def test_halving_allowed_widths_keeps_the_largest_and_ends_at_steps_of_one() -> None:
+    assert AllowedWidths(0, (16, 32, 40)).halved().widths == (8, 16, 24, 32, 40)
+    assert AllowedWidths(0, (6,)).halved().widths == (3, 6)
+    assert AllowedWidths(0, (1, 2, 3)).halved() == AllowedWidths(0, (1, 2, 3))
 
 
 def test_multiples_too_coarse_for_a_budget_are_halved_for_it(wide_chain) -> None:
     structure, layers = wide_chain
-    ladders = [ladder(group, 64) for group in structure.groups]
+    allowed = [allowed_widths(group, 64) for group in structure.groups]
     ranges = {fqn: SparsityRange(0.1, 0.6, "rule") for fqn in layers}
-    _, counts = plan_budget(structure, list(layers.values()), ladders, ranges, 0.55)
+    _, counts = plan_budget(structure, list(layers.values()), allowed, ranges, 0.55)
     assert 0.97 * 0.55 <= structure.macs(counts) / structure.macs() <= 0.55
-    assert any(counts[rungs.leaf] not in rungs.widths for rungs in ladders)
+    assert any(counts[item.leaf] not in item.widths for item in allowed)
 
 
 @given(st.lists(st.floats(0, 0.99), min_size=3, max_size=3), st.sampled_from([1, 4, 8, 16]))
 @settings(max_examples=80, deadline=None)
-def test_rounded_widths_are_on_their_ladders_and_near_the_unrounded_cost(chain, rho, multiple) -> None:
+def test_rounded_widths_are_allowed_and_near_the_unrounded_cost(chain, rho, multiple) -> None:
     structure, layers = chain
     everything, sparsity = list(layers.values()), dict(zip(layers, rho, strict=True))
-    ladders = [ladder(group, multiple) for group in structure.groups]
-    counts = round_widths(structure, everything, sparsity, ladders)
-    for rungs in ladders:
-        assert counts[rungs.leaf] in rungs.widths
-        assert counts[rungs.leaf] > 0
+    allowed = [allowed_widths(group, multiple) for group in structure.groups]
+    counts = round_widths(structure, everything, sparsity, allowed)
+    for item in allowed:
+        assert counts[item.leaf] in item.widths
+        assert counts[item.leaf] > 0
     if multiple == 1:
         fractions = solve_widths(structure, everything, sparsity)
         sizes = {group.leaf: group.size for group in structure.groups}
         wanted = structure.macs({leaf: part * sizes[leaf] for leaf, part in fractions.items()})
         largest = max(
-            structure.macs(counts) - structure.macs({**counts, rungs.leaf: counts[rungs.leaf] - 1}) for rungs in ladders
+            structure.macs(counts) - structure.macs({**counts, item.leaf: counts[item.leaf] - 1}) for item in allowed
         )
         assert abs(structure.macs(counts) - wanted) <= largest
 
@@ -179,27 +179,27 @@ def test_rounded_widths_are_on_their_ladders_and_near_the_unrounded_cost(chain, 
 @settings(max_examples=80, deadline=None)
 def test_a_strict_budget_is_never_passed_and_nothing_more_would_fit(chain, fraction, multiple) -> None:
     structure, _ = chain
-    ladders = [ladder(group, multiple) for group in structure.groups]
+    allowed = [allowed_widths(group, multiple) for group in structure.groups]
     budget = fraction * structure.macs()
-    dense = {rungs.leaf: rungs.widths[-1] for rungs in ladders}
+    dense = {item.leaf: item.widths[-1] for item in allowed}
     counts = meet_budget(
-        structure.mac_cost, ladders, dense, {leaf: float(size) for leaf, size in dense.items()}, budget, strict=True
+        structure.mac_cost, allowed, dense, {leaf: float(size) for leaf, size in dense.items()}, budget, strict=True
     )
-    lowest = structure.macs({rungs.leaf: float(rungs.widths[0]) for rungs in ladders})
+    lowest = structure.macs({item.leaf: float(item.widths[0]) for item in allowed})
     assert structure.macs(counts) <= max(budget, lowest)
-    for rungs in ladders:
-        wider = rungs.above(counts[rungs.leaf])
+    for item in allowed:
+        wider = item.above(counts[item.leaf])
         if wider is not None:
-            assert structure.macs({**counts, rungs.leaf: wider}) > budget
+            assert structure.macs({**counts, item.leaf: wider}) > budget
 
 
 @given(st.floats(0.2, 0.95))
 @settings(max_examples=40, deadline=None)
 def test_a_planned_budget_is_met_from_below_within_three_percent(wide_chain, fraction) -> None:
     structure, layers = wide_chain
-    ladders = [ladder(group, 1) for group in structure.groups]
+    allowed = [allowed_widths(group, 1) for group in structure.groups]
     ranges = {fqn: SparsityRange(0.1, 0.6, "rule") for fqn in layers}
-    sparsity, counts = plan_budget(structure, list(layers.values()), ladders, ranges, fraction)
+    sparsity, counts = plan_budget(structure, list(layers.values()), allowed, ranges, fraction)
     assert 0.97 * fraction <= structure.macs(counts) / structure.macs() <= fraction
     assert all(0 <= value <= 1 for value in sparsity.values())
     assert min(counts.values()) > 0
@@ -215,7 +215,9 @@ def test_groups_that_are_few_are_rounded_first_and_the_others_make_good_for_them
     # g i = 0.7, g o = 0.7 and g i o = 0.6 hold together at i = o = 0.857, g = 0.817: both groups stay.
     assert fractions[group] == pytest.approx(0.817, abs=1e-3)
     assert fractions[inner] == pytest.approx(0.857, abs=1e-3)
-    counts = round_widths(structure, list(layers.values()), sparsity, [ladder(item, 1) for item in structure.groups])
+    counts = round_widths(
+        structure, list(layers.values()), sparsity, [allowed_widths(item, 1) for item in structure.groups]
+    )
     assert counts[group] == 2
     assert counts[inner] * counts[outer] / 32**2 == pytest.approx(0.6, abs=0.04)
 

@@ -14,7 +14,7 @@ from mm_edge.errors import UsageError
 from mm_edge.graph.axes import Keep
 from mm_edge.graph.costs import Cost
 from mm_edge.graph.groups import Structure
-from mm_edge.graph.widths import Ladder, ladder
+from mm_edge.graph.widths import AllowedWidths, allowed_widths
 from mm_edge.plan.latency_table import TimedWidth, at_another_size, fit_time, measure_table
 from mm_edge.records import Constraints
 from mm_edge.recover.closed_form.sensitivity import Measured, Sensitivity, allocate
@@ -30,8 +30,8 @@ def net() -> Structure:
     return structure_of(tiny("float[1,8,4,4] x", BODY, WEIGHTS))
 
 
-def ladders_of(net: Structure) -> list[Ladder]:
-    return [ladder(group, 8) for group in net.groups]
+def widths_of(net: Structure) -> list[AllowedWidths]:
+    return [allowed_widths(group, 8) for group in net.groups]
 
 
 def law(net: Structure, shares: tuple[float, ...]) -> Cost:
@@ -48,7 +48,7 @@ def table_of(net: Structure, truth: Cost) -> tuple[TimedWidth, ...]:
     def time(keep: Keep) -> float:
         return truth.total({leaf: float(kept.sum()) for leaf, kept in keep.items()})
 
-    return measure_table(net, ladders_of(net), time)
+    return measure_table(net, widths_of(net), time)
 
 
 def test_each_group_is_timed_at_a_half_and_a_quarter(net: Structure) -> None:
@@ -75,7 +75,7 @@ def test_the_law_behind_a_table_is_found_again(net: Structure, shares: tuple[flo
 
 
 def test_a_device_on_which_nothing_gets_faster_has_all_its_time_fixed(net: Structure) -> None:
-    found = fit_time(net.mac_cost, [TimedWidth(item.leaf, 16, 1.0) for item in ladders_of(net) if len(item.widths) > 1])
+    found = fit_time(net.mac_cost, [TimedWidth(item.leaf, 16, 1.0) for item in widths_of(net) if len(item.widths) > 1])
     assert found.fixed > 0.95 and found.total() == pytest.approx(1.0)
 
 
@@ -96,10 +96,10 @@ def test_widths_are_taken_where_they_cost_least_divergence_per_time(net: Structu
     points = tuple(Measured(count, 0.1 * (64 - count) / 64, "obs", 0.03) for count in (48, 32, 16))
     alike = {leaf: Sensitivity(leaf, order, order, points) for leaf in wide}
     time = law(net, (0.1, 0.1, 0.3, 0.3))
-    by_time = allocate(time, alike, 0.85, ladders_of(net))
+    by_time = allocate(time, alike, 0.85, widths_of(net))
     assert by_time[wide[0]] > by_time[wide[1]]
     assert time.total({leaf: float(count) for leaf, count in by_time.items()}) <= 0.85
-    by_macs = allocate(net.mac_cost, alike, 0.8 * net.macs(), ladders_of(net))
+    by_macs = allocate(net.mac_cost, alike, 0.8 * net.macs(), widths_of(net))
     assert abs(by_macs[wide[0]] - by_macs[wide[1]]) <= 8
 
 

@@ -15,7 +15,8 @@ from torch import nn
 
 from mm_edge.bench.target import load_target
 from mm_edge.errors import ParityError, UsageError
-from mm_edge.graph.export import RawGraph, deploy, export_raw
+from mm_edge.graph.deploy import deploy
+from mm_edge.graph.export import RawGraph, export_raw
 from mm_edge.graph.layers import read_layers
 from mm_edge.plan.n_m import (
     Pattern,

@@ -13,7 +13,7 @@ from mm_edge.graph.compact import mask_tensors, masked_model, materialise
 from mm_edge.graph.export import export_raw
 from mm_edge.graph.groups import read_structure
 from mm_edge.graph.partial import Frontier, RunnableGraph
-from mm_edge.graph.widths import ladder
+from mm_edge.graph.widths import allowed_widths
 from mm_edge.quality.parity import compare, onnx_runner, require
 from mm_edge.recover.closed_form.consumers import read_branch, read_consumers
 from mm_edge.recover.closed_form.context import build_context, divergence
@@ -193,8 +193,8 @@ def test_an_unknown_selection_is_refused(plain: Case) -> None:
 
 
 def test_allocation_meets_the_budget_with_the_measured_costs(case: Case) -> None:
-    ladders = [ladder(group, 1) for group in case.structure.groups]
-    measured = measure_sensitivities(case.context, ladders)
+    allowed = [allowed_widths(group, 1) for group in case.structure.groups]
+    measured = measure_sensitivities(case.context, allowed)
     assert measured
     for item in measured.values():
         size = len(item.surgeon.removed)
@@ -202,14 +202,14 @@ def test_allocation_meets_the_budget_with_the_measured_costs(case: Case) -> None
         for point in item.points:
             assert item.kl(point.count) == pytest.approx(max(point.kl, 1e-6), rel=1e-6)
     for fraction in (0.9, 0.7):
-        counts = allocate(case.structure.mac_cost, measured, fraction * case.structure.macs(), ladders)
+        counts = allocate(case.structure.mac_cost, measured, fraction * case.structure.macs(), allowed)
         macs = case.structure.macs({leaf: float(count) for leaf, count in counts.items()})
         assert macs <= fraction * case.structure.macs()
         for leaf, kept in select_by_sensitivity(measured, counts).items():
             assert kept.sum() == counts[leaf]
     stored = from_arrays(case.structure, to_arrays(case.structure, measured))
     assert list(stored) == list(measured)
-    assert allocate(case.structure.mac_cost, stored, 0.7 * case.structure.macs(), ladders) == counts
+    assert allocate(case.structure.mac_cost, stored, 0.7 * case.structure.macs(), allowed) == counts
     kept, again = select_by_sensitivity(measured, counts), select_by_sensitivity(stored, counts)
     assert all(np.array_equal(mask, again[leaf]) for leaf, mask in kept.items())
     assert [item.points for item in stored.values()] == [item.points for item in measured.values()]

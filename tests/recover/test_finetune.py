@@ -18,7 +18,8 @@ from torch import nn
 from mm_edge.errors import UsageError
 from mm_edge.graph.axes import Keep
 from mm_edge.graph.compact import mask_tensors, materialise
-from mm_edge.graph.export import RawGraph, deploy, export_raw
+from mm_edge.graph.deploy import deploy
+from mm_edge.graph.export import RawGraph, export_raw
 from mm_edge.graph.groups import Structure, read_structure
 from mm_edge.load.data import ImageSet, open_data
 from mm_edge.plan.n_m import parse_pattern, project_mask, reduced_axes, require_pattern

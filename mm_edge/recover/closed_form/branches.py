@@ -18,7 +18,7 @@ from mm_edge.graph.costs import Cost
 from mm_edge.graph.depth import Branch
 from mm_edge.graph.groups import Structure
 from mm_edge.graph.partial import Frontier, narrowest
-from mm_edge.graph.widths import Counts, Ladder
+from mm_edge.graph.widths import AllowedWidths, Counts
 from mm_edge.progress import Advance
 from mm_edge.recover.closed_form.context import RecoveryContext, divergence, pruned_network
 from mm_edge.recover.closed_form.sensitivity import HOPELESS, Sensitivity, allocate, select_by_sensitivity
@@ -84,12 +84,12 @@ def allocate_rest(
     sensitivities: Mapping[Axis, Sensitivity],
     removed: Sequence[Branch],
     budget: float,
-    ladders: Sequence[Ladder],
+    allowed: Sequence[AllowedWidths],
 ) -> Keep:
     """Return what stays when `removed` goes and widths, by sensitivity, bring the `cost` to `budget`."""
     gone = empty(structure, removed)
     left = {leaf: item for leaf, item in sensitivities.items() if leaf not in gone}
     start: Counts = dict.fromkeys(gone, 0)
-    counts = allocate(cost, left, budget, ladders, start)
+    counts = allocate(cost, left, budget, allowed, start)
     whole = {group.leaf: np.ones(group.size, dtype=np.bool_) for group in structure.groups}
     return {**whole, **select_by_sensitivity(left, counts), **gone}

@@ -3,7 +3,7 @@
 One group after the other is pruned alone, at a few widths, recovered by the closed form from the dense moments, and
 run on the held-back images: KL(g, count). Between the measured widths log KL is linear in the log of the group's
 cumulative brain-surgeon error, whose shape is known at every width. Under a budget (of multiply-adds, parameters or
-modelled time) the groups then give up steps of their ladders, the step (or run of a few steps) with the least KL per
+modelled time) the groups then step down their allowed widths, the step (or run of a few steps) with the least KL per
 cost first:
 
     argmin_(g, c)  [KL(g, c) - KL(g, now)] / [cost(now) - cost(g at c)]
@@ -25,7 +25,7 @@ from mm_edge.graph.axes import Axis, Keep
 from mm_edge.graph.costs import Cost, RunningCost
 from mm_edge.graph.groups import Group, Structure
 from mm_edge.graph.partial import Frontier, RunnableGraph, narrowest
-from mm_edge.graph.widths import Counts, Ladder
+from mm_edge.graph.widths import AllowedWidths, Counts
 from mm_edge.progress import Advance
 from mm_edge.recover.closed_form.context import (
     RecoveryContext,
@@ -92,11 +92,11 @@ class Sensitivity:
 
 
 def measure_sensitivities(
-    context: RecoveryContext, ladders: Sequence[Ladder], progress: Advance | None = None
+    context: RecoveryContext, allowed: Sequence[AllowedWidths], progress: Advance | None = None
 ) -> dict[Axis, Sensitivity]:
-    """Return the sensitivity of every group that something reads and whose ladder has a step to give."""
+    """Return the sensitivity of every group that something reads and whose allowed widths include a narrower one."""
     network = context.network
-    widths = {item.leaf: item.widths for item in ladders}
+    widths = {item.leaf: item.widths for item in allowed}
     groups = [group for group in context.structure.groups if len(widths.get(group.leaf, ())) > 1]
     groups = sorted((group for group in groups if readers_of(context, group)), key=lambda g: first_use(network, g))
     frontier = Frontier(network, context.images, context.held_back)
@@ -167,15 +167,15 @@ def allocate(
     cost: Cost,
     sensitivities: Mapping[Axis, Sensitivity],
     budget: float,
-    ladders: Sequence[Ladder],
+    allowed: Sequence[AllowedWidths],
     start: Counts | None = None,
 ) -> Counts:
-    """Return counts whose `cost` is at most `budget`, or the least the ladders allow.
+    """Return counts whose `cost` is at most `budget`, or the least that the allowed widths reach.
 
     What the last steps saved too much is given back where it helps most. Groups that were not measured stay whole.
     `start` continues from narrower counts than the dense ones.
     """
-    widths = {item.leaf: item.widths for item in ladders}
+    widths = {item.leaf: item.widths for item in allowed}
     costs = RunningCost(cost, {leaf: items[-1] for leaf, items in widths.items()} | dict(start or {}))
     while costs.total > budget:
         move = _cheapest(costs, sensitivities, widths, budget)
