@@ -34,8 +34,9 @@ from mm_edge.graph.groups import read_structure
 from mm_edge.graph.layers import read_layers, read_weights
 from mm_edge.graph.widths import Counts, group_scores, ladder, select_indices
 from mm_edge.plan.ranges import apply_constraints, rule_ranges
+from mm_edge.plan.scaling import plan_budget
 from mm_edge.plan.scores import score_weights
-from mm_edge.run.make import channel_multiple, make_ladders, plan_budget
+from mm_edge.plan.target_widths import channel_multiple, make_ladders
 from mm_edge.store import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent

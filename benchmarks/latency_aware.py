@@ -49,6 +49,7 @@ from mm_edge.load.data import ImageSet, open_data
 from mm_edge.load.models import LoadOptions, load_model
 from mm_edge.plan.budgets import Draft, Ruler, counts_of, meet
 from mm_edge.plan.latency_table import TimedWidth, fit_time, measure_table
+from mm_edge.plan.target_widths import make_ladders
 from mm_edge.quality.evaluation import compare_logits, run_onnx
 from mm_edge.recover.closed_form.context import RecoveryContext, build_context
 from mm_edge.recover.closed_form.recovery import recover_closed_form
@@ -61,7 +62,6 @@ from mm_edge.recover.closed_form.sensitivity import (
     to_arrays,
 )
 from mm_edge.run.clock import Clock, open_clock
-from mm_edge.run.make import make_ladders
 from mm_edge.run.plan import MEASURED_AIM, MEASURED_WINDOW
 from mm_edge.runtime import cores
 from mm_edge.store import RunStore

@@ -47,13 +47,14 @@ from mm_edge.graph.layers import read_layers
 from mm_edge.graph.sizes import export_at, remake
 from mm_edge.load.data import DataSplits, open_data
 from mm_edge.load.models import LoadOptions, load_model
+from mm_edge.plan.target_widths import make_ladders
 from mm_edge.quality.evaluation import compare_logits, run_onnx
 from mm_edge.recover.closed_form.branches import allocate_rest, measure_branches, offers
 from mm_edge.recover.closed_form.context import RecoveryContext, build_context
 from mm_edge.recover.training.adapt import tune_for
 from mm_edge.recover.training.distil import Sized
 from mm_edge.run.job import recovery_images
-from mm_edge.run.make import make_ladders, recover_keep
+from mm_edge.run.make import recover_keep
 from mm_edge.runtime import cores
 
 RESULTS = Path(__file__).resolve().parent / "results" / "lite0.json"

@@ -49,11 +49,13 @@ from mm_edge.graph.export import RawGraph, deploy, export_raw
 from mm_edge.graph.groups import Structure, read_structure
 from mm_edge.graph.layers import read_layers, read_weights
 from mm_edge.graph.widths import group_scores, select_indices
+from mm_edge.plan.plans import ChannelPlan, plan_all
 from mm_edge.plan.ranges import apply_constraints, rule_ranges
+from mm_edge.plan.scaling import plan_budget
 from mm_edge.plan.scores import SIGNALS, score_weights
 from mm_edge.plan.strategies import STRATEGIES, assign
+from mm_edge.plan.target_widths import make_ladders
 from mm_edge.quality.parity import TOLERANCE, compare, onnx_runner, torch_runner
-from mm_edge.run.make import make_ladders, plan_all, plan_budget
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "zoo.json"
@@ -165,7 +167,7 @@ def measure(name: str, shape: Sequence[int]) -> dict[str, Any]:
         plans = plan_all(structure, layers, ladders, scores, assignments, ("structured",))
     row["planned"] = sum(len(plan.assignment.names) for plan in plans)
     balanced = next(plan for plan in plans if plan.id == "magnitude/balanced/structured/fp32")
-    assert balanced.keep is not None
+    assert isinstance(balanced, ChannelPlan)
     row["balanced"] = check(module, raw, structure, balanced.keep, images)
     with timed(seconds, "plan_budget"):
         _, counts = plan_budget(structure, layers, ladders, ranges, BUDGET)

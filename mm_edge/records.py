@@ -203,6 +203,25 @@ class Candidate:
         return self.kind == "dense" and "@" in self.id
 
 
+def candidate_id(signal: str, strategy: str, kind: str, precision: str, side: int | None) -> str:
+    """Return a candidate's id in the report; `side` is that of its input, None for the dense network's own size."""
+    name = _id_without_size(signal, strategy, kind, precision, side)
+    return name if side is None else f"{name}@{side}"
+
+
+def file_name(signal: str, strategy: str, kind: str, precision: str, side: int | None) -> str:
+    """Return the name that the files of the candidate with these fields carry, without suffix."""
+    name = _id_without_size(signal, strategy, kind, precision, side).replace("/", "-").replace(":", "_")
+    return name if side is None else f"{name}-{side}px"
+
+
+def _id_without_size(signal: str, strategy: str, kind: str, precision: str, side: int | None) -> str:
+    if kind != "dense":
+        return f"{signal}/{strategy}/{kind}/{precision}"
+    # The dense network has one fp32 version at every other size, which is named by the size alone.
+    return "dense" if precision == "fp32" and side is not None else f"dense/{precision}"
+
+
 @dataclass(frozen=True)
 class Chosen:
     """The candidate picked, why, and its accuracy on test images (read once, at the end)."""

@@ -13,19 +13,19 @@ from dataclasses import replace
 import onnx_ir as ir
 import torch
 
-from mm_edge.arrays import Arrays
+from mm_edge.arrays import Arrays, BoolArray
 from mm_edge.errors import UsageError
 from mm_edge.graph.compact import AxisMask, mask_tensors
 from mm_edge.load.data import ImageSet
 from mm_edge.load.models import LoadedModel
 from mm_edge.plan.budgets import is_budget
+from mm_edge.plan.plans import ChannelPlan, Plan, WeightPlan
 from mm_edge.progress import Advance
 from mm_edge.quality.evaluation import compare_logits, run_onnx
 from mm_edge.records import Candidate, DenseRow
 from mm_edge.recover.training.finetune import Checkpoints, Score, Settings, Student, finetune
 from mm_edge.recover.training.shrink import Slices, group_slices
 from mm_edge.run.make import (
-    Plan,
     Workbench,
     compact_model,
     read_masked_state,
@@ -119,9 +119,11 @@ def _student(bench: Workbench, plan: Plan, start: Arrays) -> Student:
     assert bench.module is not None
     structure = bench.structure
     groups: tuple[Slices, ...] = ()
-    if plan.keep is None:
-        masks, idle = dict(plan.masks or {}), {}
-    else:
+    masks: dict[str, BoolArray] = {}
+    idle: dict[str, BoolArray] = {}
+    if isinstance(plan, WeightPlan):
+        masks = dict(plan.masks)
+    if isinstance(plan, ChannelPlan):
         masks = {name: mask.dense() for name, mask in mask_tensors(structure, plan.keep).items()}
         idle = {
             name: AxisMask(structure.kept(name, plan.keep)).dense()

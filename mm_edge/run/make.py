@@ -8,9 +8,8 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypedDict
@@ -23,35 +22,23 @@ import safetensors.numpy
 import torch
 from torch import nn
 
-from mm_edge.arrays import Array, Arrays, BoolArray, Float32Array, Float64Array, IntArray
-from mm_edge.bench.target import Target
-from mm_edge.errors import ParityError, UsageError
+from mm_edge.arrays import Array, Arrays, BoolArray, Float32Array, IntArray
+from mm_edge.errors import ParityError
 from mm_edge.formats.device_files import add_metadata_, write_model
 from mm_edge.formats.sparse_file import store_smallest
 from mm_edge.graph.axes import Axis, Keep
 from mm_edge.graph.compact import AxisMask, apply_mask, mask_tensors, masked_model, materialise
-from mm_edge.graph.costs import Cost
-from mm_edge.graph.depth import dead_tensors, live_nodes
+from mm_edge.graph.depth import dead_tensors
 from mm_edge.graph.export import RawGraph, deploy
-from mm_edge.graph.groups import Group, Structure
-from mm_edge.graph.reading import Work
-from mm_edge.graph.widths import (
-    Counts,
-    Ladder,
-    group_scores,
-    ladder,
-    meet_budget,
-    round_widths,
-    select_indices,
-    solve_widths,
-    sparsity_of,
-)
-from mm_edge.plan.masks import build_masks, measure_sparsity, rank_scores
-from mm_edge.plan.n_m import parse_pattern, project, reduced_axes, require_pattern
-from mm_edge.plan.scores import Scores
+from mm_edge.graph.groups import Structure
+from mm_edge.graph.widths import sparsity_of
+from mm_edge.plan.counts import count_macs, count_parameters
+from mm_edge.plan.masks import measure_sparsity
+from mm_edge.plan.n_m import reduced_axes, require_pattern
+from mm_edge.plan.plans import PATTERN, ChannelPlan, Plan, WeightPlan
 from mm_edge.quality.evaluation import compare_logits, run_onnx
 from mm_edge.quality.parity import Run, compare, onnx_runner, require, torch_runner
-from mm_edge.records import Assignment, Candidate, InputSpec, Layer, Parity, SparsityRange
+from mm_edge.records import Candidate, InputSpec, Layer, Parity, candidate_id, file_name
 from mm_edge.recover.closed_form.batchnorm import has_batch_norm, reestimate_batch_norm_
 from mm_edge.recover.closed_form.context import RecoveryContext
 from mm_edge.recover.closed_form.pattern import recover_pattern
@@ -59,50 +46,6 @@ from mm_edge.recover.closed_form.recovery import Recovered, recover_closed_form
 from mm_edge.recover.closed_form.sensitivity import Sensitivity
 from mm_edge.runtime import release_memory
 from mm_edge.store import write_atomically
-
-# How far below its budget a candidate may stay before the target's channel multiples are given up for it.
-BUDGET_SLACK = 0.03
-PATTERN = parse_pattern("2:4")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What to prune for one candidate.
-
-    Exactly one of `keep` (structured: indices per group) and `masks` (unstructured: one bool array per layer) is set.
-    `side` is that of the input where it is another than the dense network's; `keep` is then by the groups there.
-    `removed` names the residual branches whose groups keep nothing, `planned_by` says how it came to meet its budget.
-    """
-
-    assignment: Assignment
-    kind: str
-    keep: Keep | None = None
-    masks: Mapping[str, BoolArray] | None = None
-    side: int | None = None
-    removed: tuple[str, ...] = ()
-    planned_by: str | None = None
-
-    @property
-    def id(self) -> str:
-        """The candidate's id in the report."""
-        size = "" if self.side is None else f"@{self.side}"
-        return f"{self.assignment.signal}/{self.assignment.strategy}/{self.kind}/fp32{size}"
-
-    @property
-    def file_name(self) -> str:
-        """The name its files carry."""
-        return file_name(self.id)
-
-    def digest(self) -> str:
-        """Return a hash of what is pruned."""
-        names = ",".join(self.assignment.names)
-        return hashlib.sha256(f"{self.id} {names} {_hash_masks(self.keep or self.masks or {})}".encode()).hexdigest()
-
-
-def file_name(candidate: str) -> str:
-    """Return the name that the files of the candidate with this id carry, without suffix."""
-    name, _, side = candidate.replace("/", "-").replace(":", "_").partition("@")
-    return f"{name}-{side}px" if side else name
 
 
 @dataclass(frozen=True)
@@ -161,108 +104,6 @@ def bench_of(benches: Benches, side: int | None) -> Workbench:
     return next(iter(benches.values())) if side is None else benches[side]
 
 
-def channel_multiple(group: Group, layers: Sequence[Layer], target: Target, precisions: Sequence[str]) -> int:
-    """Return the channel multiple `target` wants for a group: the largest any of its layers wants in any precision."""
-    reached = set(group.tensors)
-    classes = {operator_class(layer) for layer in layers if layer.fqn in reached}
-    return max((target.multiple(kind, precision) for kind in classes for precision in precisions), default=1)
-
-
-def operator_class(layer: Layer) -> str:
-    """Return the class of operator under which a target lists its channel multiples."""
-    if layer.kind == "linear":
-        return "matmul"
-    if layer.kind == "depthwise":
-        return "depthwise"
-    return "pointwise" if all(size == 1 for size in layer.shape[2:]) else "conv"
-
-
-def make_ladders(
-    structure: Structure, layers: Sequence[Layer], target: Target, precisions: Sequence[str] = ("fp32",)
-) -> tuple[Ladder, ...]:
-    """Return the widths each group may have on `target` when its candidates run in `precisions`."""
-    return tuple(ladder(group, channel_multiple(group, layers, target, precisions)) for group in structure.groups)
-
-
-def plan_structured(
-    structure: Structure,
-    layers: Sequence[Layer],
-    ladders: Sequence[Ladder],
-    assignment: Assignment,
-    scores: Mapping[Axis, Float64Array],
-) -> Plan:
-    """Return the plan of one strategy: E7's widths on the target's ladders, the highest scores kept."""
-    counts = round_widths(structure, layers, assignment.sparsity, ladders)
-    return Plan(assignment, "structured", keep=select_indices(counts, scores))
-
-
-def plan_budget(
-    structure: Structure,
-    layers: Sequence[Layer],
-    ladders: Sequence[Ladder],
-    ranges: Mapping[str, SparsityRange],
-    fraction: float,
-    cost: Cost | None = None,
-) -> tuple[dict[str, float], Counts]:
-    """Return sparsities and widths whose cost is at most `fraction` of dense, and as near as widths allow.
-
-    The cost is that of multiply-adds unless another is given.
-
-    The ranges are scaled as a whole, rho(a) = lo + a (hi - lo), `a` found by bisection, beyond 1 where the budget asks.
-    Where the steps of the `ladders` miss the budget by more than BUDGET_SLACK they are halved, down to single indices.
-    """
-    cost = structure.mac_cost if cost is None else cost
-    budget = fraction * cost.total()
-    sizes = {item.leaf: item.widths[-1] for item in ladders}
-
-    def sparsity(a: float) -> dict[str, float]:
-        return {fqn: min(max(r.lo + a * (r.hi - r.lo), 0.0), 0.99) for fqn, r in ranges.items()}
-
-    def wanted(a: float) -> dict[Axis, float]:
-        return {leaf: part * sizes[leaf] for leaf, part in solve_widths(structure, layers, sparsity(a)).items()}
-
-    low, high = _lowest_share(ranges), _highest_share(ranges)
-    for _ in range(20):
-        middle = (low + high) / 2
-        if cost.total(wanted(middle)) > budget:
-            low = middle
-        else:
-            high = middle
-    goal = wanted(high)
-    while True:
-        counts = {item.leaf: item.nearest(goal[item.leaf]) for item in ladders}
-        counts = meet_budget(cost, ladders, counts, goal, budget, strict=True)
-        spent = cost.total(counts)
-        finer = tuple(item.halved() for item in ladders)
-        if budget * (1 - BUDGET_SLACK) <= spent <= budget or finer == tuple(ladders):
-            return sparsity(high), counts
-        ladders = finer
-
-
-def _lowest_share(ranges: Mapping[str, SparsityRange]) -> float:
-    """Return the `a` at which the last range reaches zero sparsity."""
-    return min((-r.lo / (r.hi - r.lo) for r in ranges.values() if r.hi > r.lo), default=0.0)
-
-
-def _highest_share(ranges: Mapping[str, SparsityRange]) -> float:
-    """Return an `a` at which every range with a width is at full sparsity."""
-    return max(((1 - r.lo) / (r.hi - r.lo) for r in ranges.values() if r.hi > r.lo), default=1.0)
-
-
-def count_parameters(raw: RawGraph) -> int:
-    """Count the parameters of the dense network."""
-    shapes = [raw.model.graph.initializers[name].shape for name in raw.parameters]
-    return sum(int(np.prod(shape.numpy())) for shape in shapes if shape is not None)
-
-
-def parameter_cost(raw: RawGraph, structure: Structure) -> Cost:
-    """Return the parameters as a cost of widths."""
-    known = sorted(raw.parameters & structure.tensor_axes.keys())
-    items = tuple(Work(name, structure.tensor_axes[name]) for name in known)
-    cost = Cost(structure.table, items)
-    return replace(cost, fixed=count_parameters(raw) - cost.total())
-
-
 def dense_candidate(bench: Workbench, name: str, artifact: Path) -> Candidate:
     """Return the dense network of `bench` as the row `name`, not judged yet."""
     return Candidate(
@@ -286,8 +127,9 @@ def make_control(bench: Workbench, side: int) -> Candidate:
         ParityError: the artifact does not agree with the network; nothing is kept of it.
     """
     assert bench.module is not None
-    name = f"dense@{side}"
-    artifact = bench.folder / "candidates" / f"{file_name(name)}.onnx"
+    parts = ("none", "dense", "dense", "fp32", side)
+    name = candidate_id(*parts)
+    artifact = bench.folder / "candidates" / f"{file_name(*parts)}.onnx"
     _write(bench, ir.to_proto(deploy(bench.raw.model.clone())), artifact, candidate=name)
     try:
         parity = _check(bench, artifact, torch_runner(copy.deepcopy(bench.module)), name)
@@ -334,7 +176,7 @@ def save_candidate(
     Raises:
         ParityError: the artifact does not agree with its masked model; nothing is kept of it.
     """
-    keep = plan.keep or {}
+    keep = kept_channels(plan)
     artifact = bench.folder / "candidates" / f"{name}.onnx"
     # Nothing of the graph stays in memory beside what is then loaded to verify it.
     _write(bench, ir.to_proto(compact_model(bench, plan, tensors)), artifact, candidate=plan.id, recovered_by=recovered)
@@ -344,7 +186,7 @@ def save_candidate(
     except ParityError:
         artifact.unlink()
         raise
-    if plan.kind == "n:m" and plan.masks is not None:
+    if isinstance(plan, WeightPlan) and plan.kind == "n:m":
         require_pattern(artifact, plan.masks, reduced_axes(bench.raw.model), PATTERN)
     stored = artifact
     if plan.kind == "unstructured":
@@ -368,19 +210,24 @@ def save_candidate(
         artifact=artifact.relative_to(bench.folder).as_posix(),
         masked_state_dict=state.relative_to(bench.folder).as_posix(),
         also_named=plan.assignment.names[1:],
-        removed_blocks=plan.removed,
+        removed_blocks=plan.removed if isinstance(plan, ChannelPlan) else (),
         **evaluate_artifact(bench, artifact),
     )
 
 
 def compact_model(bench: Workbench, plan: Plan, tensors: Arrays) -> ir.Model:
     """Return the deployable model of masked, dense-shaped `tensors`."""
-    return deploy(materialise(bench.raw, bench.structure, plan.keep or {}, tensors))
+    return deploy(materialise(bench.raw, bench.structure, kept_channels(plan), tensors))
+
+
+def kept_channels(plan: Plan) -> Keep:
+    """Return the channels a plan keeps; a plan of single weights keeps them all."""
+    return plan.keep if isinstance(plan, ChannelPlan) else {}
 
 
 def _write_kept(structure: Structure, plan: Plan) -> dict[str, str] | None:
     """Return what the file of a structured candidate says beside its weights: the indices each group keeps, as bits."""
-    if plan.keep is None:
+    if not isinstance(plan, ChannelPlan):
         return None
     bits = {group.id: np.packbits(plan.keep[group.leaf]) for group in structure.groups if group.leaf in plan.keep}
     return {"kept": json.dumps({name: packed.tobytes().hex() for name, packed in bits.items()})}
@@ -391,7 +238,7 @@ def read_masked_state(structure: Structure, plan: Plan, path: Path) -> tuple[Pla
     with safetensors.safe_open(path, framework="numpy") as file:
         kept = json.loads((file.metadata() or {}).get("kept", "{}"))
         tensors: Arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    if plan.keep is None:
+    if not isinstance(plan, ChannelPlan):
         return plan, tensors
     keep = {
         group.leaf: np.unpackbits(np.frombuffer(bytes.fromhex(kept[group.id]), np.uint8), count=group.size) > 0
@@ -435,8 +282,9 @@ def _solve(bench: Workbench, plan: Plan, walk_again: bool) -> tuple[Plan, Arrays
     """Return the plan with the indices the closed form keeps (E9), the tensors it changes, and what to call it."""
     if bench.recovery is None:
         return plan, {}, None
-    if plan.keep is None:
-        repaired = recover_pattern(bench.recovery, plan.masks or {}) if plan.kind == "n:m" else None
+    if not isinstance(plan, ChannelPlan):
+        masks = plan.masks if isinstance(plan, WeightPlan) and plan.kind == "n:m" else None
+        repaired = None if masks is None else recover_pattern(bench.recovery, masks)
         return plan, dict(repaired.tensors) if repaired else {}, "closed-form" if repaired and repaired.layers else None
     found = recover_keep(bench.recovery, plan.keep, bench.select, bench.sensitivities, walked=walk_again)
     name = "closed-form" if walk_again else "closed-form (screened)"
@@ -458,10 +306,11 @@ def _masked_weights(
     bench: Workbench, plan: Plan, changes: Arrays, recovered: str | None
 ) -> tuple[Arrays, Run, str | None]:
     """Return the masked (and recovered) weights by name, a way to run the masked model, and what recovered it."""
-    masks = {} if plan.keep is None else mask_tensors(bench.structure, plan.keep)
+    masks = mask_tensors(bench.structure, plan.keep) if isinstance(plan, ChannelPlan) else {}
+    weight_masks = plan.masks if isinstance(plan, WeightPlan) else {}
 
     def pruned(name: str, array: Array) -> Array:
-        return changes[name].astype(array.dtype) if name in changes else _mask(array, name, masks, plan)
+        return changes[name].astype(array.dtype) if name in changes else _mask(array, name, masks, weight_masks)
 
     if bench.module is None:
         tensors: Arrays = {}
@@ -472,7 +321,7 @@ def _masked_weights(
     module = copy.deepcopy(bench.module)
     with torch.no_grad():
         for name, tensor in module.state_dict().items():
-            if name in changes or name in masks or (plan.masks is not None and name in plan.masks):
+            if name in changes or name in masks or name in weight_masks:
                 tensor.copy_(torch.from_numpy(np.ascontiguousarray(pruned(name, tensor.numpy(force=True)))))
     # The closed form has nothing to say of single weights without a pattern.
     reestimate = bench.recover == "bn" or (bench.recover != "none" and plan.kind == "unstructured")
@@ -484,9 +333,9 @@ def _masked_weights(
     return state, torch_runner(module), recovered
 
 
-def _mask(array: Array, name: str, masks: Mapping[str, AxisMask], plan: Plan) -> Array:
-    if plan.masks is not None:
-        return np.where(plan.masks[name], array, np.zeros((), array.dtype)) if name in plan.masks else array
+def _mask(array: Array, name: str, masks: Mapping[str, AxisMask], weight_masks: Mapping[str, BoolArray]) -> Array:
+    if name in weight_masks:
+        return np.where(weight_masks[name], array, np.zeros((), array.dtype))
     return apply_mask(array, masks.get(name))
 
 
@@ -498,7 +347,7 @@ def _check(bench: Workbench, artifact: Path, reference: Run, what: str) -> Parit
 
 def _sparsity(bench: Workbench, plan: Plan, tensors: Arrays) -> float:
     """Structured: 1 - kept / dense weights. Unstructured: zeros counted on the exported weights."""
-    if plan.keep is not None:
+    if isinstance(plan, ChannelPlan):
         return sparsity_of(bench.structure, bench.layers, plan.keep)
     return measure_sparsity(tensors, bench.layers)
 
@@ -514,74 +363,5 @@ def _parameter_count(bench: Workbench, tensors: Arrays, plan: Plan, keep: Keep) 
     return total
 
 
-def count_macs(raw: RawGraph, structure: Structure, keep: Keep) -> float:
-    """Return the multiply-adds of the compact graph; what an emptied group makes dead costs nothing."""
-    counts = {leaf: float(kept.sum()) for leaf, kept in keep.items()}
-    if all(counts.values()):
-        return structure.macs(counts)
-    alive = live_nodes(raw.model, structure, keep)
-    return replace(structure, work=tuple(item for item in structure.work if item.node in alive)).macs(counts)
-
-
 def _drop(dense: float | None, accuracy: float | None) -> float | None:
     return None if dense is None or accuracy is None else 100 * (dense - accuracy)
-
-
-def plan_all(
-    bench_structure: Structure,
-    layers: Sequence[Layer],
-    ladders: Sequence[Ladder],
-    scores: Scores,
-    assignments: Sequence[Assignment],
-    kinds: Sequence[str],
-) -> list[Plan]:
-    """Return one plan per assignment and kind, in that order. Channel scores and rankings are made once per signal."""
-    plans: list[Plan] = []
-    channel_scores = {signal: group_scores(bench_structure, scores[signal]) for signal in scores}
-    for assignment in assignments:
-        if "structured" in kinds:
-            by_group = channel_scores[assignment.signal]
-            plans.append(plan_structured(bench_structure, layers, ladders, assignment, by_group))
-    if "unstructured" in kinds:
-        for signal in scores:
-            rankings = rank_scores(layers, scores[signal])
-            for assignment in assignments:
-                if assignment.signal == signal:
-                    plans.append(Plan(assignment, "unstructured", masks=build_masks(rankings, assignment)))
-    return plans
-
-
-def plan_n_m(
-    raw: RawGraph, layers: Sequence[Layer], scores: Scores, assignments: Sequence[Assignment]
-) -> tuple[list[Plan], dict[str, str]]:
-    """Return one n:m plan per different set of masks, and why the layers that none of them touches stay dense.
-
-    The pattern takes the same share whatever the strategy's rho, so most strategies of a signal come to the same masks:
-    one plan carries all their names.
-
-    Raises:
-        UsageError: no layer is large enough to gain from the pattern.
-    """
-    axes = reduced_axes(raw.model)
-    plans: dict[tuple[str, str], Plan] = {}
-    dense: dict[str, str] = {}
-    for assignment in assignments:
-        found = project(layers, scores[assignment.signal], assignment.sparsity, axes, PATTERN)
-        dense = {fqn: reason for fqn, reason in found.dense.items() if fqn in dense or not plans}
-        if found.masks:
-            key = (assignment.signal, _hash_masks(found.masks))
-            first = plans.get(key, Plan(replace(assignment, names=()), "n:m", masks=found.masks))
-            names = (*first.assignment.names, *assignment.names)
-            plans[key] = replace(first, assignment=replace(first.assignment, names=names))
-    if not plans:
-        reason = next(iter(dense.values()), "it has no layer of that kind")
-        raise UsageError(f"--kinds n:m: no layer of this network takes {PATTERN}: {reason}; use --kinds structured")
-    return list(plans.values()), dense
-
-
-def _hash_masks(masks: Mapping[Any, BoolArray]) -> str:
-    state = hashlib.sha256()
-    for name, mask in sorted(masks.items(), key=lambda item: str(item[0])):
-        state.update(f"{name}".encode())
-        state.update(np.packbits(mask).tobytes())
-    return state.hexdigest()

@@ -16,11 +16,11 @@ from mm_edge.graph.groups import read_structure
 from mm_edge.graph.layers import read_layers
 from mm_edge.graph.sizes import SizedNetwork, auto_sizes, export_at, remake, square_side, total_stride
 from mm_edge.plan.n_m import reduced_axes
+from mm_edge.plan.target_widths import make_ladders
 from mm_edge.recover.closed_form.branches import MeasuredBranch, measure_branches
 from mm_edge.recover.closed_form.context import RecoveryContext, build_context
 from mm_edge.recover.closed_form.sensitivity import Sensitivity, from_arrays, measure_sensitivities, to_arrays
 from mm_edge.run.job import CLOSED_FORM_IMAGES, FROM_MOMENTS, Job, Place, recovery_images
-from mm_edge.run.make import make_ladders
 from mm_edge.runtime import cores
 
 

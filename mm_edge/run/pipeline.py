@@ -24,7 +24,9 @@ from mm_edge.graph.export import deploy
 from mm_edge.graph.groups import Structure
 from mm_edge.load.data import DataSplits, noise_batches
 from mm_edge.plan.budgets import is_budget
+from mm_edge.plan.counts import count_parameters
 from mm_edge.plan.n_m import require_support
+from mm_edge.plan.plans import PATTERN, Plan
 from mm_edge.progress import Advance
 from mm_edge.quality.evaluation import compare_logits, run_onnx
 from mm_edge.records import (
@@ -34,6 +36,7 @@ from mm_edge.records import (
     Latency,
     Report,
     SkippedGroup,
+    file_name,
     from_json,
     to_json,
 )
@@ -49,15 +52,11 @@ from mm_edge.run.convert import (
 from mm_edge.run.finetune import finetune_candidate, worth_training
 from mm_edge.run.job import BATCH, FROM_MOMENTS, Job, Place, Request
 from mm_edge.run.make import (
-    PATTERN,
     Benches,
     Images,
-    Plan,
     Workbench,
     bench_of,
-    count_parameters,
     dense_candidate,
-    file_name,
     make_candidate,
     make_control,
 )
@@ -148,7 +147,7 @@ def _make_controls(places: list[Place], benches: Benches) -> list[Candidate]:
             continue
         with job.stages.stage("controls"):
             key = job.key(data=job.data_key, control=side)
-            name = f"candidates/{file_name(f'dense@{side}')}"
+            name = f"candidates/{file_name('none', 'dense', 'dense', 'fp32', side)}"
             made.append(_kept(job, name, key, partial(make_control, benches[side], side)))
     return made
 
@@ -404,10 +403,12 @@ def _convert_all(
         for index, source in enumerate(sources):
             assert source.artifact is not None
             digest = hash_file(job.folder / source.artifact)
+            side = source.input_shape[-1]
             for precision in precisions:
-                name = f"candidates/{file_name(source.id)}-{precision}"
+                own_side = None if side == bench.spec.shape[-1] else side
+                parts = (source.signal, source.strategy, source.kind, source.precision, own_side)
+                name = f"candidates/{file_name(*parts)}-{precision}"
                 key = job.key(data=job.data_key, source=digest, precision=precision, target=job.target)
-                side = source.input_shape[-1]
                 convert = partial(convert_candidate, benches[side], source, precision, job.target, images[side])
                 row = _kept(job, name, key, convert)
                 made.append(replace(row, also_named=source.also_named, planned_by=source.planned_by))

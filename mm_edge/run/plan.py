@@ -24,29 +24,22 @@ from mm_edge.graph.export import deploy
 from mm_edge.graph.groups import Structure
 from mm_edge.graph.widths import Counts, Ladder, group_scores, lead, select_indices
 from mm_edge.plan.budgets import Budget, Draft, Met, Ruler, counts_of, meet, words_for
+from mm_edge.plan.counts import count_macs, parameter_cost
 from mm_edge.plan.latency_table import at_another_size, fit_time, measure_table
+from mm_edge.plan.plans import ChannelPlan, Plan, plan_all, plan_n_m
 from mm_edge.plan.ranges import apply_constraints
+from mm_edge.plan.scaling import BUDGET_SLACK, plan_budget
 from mm_edge.plan.scores import Scores
 from mm_edge.plan.strategies import assign
+from mm_edge.plan.target_widths import make_ladders
 from mm_edge.progress import Advance
 from mm_edge.quality.evaluation import run_onnx
-from mm_edge.records import Assignment, SparsityRange
+from mm_edge.records import Assignment, SparsityRange, file_name
 from mm_edge.recover.closed_form.branches import MeasuredBranch, allocate_rest, offers
 from mm_edge.recover.closed_form.context import RecoveryContext, judge_answers
 from mm_edge.run.clock import Clock, open_clock
 from mm_edge.run.job import Job, Place, recovery_images
-from mm_edge.run.make import (
-    BUDGET_SLACK,
-    Plan,
-    count_macs,
-    file_name,
-    make_ladders,
-    parameter_cost,
-    plan_all,
-    plan_budget,
-    plan_n_m,
-    recover_keep,
-)
+from mm_edge.run.make import recover_keep
 from mm_edge.run.score import score_network
 from mm_edge.runtime import cores
 
@@ -157,9 +150,9 @@ def places_for(budget: Budget, places: Sequence[Place]) -> list[Place]:
 
 def plan_scaled(
     rulers: Rulers, places: Sequence[Place], ranges: Mapping[str, SparsityRange], scores: Scores
-) -> tuple[list[Plan], list[str]]:
+) -> tuple[list[ChannelPlan], list[str]]:
     """Return a plan per signal and size that meets the budget; none where the unpruned network is within it."""
-    plans: list[Plan] = []
+    plans: list[ChannelPlan] = []
     notes: list[str] = []
     for place in places_for(rulers.budget, places):
         ruler = rulers.at(place)
@@ -171,7 +164,7 @@ def plan_scaled(
         for signal in scores:
             keep = select_indices(counts, group_scores(network.structure, scores[signal]))
             assignment = Assignment(signal, (rulers.budget.strategy,), met.draft.sparsity)
-            plans.append(Plan(assignment, "structured", keep=keep, side=place.side, planned_by=words))
+            plans.append(ChannelPlan(assignment, keep, side=place.side, planned_by=words))
         where = "" if place.dense else f" at {network.side} px"
         asked = f"{rulers.budget.asked}{where}"
         notes += budget_notes(network.structure, ladders, counts, met, ruler, asked, _UNITS[rulers.budget.kind])
@@ -220,7 +213,7 @@ def budget_notes(
     return notes
 
 
-def plan_by_sensitivity(rulers: Rulers, job: Job, places: Sequence[Place]) -> tuple[list[Plan], list[str]]:
+def plan_by_sensitivity(rulers: Rulers, job: Job, places: Sequence[Place]) -> tuple[list[ChannelPlan], list[str]]:
     """Spend a budget on input size, blocks and, by measured sensitivity, width; what diverges least is the plan.
 
     At every size that is above the budget, none to a few of the cheapest blocks are removed and the rest is taken from
@@ -239,7 +232,7 @@ def plan_by_sensitivity(rulers: Rulers, job: Job, places: Sequence[Place]) -> tu
         if len(fitting) < 2:
             least = [min(rivals, key=lambda rival: rival[2].share)] if rivals else []
             return [*(plan for _, plan, _ in fitting or least), *untouched], []
-        tried: list[tuple[float, str, Plan]] = []
+        tried: list[tuple[float, str, ChannelPlan]] = []
         for place, plan, _ in fitting:
             tried.append((_divergence(job, dense, place, plan), _describe(place, plan), plan))
             advance(len(tried), len(fitting))
@@ -259,7 +252,7 @@ def _is_within(rulers: Rulers, place: Place) -> bool:
     return ruler.whole <= ruler.target
 
 
-def _plan_whole(rulers: Rulers, places: Sequence[Place]) -> list[Plan]:
+def _plan_whole(rulers: Rulers, places: Sequence[Place]) -> list[ChannelPlan]:
     """Return the plan that removes nothing at the largest size, below the dense one, that is within the budget."""
     within = [place for place in places if not place.dense and _is_within(rulers, place)]
     if not within:
@@ -268,12 +261,12 @@ def _plan_whole(rulers: Rulers, places: Sequence[Place]) -> list[Plan]:
     keep = {group.leaf: np.ones(group.size, dtype=np.bool_) for group in place.network.structure.groups}
     assignment = Assignment("sensitivity", (rulers.budget.strategy,), {})
     words = _words(rulers, Met(Draft(keep), rulers.at(place).whole, 0))
-    return [Plan(assignment, "structured", keep=keep, side=place.side, planned_by=words)]
+    return [ChannelPlan(assignment, keep, side=place.side, planned_by=words)]
 
 
 def _spend(
     rulers: Rulers, place: Place, measured: Sequence[MeasuredBranch], advance: Advance
-) -> list[tuple[Place, Plan, Met]]:
+) -> list[tuple[Place, ChannelPlan, Met]]:
     """Return one plan per set of removed blocks."""
     ruler, ladders = rulers.at(place), ladders_at(place)
     here = {item.branch.id: renamed(item.branch, place.network.leaves) for item in measured}
@@ -285,7 +278,7 @@ def _spend(
         assignment = Assignment("sensitivity", (rulers.budget.strategy,), {})
         names = tuple(item.id for item in removed)
         words = _words(rulers, met)
-        plan = Plan(assignment, "structured", keep=met.draft.keep, side=place.side, removed=names, planned_by=words)
+        plan = ChannelPlan(assignment, met.draft.keep, names, side=place.side, planned_by=words)
         plans.append((place, plan, met))
         advance(len(plans), len(sets))
     return plans
@@ -303,15 +296,15 @@ def _draw_by_sensitivity(
     return Draft(allocate_rest(structure, ruler.cost, place.sensitivities, removed, aim * ruler.dense, ladders))
 
 
-def _describe(place: Place, plan: Plan) -> str:
+def _describe(place: Place, plan: ChannelPlan) -> str:
     gone = f" without {' and '.join(plan.removed)}" if plan.removed else ""
     return f"{place.network.side} px{gone}"
 
 
-def _divergence(job: Job, dense: Place, place: Place, plan: Plan | None) -> float:
+def _divergence(job: Job, dense: Place, place: Place, plan: ChannelPlan | None) -> float:
     """Return what a screened plan diverges by on held-back images (`judge`), nats; the whole network without a plan."""
     assert dense.recovery is not None and place.job.data is not None
-    name = file_name(f"dense@{place.side}") if plan is None else plan.file_name
+    name = file_name("none", "dense", "dense", "fp32", place.side) if plan is None else plan.file_name
     what = None if plan is None else plan.digest()
     key = place.job.key(data=job.data_key, plan=what, select=job.request.select, images=len(dense.recovery.images))
     name = f"rivals/{name}-{what[:12]}" if what is not None else f"rivals/{name}"
@@ -336,8 +329,8 @@ def _held_back_images(dense: RecoveryContext, place: Place) -> Float32Array:
     return recovery_images(place.job.data)[held]
 
 
-def _screen(job: Job, place: Place, plan: Plan) -> ir.Model:
-    assert plan.keep is not None and place.recovery is not None
+def _screen(job: Job, place: Place, plan: ChannelPlan) -> ir.Model:
+    assert place.recovery is not None
     found = recover_keep(place.recovery, plan.keep, job.request.select, place.sensitivities, walked=False)
     return materialise(place.network.raw, place.network.structure, {**plan.keep, **found.keep}, found.tensors)
 
@@ -354,8 +347,8 @@ def make_plans(job: Job, places: list[Place]) -> tuple[list[Plan], list[str]]:
             ranges = apply_constraints(layers, bounds, kind == "structured")
             assignments = [item for s in scores for item in assign(job.request.strategies, s, layers, ranges)]
             if kind == "n:m":
-                found, dense = plan_n_m(raw, layers, scores, assignments)
-                strategies += found
+                by_pattern, dense = plan_n_m(raw, layers, scores, assignments)
+                strategies += by_pattern
                 notes += _pattern_notes(dense)
             else:
                 strategies += plan_all(structure, layers, ladders, scores, assignments, (kind,))
@@ -395,8 +388,9 @@ def rulers_of(job: Job, dense: Place) -> tuple[list[Rulers], list[str]]:
 
 def _move(plan: Plan, place: Place) -> Plan:
     """Return a plan of the dense network for the network of another size."""
-    keep = None if plan.keep is None else place.network.translate(plan.keep)
-    return replace(plan, keep=keep, side=place.side)
+    if isinstance(plan, ChannelPlan):
+        return replace(plan, keep=place.network.translate(plan.keep), side=place.side)
+    return replace(plan, side=place.side)
 
 
 def _pattern_notes(dense: Mapping[str, str]) -> list[str]:

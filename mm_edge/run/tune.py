@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from mm_edge.plan.plans import ChannelPlan, Plan
 from mm_edge.progress import Advance
 from mm_edge.records import Candidate
 from mm_edge.recover.training.adapt import tune_for
 from mm_edge.recover.training.distil import Sized
-from mm_edge.run.make import Plan, Workbench, read_masked_state, save_trained
+from mm_edge.run.make import Workbench, read_masked_state, save_trained
 
 
 def tune_candidate(
@@ -26,7 +27,7 @@ def tune_candidate(
     """
     assert row.masked_state_dict is not None
     plan, start = read_masked_state(bench.structure, plan, bench.folder / row.masked_state_dict)
-    assert plan.keep is not None
+    assert isinstance(plan, ChannelPlan)
     found = tune_for(_sized(bench), _sized(given), plan.keep, start, seed=seed, progress=advance)
     if not found.better:
         return replace(row, stopped=found.note)

@@ -19,12 +19,12 @@ from mm_edge.graph.export import RawGraph, deploy, export_raw
 from mm_edge.graph.groups import Structure, read_structure
 from mm_edge.graph.widths import ladder
 from mm_edge.load.models import LoadOptions, load_model
+from mm_edge.plan.counts import count_macs
 from mm_edge.quality.parity import compare, onnx_runner
 from mm_edge.recover.closed_form.branches import MeasuredBranch, allocate_rest, empty, measure_branches, offers
 from mm_edge.recover.closed_form.context import build_context
 from mm_edge.recover.closed_form.recovery import recover_closed_form
 from mm_edge.recover.closed_form.sensitivity import measure_sensitivities
-from mm_edge.run.make import count_macs
 
 
 @pytest.fixture(scope="module")

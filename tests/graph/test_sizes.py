@@ -27,8 +27,7 @@ from mm_edge.load.models import LoadedModel, LoadOptions, load_model, wrap_modul
 from mm_edge.progress import Stages
 from mm_edge.quality.evaluation import run_onnx
 from mm_edge.quality.parity import compare, onnx_runner, torch_runner
-from mm_edge.records import Report
-from mm_edge.run.make import file_name
+from mm_edge.records import Report, file_name
 
 SIDE = 128
 OTHER = 96
@@ -232,7 +231,8 @@ def test_rows_at_another_size_are_made_counted_and_judged_there(files: Path, don
             continue
         assert row.input_shape == (3, OTHER, OTHER)
         assert row.artifact is not None and row.parity is not None
-        assert file_name(row.id) in row.artifact and row.artifact.endswith("-96px.onnx")
+        name = file_name(row.signal, row.strategy, row.kind, row.precision, 96)
+        assert name in row.artifact and row.artifact.endswith("-96px.onnx")
         assert row.parity.max_rel_err <= 1e-4 and row.parity.inputs.kind == "images"
         written = read_metadata(out / row.artifact)["input"]
         assert written["shape"] == [3, OTHER, OTHER] and written["crop_pct"] == spec.crop_pct

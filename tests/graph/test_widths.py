@@ -23,8 +23,8 @@ from mm_edge.graph.widths import (
     solve_widths,
     sparsity_of,
 )
+from mm_edge.plan.scaling import plan_budget
 from mm_edge.records import Layer, SparsityRange
-from mm_edge.run.make import plan_budget
 
 CHAIN = "a = Conv(x, w1) r = Relu(a) b = Conv(r, w2) s = Relu(b) y = Conv(s, w3)"
 CHAIN_WEIGHTS = {"w1": (16, 3, 1, 1), "w2": (32, 16, 1, 1), "w3": (4, 32, 1, 1)}

@@ -30,8 +30,8 @@ from mm_edge.plan.n_m import (
     require_support,
     runtime_instructions,
 )
+from mm_edge.plan.plans import Plan, plan_n_m
 from mm_edge.records import Assignment, Candidate, Layer
-from mm_edge.run.make import Plan, plan_n_m
 from mm_edge.run.pipeline import _twin_notes
 
 TWO_FOUR = Pattern(2, 4)
