@@ -52,7 +52,8 @@ from mm_edge.graph.widths import group_scores, select_indices
 from mm_edge.plan.plans import ChannelPlan, plan_all
 from mm_edge.plan.ranges import apply_constraints, rule_ranges
 from mm_edge.plan.scaling import plan_budget
-from mm_edge.plan.scores import SIGNALS, score_weights
+from mm_edge.plan.scores import score_weights
+from mm_edge.plan.signals import SIGNALS
 from mm_edge.plan.strategies import STRATEGIES, assign
 from mm_edge.plan.target_widths import make_ladders
 from mm_edge.quality.parity import TOLERANCE, compare, onnx_runner, torch_runner
@@ -159,7 +160,7 @@ def measure(name: str, shape: Sequence[int]) -> dict[str, Any]:
     weights = read_weights(raw, layers)
     rng = np.random.default_rng(0)
     noise = {fqn: rng.standard_normal(array.shape, dtype=np.float32) for fqn, array in weights.items()}
-    scores = score_weights(weights, noise, SIGNALS)
+    scores = score_weights(weights, noise, tuple(SIGNALS))
     ranges = apply_constraints(layers, rule_ranges(layers, type(module).__name__), structured=True)
     ladders = make_ladders(structure, layers, load_target(TARGET))
     with timed(seconds, "plan_30"):

@@ -21,7 +21,7 @@ from mm_edge.errors import UsageError, unknown_name
 from mm_edge.graph.sizes import InputSizes, check_input_sizes, remake
 from mm_edge.load.data import open_data
 from mm_edge.load.models import LoadedModel, wrap_module
-from mm_edge.plan.scores import SIGNALS, parse_signals
+from mm_edge.plan.signals import SIGNALS, parse_signals
 from mm_edge.plan.strategies import STRATEGIES, parse_strategies
 from mm_edge.progress import Stages
 from mm_edge.records import Constraints, Report

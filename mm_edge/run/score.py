@@ -13,6 +13,7 @@ from mm_edge.graph.layers import read_weights as read_layer_weights
 from mm_edge.load.models import LoadedModel
 from mm_edge.plan.ranges import observed_ranges, rule_ranges
 from mm_edge.plan.scores import GRASP_IMAGES, Scores, gradients, hessian_gradient_products, score_weights
+from mm_edge.plan.signals import need_gradient, without_gradient
 from mm_edge.records import Layer, SparsityRange
 from mm_edge.run.job import BATCH, Job
 from mm_edge.runtime import release_memory
@@ -45,11 +46,11 @@ def score_network(
     notes: list[str] = []
     gradient: Float32Arrays = {}
     signals = job.request.signals
-    if signals != ("magnitude",) or job.request.ranges == "observed":
+    if need_gradient(signals) or job.request.ranges == "observed":
         gradient, note = _gradients(job)
         notes += note
         if not gradient:
-            signals = ("magnitude",)
+            signals = without_gradient(signals)
     with job.stages.stage("scores"):
         scores = score_weights(weights, gradient, signals)
     products = _products(job, layers) if job.request.ranges == "observed" and gradient else None

@@ -18,7 +18,7 @@ from mm_edge.graph.groups import Structure, read_structure
 from mm_edge.graph.layers import read_layers, read_weights
 from mm_edge.graph.widths import group_scores, ladder, round_widths, select_indices
 from mm_edge.plan.ranges import apply_constraints, rule_ranges
-from mm_edge.plan.scores import magnitude_scores
+from mm_edge.plan.scores import score_weights
 from mm_edge.plan.strategies import assign
 from mm_edge.quality.parity import TOLERANCE, compare, onnx_runner, torch_runner
 
@@ -92,7 +92,8 @@ def assert_pruned_exactly(module: nn.Module, shape: tuple[int, int, int], least:
     (balanced,) = assign(("balanced",), "magnitude", layers, ranges)
     ladders = [ladder(group, MULTIPLE) for group in structure.groups]
     counts = round_widths(structure, layers, balanced.sparsity, ladders)
-    keep = select_indices(counts, group_scores(structure, magnitude_scores(read_weights(raw, layers))))
+    scores = score_weights(read_weights(raw, layers), {}, ("magnitude",))["magnitude"]
+    keep = select_indices(counts, group_scores(structure, scores))
     assert 1 - structure.macs({leaf: float(count) for leaf, count in counts.items()}) / structure.macs() >= least
     masked = copy.deepcopy(module)
     parameters = dict(masked.named_parameters())
