@@ -29,14 +29,15 @@ from mm_edge.bench.target import Target, load_target, resolve_host
 from mm_edge.bench.transport import LocalTransport
 from mm_edge.formats.device_files import write_model
 from mm_edge.graph.compact import materialise
-from mm_edge.graph.export import deploy, export_raw
+from mm_edge.graph.deploy import deploy
+from mm_edge.graph.export import export_raw
 from mm_edge.graph.groups import read_structure
-from mm_edge.graph.layers import read_layers, read_weights
-from mm_edge.graph.widths import Counts, group_scores, ladder, select_indices
+from mm_edge.graph.layers import read_layer_weights, read_layers
+from mm_edge.graph.widths import Counts, group_scores, allowed_widths, select_indices
 from mm_edge.plan.ranges import apply_constraints, rule_ranges
 from mm_edge.plan.scaling import plan_budget
 from mm_edge.plan.scores import score_weights
-from mm_edge.plan.target_widths import channel_multiple, make_ladders
+from mm_edge.plan.target_widths import channel_multiple, allowed_widths_on
 from mm_edge.store import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,11 +51,11 @@ def make_both(name: str, fraction: float, target: Target, folder: Path) -> dict[
     module = timm.create_model(name).eval()
     raw = export_raw(module, torch.zeros(1, *module.pretrained_cfg["input_size"]))
     structure, layers = read_structure(raw), read_layers(raw)
-    scores = score_weights(read_weights(raw, layers), {}, ("magnitude",))["magnitude"]
+    scores = score_weights(read_layer_weights(raw, layers), {}, ("magnitude",))["magnitude"]
     ranges = apply_constraints(layers, rule_ranges(layers, type(module).__name__), structured=True)
     multiples = {group.leaf: channel_multiple(group, layers, target, ("fp32",)) for group in structure.groups}
-    fine = tuple(ladder(group, 1) for group in structure.groups)
-    _, aligned = plan_budget(structure, layers, make_ladders(structure, layers, target), ranges, fraction)
+    fine = tuple(allowed_widths(group, 1) for group in structure.groups)
+    _, aligned = plan_budget(structure, layers, allowed_widths_on(structure, layers, target), ranges, fraction)
     _, loose = plan_budget(structure, layers, fine, ranges, fraction)
     sizes = {group.leaf: group.size for group in structure.groups}
     unaligned: Counts = {

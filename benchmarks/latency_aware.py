@@ -41,15 +41,16 @@ from mm_edge.formats.device_files import write_model
 from mm_edge.graph.axes import Axis, Keep
 from mm_edge.graph.compact import materialise
 from mm_edge.graph.costs import Cost
-from mm_edge.graph.export import RawGraph, deploy, read_raw
+from mm_edge.graph.deploy import deploy
+from mm_edge.graph.export import RawGraph, read_raw
 from mm_edge.graph.groups import Structure, read_structure
 from mm_edge.graph.layers import read_layers
-from mm_edge.graph.widths import Ladder, lead
+from mm_edge.graph.widths import AllowedWidths, lead
 from mm_edge.load.data import ImageSet, open_data
 from mm_edge.load.models import LoadOptions, load_model
 from mm_edge.plan.budgets import Draft, Ruler, counts_of, meet
 from mm_edge.plan.latency_table import TimedWidth, fit_time, measure_table
-from mm_edge.plan.target_widths import make_ladders
+from mm_edge.plan.target_widths import allowed_widths_on
 from mm_edge.quality.evaluation import compare_logits, run_onnx
 from mm_edge.recover.closed_form.context import RecoveryContext, build_context
 from mm_edge.recover.closed_form.recovery import recover_closed_form
@@ -80,7 +81,7 @@ class Network:
     name: str
     raw: RawGraph
     structure: Structure
-    ladders: tuple[Ladder, ...]
+    allowed: tuple[AllowedWidths, ...]
     calibration: np.ndarray
     judged: ImageSet
     folder: Path
@@ -133,22 +134,22 @@ def open_network(args: argparse.Namespace, name: str, target: Target) -> Network
     folder = args.work / name
     folder.mkdir(parents=True, exist_ok=True)
     write_model(ir.to_proto(deploy(raw.model.clone())), folder / "dense.onnx")
-    ladders = make_ladders(structure, read_layers(raw), target)
-    return Network(name, raw, structure, ladders, images, judged, folder)
+    allowed = allowed_widths_on(structure, read_layers(raw), target)
+    return Network(name, raw, structure, allowed, images, judged, folder)
 
 
 def compare(network: Network, target: Target, shares: list[float]) -> dict[str, Any]:
     """Return the rows of both allocations, and how well either model tells time."""
     structure = network.structure
     context = build_context(network.raw, structure, network.calibration, threads=cores())
-    sensitivities = read_sensitivities(network.folder / "sensitivities.safetensors", context, network.ladders)
+    sensitivities = read_sensitivities(network.folder / "sensitivities.safetensors", context, network.allowed)
     answers = run_onnx(network.dense, network.judged.batches(BATCH), cores())
     with LocalTransport() as transport:
         clock = open_clock(network.dense, target, transport, RunStore(network.folder))
         assert clock is not None
         start = time.monotonic()
         timed = partial(network.share, clock)
-        table = measure_table(structure, network.ladders, partial(timed, quiet=True))
+        table = measure_table(structure, network.allowed, partial(timed, quiet=True))
         seconds = round(time.monotonic() - start, 1)
         costs = {"macs": structure.mac_cost, "latency": fit_time(structure.mac_cost, table)}
         result: dict[str, Any] = {
@@ -171,11 +172,11 @@ def compare(network: Network, target: Target, shares: list[float]) -> dict[str, 
     return result
 
 
-def read_sensitivities(path: Path, context: RecoveryContext, ladders: Sequence[Ladder]) -> dict[Axis, Sensitivity]:
+def read_sensitivities(path: Path, context: RecoveryContext, allowed: Sequence[AllowedWidths]) -> dict[Axis, Sensitivity]:
     """Return the sensitivities kept at `path`; measured and kept where there are none."""
     if path.exists():
         return from_arrays(context.structure, load_file(path))
-    found = measure_sensitivities(context, ladders)
+    found = measure_sensitivities(context, allowed)
     save_file(to_arrays(context.structure, found), path)
     return found
 
@@ -197,7 +198,7 @@ def judge_models(network: Network, costs: dict[str, Cost], timed: Any) -> dict[s
     measured = []
     for _ in range(RANDOM_PLANS):
         least = rng.uniform(0.3, 0.9)
-        counts = {item.leaf: item.nearest(rng.uniform(least, 1.0) * item.widths[-1]) for item in network.ladders}
+        counts = {item.leaf: item.nearest(rng.uniform(least, 1.0) * item.widths[-1]) for item in network.allowed}
         keep = lead(network.structure, counts)
         measured.append(timed(keep, quiet=True))
         for name, cost in costs.items():
@@ -219,7 +220,7 @@ def run_row(
     structure = network.structure
 
     def draw(aim: float) -> Draft:
-        counts = allocate(cost, sensitivities, aim * cost.total(), network.ladders)
+        counts = allocate(cost, sensitivities, aim * cost.total(), network.allowed)
         whole = {group.leaf: np.ones(group.size, dtype=np.bool_) for group in structure.groups}
         return Draft({**whole, **select_by_sensitivity(sensitivities, counts)})
 

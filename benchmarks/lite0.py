@@ -41,13 +41,14 @@ from mm_edge.bench.transport import LocalTransport
 from mm_edge.graph.axes import Keep
 from mm_edge.graph.compact import materialise
 from mm_edge.graph.depth import find_branches, renamed
-from mm_edge.graph.export import RawGraph, deploy, read_raw
+from mm_edge.graph.deploy import deploy
+from mm_edge.graph.export import RawGraph, read_raw
 from mm_edge.graph.groups import Structure, read_structure
 from mm_edge.graph.layers import read_layers
 from mm_edge.graph.sizes import export_at, remake
 from mm_edge.load.data import DataSplits, open_data
 from mm_edge.load.models import LoadOptions, load_model
-from mm_edge.plan.target_widths import make_ladders
+from mm_edge.plan.target_widths import allowed_widths_on
 from mm_edge.quality.evaluation import compare_logits, run_onnx
 from mm_edge.recover.closed_form.branches import allocate_rest, measure_branches, offers
 from mm_edge.recover.closed_form.context import RecoveryContext, build_context
@@ -73,7 +74,7 @@ class At:
     module: torch.nn.Module
     raw: RawGraph
     structure: Structure
-    ladders: Any
+    allowed: Any
     data: DataSplits
     leaves: Mapping[Any, Any]
 
@@ -98,10 +99,10 @@ class Seed:
         raw = read_raw(self.model)
         structure, layers = read_structure(raw), read_layers(raw)
         data = open_data(options.images, self.model.input, self.model.info.num_classes, (0.5, 0.5, 0.0), seed)
-        ladders = make_ladders(structure, layers, self.target)
+        allowed = allowed_widths_on(structure, layers, self.target)
         module = self.model.module
         self.full = At(
-            224, module, raw, structure, ladders, data, {group.leaf: group.leaf for group in structure.groups}
+            224, module, raw, structure, allowed, data, {group.leaf: group.leaf for group in structure.groups}
         )
         self.labels = data.validation.labels
         self.answers = run_onnx(_bytes(raw.model.clone()), data.validation.batches(50), cores())
@@ -119,7 +120,7 @@ class Seed:
         started = time.monotonic()
         context = self.context(self.full)
         kept = self.options.work / f"sensitivities-{self.seed}.safetensors"
-        sensitivities = read_sensitivities(kept, context, self.full.ladders)
+        sensitivities = read_sensitivities(kept, context, self.full.allowed)
         branches = measure_branches(context, find_branches(self.full.raw.model, self.full.structure))
         shared = {"shared_seconds": round(time.monotonic() - started, 1)}
         for fraction in full:
@@ -154,7 +155,7 @@ class Seed:
             if at.structure.macs() <= budget and removed:
                 continue
             gone = [renamed(item, at.leaves) for item in removed]
-            keep = allocate_rest(at.structure, at.structure.mac_cost, own, gone, budget, at.ladders)
+            keep = allocate_rest(at.structure, at.structure.mac_cost, own, gone, budget, at.allowed)
             found = recover_keep(context, keep, "auto", own, walked=False)
             tried.append(Spent(found.kl_held_back or 0.0, keep, own, tuple(item.id for item in removed)))
         return tried
@@ -204,9 +205,9 @@ class Seed:
     def remade(self, side: int) -> At:
         model = remake(self.model, side)
         sized = export_at(model, self.full.structure)
-        ladders = make_ladders(sized.structure, sized.layers, self.target)
+        allowed = allowed_widths_on(sized.structure, sized.layers, self.target)
         data = self.full.data.prepared_for(model.input)
-        return At(side, model.module, sized.raw, sized.structure, ladders, data, sized.leaves)
+        return At(side, model.module, sized.raw, sized.structure, allowed, data, sized.leaves)
 
     def path(self, kind: str, side: int, fraction: float) -> Path:
         return self.options.work / f"row-{self.seed}-{kind}-{side}-{fraction:.3f}.json"

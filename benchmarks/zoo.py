@@ -45,16 +45,18 @@ from torch import nn
 from mm_edge.bench.target import load_target
 from mm_edge.graph.axes import Keep
 from mm_edge.graph.compact import mask_tensors, materialise
-from mm_edge.graph.export import RawGraph, deploy, export_raw
+from mm_edge.graph.deploy import deploy
+from mm_edge.graph.export import RawGraph, export_raw
 from mm_edge.graph.groups import Structure, read_structure
-from mm_edge.graph.layers import read_layers, read_weights
+from mm_edge.graph.layers import read_layer_weights, read_layers
 from mm_edge.graph.widths import group_scores, select_indices
 from mm_edge.plan.plans import ChannelPlan, plan_all
 from mm_edge.plan.ranges import apply_constraints, rule_ranges
 from mm_edge.plan.scaling import plan_budget
-from mm_edge.plan.scores import SIGNALS, score_weights
+from mm_edge.plan.scores import score_weights
+from mm_edge.plan.signals import SIGNALS
 from mm_edge.plan.strategies import STRATEGIES, assign
-from mm_edge.plan.target_widths import make_ladders
+from mm_edge.plan.target_widths import allowed_widths_on
 from mm_edge.quality.parity import TOLERANCE, compare, onnx_runner, torch_runner
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -156,21 +158,21 @@ def measure(name: str, shape: Sequence[int]) -> dict[str, Any]:
         structure = read_structure(raw)
         layers = read_layers(raw)
     row |= {"macs": structure.macs(), "layers": len(layers), "groups": len(structure.groups), "pins": pins(structure)}
-    weights = read_weights(raw, layers)
+    weights = read_layer_weights(raw, layers)
     rng = np.random.default_rng(0)
     noise = {fqn: rng.standard_normal(array.shape, dtype=np.float32) for fqn, array in weights.items()}
-    scores = score_weights(weights, noise, SIGNALS)
+    scores = score_weights(weights, noise, tuple(SIGNALS))
     ranges = apply_constraints(layers, rule_ranges(layers, type(module).__name__), structured=True)
-    ladders = make_ladders(structure, layers, load_target(TARGET))
+    allowed = allowed_widths_on(structure, layers, load_target(TARGET))
     with timed(seconds, "plan_30"):
         assignments = [item for signal in SIGNALS for item in assign(tuple(STRATEGIES), signal, layers, ranges)]
-        plans = plan_all(structure, layers, ladders, scores, assignments, ("structured",))
+        plans = plan_all(structure, layers, allowed, scores, assignments, ("structured",))
     row["planned"] = sum(len(plan.assignment.names) for plan in plans)
     balanced = next(plan for plan in plans if plan.id == "magnitude/balanced/structured/fp32")
     assert isinstance(balanced, ChannelPlan)
     row["balanced"] = check(module, raw, structure, balanced.keep, images)
     with timed(seconds, "plan_budget"):
-        _, counts = plan_budget(structure, layers, ladders, ranges, BUDGET)
+        _, counts = plan_budget(structure, layers, allowed, ranges, BUDGET)
         keep = select_indices(counts, group_scores(structure, scores["magnitude"]))
     row["budget"] = check(module, raw, structure, keep, images)
     return row

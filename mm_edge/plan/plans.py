@@ -19,7 +19,7 @@ from mm_edge.errors import UsageError
 from mm_edge.graph.axes import Axis, Keep
 from mm_edge.graph.export import RawGraph
 from mm_edge.graph.groups import Structure
-from mm_edge.graph.widths import Ladder, group_scores, round_widths, select_indices
+from mm_edge.graph.widths import AllowedWidths, group_scores, round_widths, select_indices
 from mm_edge.plan.masks import build_masks, rank_scores
 from mm_edge.plan.n_m import parse_pattern, project, reduced_axes
 from mm_edge.plan.scores import Scores
@@ -99,7 +99,7 @@ class WeightPlan(Plan):
 def plan_all(
     structure: Structure,
     layers: Sequence[Layer],
-    ladders: Sequence[Ladder],
+    allowed: Sequence[AllowedWidths],
     scores: Scores,
     assignments: Sequence[Assignment],
     kinds: Sequence[str],
@@ -110,7 +110,7 @@ def plan_all(
     for assignment in assignments:
         if "structured" in kinds:
             by_group = channel_scores[assignment.signal]
-            plans.append(plan_structured(structure, layers, ladders, assignment, by_group))
+            plans.append(plan_structured(structure, layers, allowed, assignment, by_group))
     if "unstructured" in kinds:
         for signal in scores:
             rankings = rank_scores(layers, scores[signal])
@@ -123,12 +123,12 @@ def plan_all(
 def plan_structured(
     structure: Structure,
     layers: Sequence[Layer],
-    ladders: Sequence[Ladder],
+    allowed: Sequence[AllowedWidths],
     assignment: Assignment,
     scores: Mapping[Axis, Float64Array],
 ) -> ChannelPlan:
     """Return the plan of one strategy: E7's widths among those the target allows, the highest scores kept."""
-    counts = round_widths(structure, layers, assignment.sparsity, ladders)
+    counts = round_widths(structure, layers, assignment.sparsity, allowed)
     return ChannelPlan(assignment, select_indices(counts, scores))
 
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from mm_edge.graph.axes import Axis
 from mm_edge.graph.costs import Cost
 from mm_edge.graph.groups import Structure
-from mm_edge.graph.widths import Counts, Ladder, meet_budget, solve_widths
+from mm_edge.graph.widths import Counts, AllowedWidths, meet_budget, solve_widths
 from mm_edge.records import Layer, SparsityRange
 
 # How far below its budget a candidate may stay before the target's channel multiples are given up for it.
@@ -25,7 +25,7 @@ HALVINGS = 20
 def plan_budget(
     structure: Structure,
     layers: Sequence[Layer],
-    ladders: Sequence[Ladder],
+    allowed: Sequence[AllowedWidths],
     ranges: Mapping[str, SparsityRange],
     fraction: float,
     cost: Cost | None = None,
@@ -35,7 +35,7 @@ def plan_budget(
     Args:
         structure: the coupled groups.
         layers: the prunable layers.
-        ladders: the allowed widths of each group. Where their steps miss the budget by more than BUDGET_SLACK the
+        allowed: the allowed widths of each group. Where their steps miss the budget by more than BUDGET_SLACK the
             steps are halved, down to single indices.
         ranges: the allowed sparsity of each layer.
         fraction: the share of the dense cost, in (0, 1).
@@ -43,7 +43,7 @@ def plan_budget(
     """
     cost = structure.mac_cost if cost is None else cost
     budget = fraction * cost.total()
-    sizes = {item.leaf: item.widths[-1] for item in ladders}
+    sizes = {item.leaf: item.widths[-1] for item in allowed}
 
     def sparsity(a: float) -> dict[str, float]:
         return {fqn: min(max(r.lo + a * (r.hi - r.lo), 0.0), 0.99) for fqn, r in ranges.items()}
@@ -60,13 +60,13 @@ def plan_budget(
             high = middle
     goal = wanted(high)
     while True:
-        counts = {item.leaf: item.nearest(goal[item.leaf]) for item in ladders}
-        counts = meet_budget(cost, ladders, counts, goal, budget, strict=True)
+        counts = {item.leaf: item.nearest(goal[item.leaf]) for item in allowed}
+        counts = meet_budget(cost, allowed, counts, goal, budget, strict=True)
         spent = cost.total(counts)
-        finer = tuple(item.halved() for item in ladders)
-        if budget * (1 - BUDGET_SLACK) <= spent <= budget or finer == tuple(ladders):
+        finer = tuple(item.halved() for item in allowed)
+        if budget * (1 - BUDGET_SLACK) <= spent <= budget or finer == tuple(allowed):
             return sparsity(high), counts
-        ladders = finer
+        allowed = finer
 
 
 def _lowest_share(ranges: Mapping[str, SparsityRange]) -> float:

@@ -1,10 +1,8 @@
-"""Signals: how much each weight matters (E1-E3), from one gradient pass.
+"""Scores of weights by signal, and the gradient passes they need.
 
-With w a weight, L the summed cross entropy of the calibration set and mean() over one layer:
+A signal (signals.py) gives the raw score S of every weight. It is divided by its mean over the layer, so that layers
+can be compared:
 
-    E1 magnitude   S = |w|
-    E2 gradient    S = |sum over images of dL/dw|
-    E3 product     S = |w| * |dL/dw|
     normalised     S / mean(S), zeros where the mean is zero
 
 GraSP's ranking needs the product of the Hessian H with the gradient g of the mean loss. Double backward
@@ -12,7 +10,7 @@ fails on hard-sigmoid networks, fused attention and cached attention biases, so 
 
     H g  ~  (g(w + e d) - g(w - e d)) / (2 e),  e d = STEP * |w| * g / |g|     (norms over all weights)
 
-Source: arXiv 2603.20280 (E1-E3); Wang et al. 2020 (GraSP).
+Source: Wang et al. 2020 (GraSP).
 """
 
 from __future__ import annotations
@@ -28,9 +26,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mm_edge.arrays import Float32Array, Float32Arrays
-from mm_edge.errors import DataError, JobError, ModelError, UsageError, unknown_name
+from mm_edge.errors import DataError, JobError, ModelError
+from mm_edge.plan.signals import SIGNALS
 
-SIGNALS = ("magnitude", "gradient", "product")
 GRASP_IMAGES = 128
 # Against exact products on trained ViT-Tiny and ConvNeXt: cosine 1.00 from 3e-4 down, 0.99 at 1e-3, 0.90 at 3e-3.
 STEP = 3e-4
@@ -68,50 +66,23 @@ class Gradients:
         return ("no labels: gradients are taken at the dense model's own predictions; give labelled images if you can",)
 
 
-def parse_signals(text: str) -> tuple[str, ...]:
-    """Return the signals named in a comma-separated list, each once.
-
-    Raises:
-        UsageError: a name is unknown or the list is empty.
-    """
-    names = tuple(dict.fromkeys(name for part in text.split(",") if (name := part.strip())))
-    if not names:
-        raise UsageError(f"no signal given; allowed: {', '.join(SIGNALS)}")
-    for name in names:
-        if name not in SIGNALS:
-            raise UsageError(unknown_name("signal", name, SIGNALS))
-    return names
-
-
 def score_weights(weights: Float32Arrays, gradients: Mapping[str, Float32Array], signals: Sequence[str]) -> Scores:
-    """Return, per signal, the normalised score of every weight in `weights` (E1-E3).
+    """Return, per signal, the normalised score of every weight in `weights`.
 
-    `gradients` may be empty when only magnitude is asked for.
+    `gradients` may be empty when no signal asked for needs them.
 
     Raises:
         JobError: a layer has no gradient; it must not stay dense in silence.
     """
-    makers: dict[str, Callable[[], Float32Arrays]] = {
-        "magnitude": lambda: magnitude_scores(weights),
-        "gradient": lambda: gradient_scores(weights, gradients),
-        "product": lambda: product_scores(weights, gradients),
+    return {name: _score_layers(name, weights, gradients) for name in signals}
+
+
+def _score_layers(name: str, weights: Float32Arrays, gradients: Mapping[str, Float32Array]) -> Float32Arrays:
+    signal = SIGNALS[name]
+    return {
+        fqn: normalise(signal.score(weight, _gradient_of(gradients, fqn) if signal.needs_gradient else None))
+        for fqn, weight in weights.items()
     }
-    return {signal: makers[signal]() for signal in signals}
-
-
-def magnitude_scores(weights: Float32Arrays) -> Float32Arrays:
-    """E1: |w|, normalised per layer."""
-    return {fqn: normalise(np.abs(weight)) for fqn, weight in weights.items()}
-
-
-def gradient_scores(weights: Float32Arrays, gradients: Mapping[str, Float32Array]) -> Float32Arrays:
-    """E2: |sum of dL/dw|, normalised per layer."""
-    return {fqn: normalise(np.abs(_gradient_of(gradients, fqn))) for fqn in weights}
-
-
-def product_scores(weights: Float32Arrays, gradients: Mapping[str, Float32Array]) -> Float32Arrays:
-    """E3: |w| * |dL/dw|, normalised per layer."""
-    return {fqn: normalise(np.abs(weight * _gradient_of(gradients, fqn))) for fqn, weight in weights.items()}
 
 
 def normalise(score: Float32Array) -> Float32Array:

@@ -1,11 +1,26 @@
-"""Signals: how much each weight matters (E1-E3), by the name users type with --signals.
+"""Signals: how much each weight matters, by the name users type with --signals.
 
-This module imports NumPy alone, so that the command line can name them without PyTorch.
+With w a weight and g = the sum over images of dL/dw, L the cross entropy:
+
+    E1 magnitude   S = |w|
+    E2 gradient    S = |g|
+    E3 product     S = |w g|
+
+Higher scores mean keep. Scores are divided by their mean over the layer afterwards (scores.py), for every signal alike.
+This module imports NumPy alone, so that the command line can name signals without PyTorch.
+
+Source: arXiv 2603.20280 (E1-E3).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+
+import numpy as np
+
+from mm_edge.arrays import Float32Array
+from mm_edge.plan.names import parse_names
 
 
 @dataclass(frozen=True)
@@ -14,14 +29,57 @@ class Signal:
 
     Attributes:
         help: what it is, in a few words, for --help.
+        needs_gradient: whether it needs the summed gradient of the loss.
+        score: the raw score of every weight of one layer, from the weight and its gradient (None where it needs none),
+            arrays of one shape.
     """
 
     help: str
-    needs_gradient: bool = True
+    needs_gradient: bool
+    score: Callable[[Float32Array, Float32Array | None], Float32Array]
+
+
+def magnitude(weight: Float32Array, gradient: Float32Array | None) -> Float32Array:
+    """E1: |w|."""
+    return np.abs(weight)
+
+
+def gradient_size(weight: Float32Array, gradient: Float32Array | None) -> Float32Array:
+    """E2: |g|."""
+    assert gradient is not None
+    return np.abs(gradient)
+
+
+def product(weight: Float32Array, gradient: Float32Array | None) -> Float32Array:
+    """E3: |w g|."""
+    assert gradient is not None
+    return np.asarray(np.abs(weight * gradient))
 
 
 SIGNALS: dict[str, Signal] = {
-    "magnitude": Signal("the size of the weight", False),
-    "gradient": Signal("the size of the loss's gradient by the weight"),
-    "product": Signal("the product of both"),
+    "magnitude": Signal("the size of the weight", False, magnitude),
+    "gradient": Signal("the size of the loss's gradient by the weight", True, gradient_size),
+    "product": Signal("the product of both", True, product),
 }
+
+# What is scored by where the signals asked for need gradients and there are none.
+WITHOUT_GRADIENT = "magnitude"
+
+
+def parse_signals(text: str) -> tuple[str, ...]:
+    """Return the signals named in a comma-separated list, each once.
+
+    Raises:
+        UsageError: a name is unknown or the list is empty.
+    """
+    return parse_names("signal", text, SIGNALS)
+
+
+def need_gradient(signals: Iterable[str]) -> bool:
+    """Return whether any of the named signals needs gradients."""
+    return any(SIGNALS[name].needs_gradient for name in signals)
+
+
+def without_gradient(signals: Iterable[str]) -> tuple[str, ...]:
+    """Return those of the named signals that need no gradient; magnitude where all need one."""
+    return tuple(name for name in signals if not SIGNALS[name].needs_gradient) or (WITHOUT_GRADIENT,)

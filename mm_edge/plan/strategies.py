@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from mm_edge.errors import UsageError, unknown_name
+from mm_edge.plan.names import parse_names
 from mm_edge.records import Assignment, Layer, SparsityRange
 
 CONVOLUTIONS = frozenset({"conv", "depthwise", "downsample", "se", "stem"})
@@ -85,55 +85,58 @@ def feature_heavy(spot: Spot) -> float:
     return 1.0 if spot.extracts and spot.depth >= 1 / 3 else 0.5
 
 
-Strategy = Callable[[Spot], float]
+@dataclass(frozen=True)
+class Strategy:
+    """One way to place layers inside their ranges.
 
-# Two names of one function coincide by formula and make one assignment.
+    Attributes:
+        help: where layers are placed, in a few words, for --help.
+        share: how far up its range [lo, hi] a layer is placed, in [0, 1]. Strategies with one function here coincide
+            by formula: they make one assignment, which carries all their names.
+    """
+
+    help: str
+    share: Callable[[Spot], float]
+
+
 STRATEGIES: dict[str, Strategy] = {
-    "min_conservative": min_conservative,
-    "max_aggressive": max_aggressive,
-    "balanced": balanced,
-    "lower_30th": lower_30th,
-    "middle_50th": balanced,
-    "upper_70th": upper_70th,
-    "upper_90th": upper_90th,
-    "parameter_proportional": parameter_proportional,
-    "classifier_heavy": classifier_heavy,
-    "feature_heavy": feature_heavy,
+    "min_conservative": Strategy("the low end of every range", min_conservative),
+    "max_aggressive": Strategy("the high end of every range", max_aggressive),
+    "balanced": Strategy("the middle of every range", balanced),
+    "lower_30th": Strategy("30 % of the way up", lower_30th),
+    "middle_50th": Strategy("the middle of every range", balanced),
+    "upper_70th": Strategy("70 % of the way up", upper_70th),
+    "upper_90th": Strategy("90 % of the way up", upper_90th),
+    "parameter_proportional": Strategy("further up the more weights a layer has", parameter_proportional),
+    "classifier_heavy": Strategy("the high end for the classifier and the last third of layers", classifier_heavy),
+    "feature_heavy": Strategy("the high end for feature extractors in the last two thirds", feature_heavy),
 }
 
 
 def parse_strategies(text: str) -> tuple[str, ...]:
-    """Return the strategies named in a comma-separated list, each once, or all ten for "all".
+    """Return the strategies named in a comma-separated list, each once, or all of them for "all".
 
     Raises:
         UsageError: a name is unknown or the list is empty.
     """
-    names = tuple(dict.fromkeys(name for part in text.split(",") if (name := part.strip())))
-    if names == ("all",):
-        return tuple(STRATEGIES)
-    if not names:
-        raise UsageError(f"no strategy given; allowed: all, {', '.join(STRATEGIES)}")
-    for name in names:
-        if name not in STRATEGIES:
-            raise UsageError(unknown_name("strategy", name, STRATEGIES))
-    return names
+    return parse_names("strategy", text, STRATEGIES, all_allowed=True)
 
 
 def assign(
     strategies: Sequence[str], signal: str, layers: Sequence[Layer], ranges: Mapping[str, SparsityRange]
 ) -> tuple[Assignment, ...]:
     """Return one assignment per distinct formula among `strategies`, in the order given, for masks made by `signal`."""
-    merged: dict[Strategy, list[str]] = {}
+    merged: dict[Callable[[Spot], float], list[str]] = {}
     for name in strategies:
-        merged.setdefault(STRATEGIES[name], []).append(name)
+        merged.setdefault(STRATEGIES[name].share, []).append(name)
     spots = _spots(layers)
     return tuple(
         Assignment(
             signal,
             tuple(names),
-            {layer.fqn: _at(ranges[layer.fqn], place(spots[layer.fqn])) for layer in layers},
+            {layer.fqn: _at(ranges[layer.fqn], share(spots[layer.fqn])) for layer in layers},
         )
-        for place, names in merged.items()
+        for share, names in merged.items()
     )
 
 

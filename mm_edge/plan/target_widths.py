@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from mm_edge.bench.target import Target
 from mm_edge.graph.groups import Group, Structure
-from mm_edge.graph.widths import Ladder, ladder
+from mm_edge.graph.widths import AllowedWidths, allowed_widths
 from mm_edge.records import Layer
 
 
@@ -26,8 +26,8 @@ def operator_class(layer: Layer) -> str:
     return "pointwise" if all(size == 1 for size in layer.shape[2:]) else "conv"
 
 
-def make_ladders(
+def allowed_widths_on(
     structure: Structure, layers: Sequence[Layer], target: Target, precisions: Sequence[str] = ("fp32",)
-) -> tuple[Ladder, ...]:
+) -> tuple[AllowedWidths, ...]:
     """Return the widths each group may have on `target` when its candidates run in `precisions`."""
-    return tuple(ladder(group, channel_multiple(group, layers, target, precisions)) for group in structure.groups)
+    return tuple(allowed_widths(group, channel_multiple(group, layers, target, precisions)) for group in structure.groups)

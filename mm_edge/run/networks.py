@@ -17,15 +17,16 @@ from mm_edge.errors import UsageError
 from mm_edge.formats.device_files import add_metadata_, write_model
 from mm_edge.graph.axes import Axis
 from mm_edge.graph.depth import find_branches
-from mm_edge.graph.export import RawGraph, deploy, read_raw
+from mm_edge.graph.deploy import deploy
+from mm_edge.graph.export import RawGraph, read_raw
 from mm_edge.graph.groups import Structure, read_structure
 from mm_edge.graph.layers import read_layers
 from mm_edge.graph.sizes import T, auto_sizes, export_at, remake, square_side, total_stride
-from mm_edge.graph.widths import Ladder
+from mm_edge.graph.widths import AllowedWidths
 from mm_edge.load.data import DataSplits, noise_batches
 from mm_edge.load.models import LoadedModel
 from mm_edge.plan.n_m import reduced_axes
-from mm_edge.plan.target_widths import make_ladders
+from mm_edge.plan.target_widths import allowed_widths_on
 from mm_edge.quality.evaluation import Reference, compare_logits, run_onnx
 from mm_edge.records import InputSpec, Layer
 from mm_edge.recover.closed_form.branches import MeasuredBranch, measure_branches
@@ -107,9 +108,9 @@ class Network:
         """Return what is said of the dense network's groups (what they keep, say) as said of the same groups here."""
         return {self.leaves[leaf]: value for leaf, value in of_groups.items()}
 
-    def allowed_widths(self, job: Job) -> tuple[Ladder, ...]:
+    def allowed_widths(self, job: Job) -> tuple[AllowedWidths, ...]:
         """Return the widths that each group may have on the job's target."""
-        return make_ladders(self.structure, self.layers, job.target, job.request.precision)
+        return allowed_widths_on(self.structure, self.layers, job.target, job.request.precision)
 
 
 @dataclass(frozen=True)

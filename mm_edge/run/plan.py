@@ -20,9 +20,9 @@ from mm_edge.graph.axes import Keep
 from mm_edge.graph.compact import materialise
 from mm_edge.graph.costs import Cost
 from mm_edge.graph.depth import Branch, renamed
-from mm_edge.graph.export import deploy
+from mm_edge.graph.deploy import deploy
 from mm_edge.graph.groups import Structure
-from mm_edge.graph.widths import Counts, Ladder, group_scores, lead, select_indices
+from mm_edge.graph.widths import Counts, AllowedWidths, group_scores, lead, select_indices
 from mm_edge.plan.budgets import Budget, Draft, Met, Ruler, counts_of, meet, words_for
 from mm_edge.plan.counts import count_macs, parameter_cost
 from mm_edge.plan.latency_table import at_another_size, fit_time, measure_table
@@ -177,7 +177,7 @@ def _words(measures: BudgetMeasures, met: Met) -> str:
 
 
 def _draw_scaled(
-    network: Network, allowed: Sequence[Ladder], ranges: Mapping[str, SparsityRange], ruler: Ruler, aim: float
+    network: Network, allowed: Sequence[AllowedWidths], ranges: Mapping[str, SparsityRange], ruler: Ruler, aim: float
 ) -> Draft:
     part = aim * ruler.dense / ruler.cost.total()
     sparsity, counts = plan_budget(network.structure, network.layers, allowed, ranges, part, ruler.cost)
@@ -185,7 +185,7 @@ def _draw_scaled(
 
 
 def budget_notes(
-    structure: Structure, allowed: Sequence[Ladder], counts: Counts, met: Met, ruler: Ruler, asked: str, unit: str
+    structure: Structure, allowed: Sequence[AllowedWidths], counts: Counts, met: Met, ruler: Ruler, asked: str, unit: str
 ) -> list[str]:
     """Say so when a budget cost groups the channel multiples of the target, or was missed, and what holds the rest."""
     notes = []
@@ -304,7 +304,7 @@ def _saved(cost: Cost, branch: Branch) -> float:
 
 
 def _draw_by_sensitivity(
-    network: Network, allowed: Sequence[Ladder], removed: Sequence[Branch], ruler: Ruler, aim: float
+    network: Network, allowed: Sequence[AllowedWidths], removed: Sequence[Branch], ruler: Ruler, aim: float
 ) -> Draft:
     dense = aim * ruler.dense
     return Draft(allocate_rest(network.structure, ruler.cost, network.sensitivities, removed, dense, allowed))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from mm_edge.arrays import Float32Array, Float32Arrays
-from mm_edge.graph.layers import read_weights as read_layer_weights
+from mm_edge.graph.layers import read_layer_weights
 from mm_edge.load.models import LoadedModel
 from mm_edge.plan.ranges import observed_ranges, rule_ranges
 from mm_edge.plan.scores import GRASP_IMAGES, Scores, gradients, hessian_gradient_products, score_weights

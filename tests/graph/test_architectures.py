@@ -17,9 +17,9 @@ from mm_edge.graph.deploy import deploy
 from mm_edge.graph.export import export_raw
 from mm_edge.graph.groups import Structure, read_structure
 from mm_edge.graph.layers import read_layer_weights, read_layers
-from mm_edge.graph.widths import allowed_widths, group_scores, round_widths, select_indices
+from mm_edge.graph.widths import group_scores, allowed_widths, round_widths, select_indices
 from mm_edge.plan.ranges import apply_constraints, rule_ranges
-from mm_edge.plan.scores import magnitude_scores
+from mm_edge.plan.scores import score_weights
 from mm_edge.plan.strategies import assign
 from mm_edge.quality.parity import TOLERANCE, compare, onnx_runner, torch_runner
 
@@ -93,7 +93,8 @@ def assert_pruned_exactly(module: nn.Module, shape: tuple[int, int, int], least:
     (balanced,) = assign(("balanced",), "magnitude", layers, ranges)
     allowed = [allowed_widths(group, MULTIPLE) for group in structure.groups]
     counts = round_widths(structure, layers, balanced.sparsity, allowed)
-    keep = select_indices(counts, group_scores(structure, magnitude_scores(read_layer_weights(raw, layers))))
+    scores = score_weights(read_layer_weights(raw, layers), {}, ("magnitude",))["magnitude"]
+    keep = select_indices(counts, group_scores(structure, scores))
     assert 1 - structure.macs({leaf: float(count) for leaf, count in counts.items()}) / structure.macs() >= least
     masked = copy.deepcopy(module)
     parameters = dict(masked.named_parameters())

@@ -232,9 +232,8 @@ def test_rows_at_another_size_are_made_counted_and_judged_there(files: Path, don
             continue
         assert row.input_shape == (3, OTHER, OTHER)
         assert row.artifact is not None and row.parity is not None
-        assert file_name(
-            row.signal, row.strategy, row.kind, row.precision, 96
-        ) in row.artifact and row.artifact.endswith("-96px.onnx")
+        name = file_name(row.signal, row.strategy, row.kind, row.precision, 96)
+        assert name in row.artifact and row.artifact.endswith("-96px.onnx")
         assert row.parity.max_rel_err <= 1e-4 and row.parity.inputs.kind == "images"
         written = read_metadata(out / row.artifact)["input"]
         assert written["shape"] == [3, OTHER, OTHER] and written["crop_pct"] == spec.crop_pct

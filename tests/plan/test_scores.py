@@ -15,17 +15,13 @@ from torch.nn import functional
 import mm_edge  # noqa: F401  makes timm importable beside CPU-only torch
 from mm_edge.errors import DataError, JobError, ModelError, UsageError
 from mm_edge.plan.scores import (
-    SIGNALS,
     Gradients,
-    gradient_scores,
     gradients,
     hessian_gradient_products,
-    magnitude_scores,
     normalise,
-    parse_signals,
-    product_scores,
     score_weights,
 )
+from mm_edge.plan.signals import SIGNALS, parse_signals
 
 
 def array(*values: float) -> np.ndarray:
@@ -64,10 +60,10 @@ class Noisy(nn.Module):
 def test_signals_by_hand() -> None:
     weights = {"w": array(1, -3, 0)}
     grads = {"w": array(-2, 1, 5)}
-    np.testing.assert_allclose(magnitude_scores(weights)["w"], array(0.75, 2.25, 0))
-    np.testing.assert_allclose(gradient_scores(weights, grads)["w"], array(2, 1, 5) * 3 / 8)
-    np.testing.assert_allclose(product_scores(weights, grads)["w"], array(2, 3, 0) * 3 / 5)
-    scores = score_weights(weights, grads, SIGNALS)
+    scores = score_weights(weights, grads, tuple(SIGNALS))
+    np.testing.assert_allclose(scores["magnitude"]["w"], array(0.75, 2.25, 0))
+    np.testing.assert_allclose(scores["gradient"]["w"], array(2, 1, 5) * 3 / 8)
+    np.testing.assert_allclose(scores["product"]["w"], array(2, 3, 0) * 3 / 5)
     assert list(scores) == list(SIGNALS) and all(s["w"].dtype == np.float32 for s in scores.values())
 
 
