@@ -9,21 +9,21 @@ from typing import TYPE_CHECKING, Any
 # ViT-Tiny with two threads on two cores took 490 ms an image, 76 ms with threads that sleep. Read once, by torch.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-from mm_edge.compat import make_timm_importable
+from mm_edge.compat import watch_imports
 
 if TYPE_CHECKING:
-    from mm_edge.api import prune_export
+    from mm_edge.api import Result, prune_export
 
-make_timm_importable()
+watch_imports()
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "prune_export"]
+__all__ = ["Result", "__version__", "prune_export"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import the pipeline only when it is asked for: `import mm_edge` is also what makes timm importable."""
-    if name == "prune_export":
-        from mm_edge.api import prune_export
+    """Import the pipeline, and PyTorch with it, only when it is asked for."""
+    if name in ("Result", "prune_export"):
+        from mm_edge import api
 
-        return prune_export
+        return getattr(api, name)
     raise AttributeError(f"module 'mm_edge' has no attribute '{name}'")

@@ -5,254 +5,231 @@ Everything that can be refused is refused before the run directory is touched.
 
 from __future__ import annotations
 
-import math
+import inspect
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TypedDict, Unpack
+from typing import Any
 
 import torch
+from rich.console import Console
 from torch import nn
 
 from mm_edge.bench.connect import open_transport
 from mm_edge.bench.target import load_target, matches_this_machine, resolve_host
-from mm_edge.errors import UsageError, unknown_name
-from mm_edge.graph.sizes import InputSizes, check_input_sizes, remake
+from mm_edge.errors import UsageError
+from mm_edge.graph.sizes import remake
 from mm_edge.load.data import open_data
 from mm_edge.load.models import LoadedModel, wrap_module
-from mm_edge.plan.scores import SIGNALS, parse_signals
-from mm_edge.plan.strategies import STRATEGIES, parse_strategies
 from mm_edge.progress import Stages
-from mm_edge.records import Constraints, Report
-from mm_edge.recover.closed_form.recovery import SELECTIONS
-from mm_edge.run.convert import PRECISIONS
+from mm_edge.records import Report
+from mm_edge.report.summary import find_chosen, write_headline
+from mm_edge.report.values import show_bytes, show_ms, show_percent, show_ratio
 from mm_edge.run.finetune import require_trainable
-from mm_edge.run.job import FROM_MOMENTS, Job, Request
+from mm_edge.run.job import Job
 from mm_edge.run.measure import SAMPLES_FOLDER
+from mm_edge.run.options import Flags, Option, list_options, type_name
 from mm_edge.run.pipeline import check_request
 from mm_edge.run.pipeline import prune_export as run_pipeline
+from mm_edge.run.recoveries import RECOVERIES
+from mm_edge.run.request import Request, make_request
 from mm_edge.store import RunStore
 
-RANGES = ("rules", "observed")
-KINDS = ("structured", "n:m", "unstructured")
-ACCURACY_ON = ("host", "device")
-ALLOCATIONS = ("macs", "latency")
-RECOVERIES = ("none", "bn", "closed-form", "tune", "finetune")
+# Options on how to read a file, which a module in memory has no use for.
+FILE_OPTIONS = ("arch", "input_size", "trust_pickle")
+# Options that may be given by position, after the module and the example input.
+BY_POSITION = ("target", "data", "out")
 
 
-class RequestFields(TypedDict, total=False):
-    """The fields of job.Request by keyword; what is left out has the command line's default."""
-
-    signals: Sequence[str]
-    strategies: Sequence[str]
-    ranges: str
-    kinds: Sequence[str]
-    recover: str
-    epochs: int
-    select: str
-    macs: Sequence[float]
-    allocate_by: str
-    input_sizes: Sequence[int] | str | None
-    keep: Sequence[str]
-    precisions: Sequence[str]
-    prune_norms: bool
-    ort: bool
-    bake_preprocess: bool
-    constraints: Constraints
-    accuracy_on: str
-    seed: int
-
-
-@dataclass(frozen=True)
-class Setting:
-    """Where a job runs: target, images and run directory.
+@dataclass(frozen=True, eq=False)
+class Result(Report):
+    """The report of a run, with where its files lie; it equals the Report that report.json holds.
 
     Attributes:
-        out: run directory.
-        target: name of a device profile.
-        data: images as --data takes them; None for none.
-        split: fractions of calibration, validation and test where the images are one pool.
-        host: USER@HOST of the device to measure on; None for this machine.
-        bench: whether to measure.
-        resume: reuse the stages a run in `out` has finished; False starts over.
+        folder: run directory.
     """
 
-    out: Path
-    target: str = "host"
-    data: str | None = None
-    split: tuple[float, float, float] = (0.5, 0.25, 0.25)
-    host: str | None = None
-    bench: bool = True
-    resume: bool = True
+    folder: Path = field(default=Path(), metadata={"json": False})
+
+    @classmethod
+    def of(cls, report: Report, folder: Path) -> Result:
+        """Return `report` as the result of the run in `folder`."""
+        return cls(**_sections(report), folder=folder)
+
+    @property
+    def chosen_path(self) -> Path | None:
+        """The file of the chosen candidate; None where none was chosen."""
+        row = find_chosen(self)
+        return None if row is None or row.artifact is None else self.folder / row.artifact
+
+    def __eq__(self, other: object) -> bool:
+        """Compare as reports: two runs with the same report are equal wherever they lie."""
+        return isinstance(other, Report) and _sections(self) == _sections(other)
+
+    __hash__ = None  # type: ignore[assignment]  # as for Report, which holds dicts
+
+    def __str__(self) -> str:
+        """Return a summary of at most ten lines."""
+        dense, row = self.dense, find_chosen(self)
+        lines = [
+            write_headline(self),
+            f"dense:       {self.model.name}, top-1 {show_percent(dense.accuracy_top1)}, p50 "
+            f"{show_ms(dense.latency_ms.p50)}, file {show_bytes(dense.file_bytes)}",
+        ]
+        if row is not None:
+            lines += [
+                f"chosen:      {row.id}, top-1 {show_percent(row.accuracy_top1)}, p50 {show_ms(row.latency_ms.p50)}, "
+                f"speed-up {show_ratio(row.speedup)}, file {show_bytes(row.file_bytes)}",
+                f"chosen file: {self.chosen_path}",
+            ]
+        front = sum(candidate.pareto for candidate in self.candidates)
+        lines += [
+            f"target:      {self.target.get('name')}",
+            f"candidates:  {len(self.candidates)}, {front} of them on the front",
+            f"warnings:    {len(self.warnings)}",
+            f"full report: {self.folder / 'report.md'}",
+        ]
+        return "\n".join(lines)
 
 
-def prune_export(
-    module: nn.Module,
-    example_input: torch.Tensor,
-    target: str = "host",
-    data: str | Path | None = None,
-    out: str | Path | None = None,
-    *,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    split: tuple[float, float, float] = (0.5, 0.25, 0.25),
-    host: str | None = None,
-    bench: bool = True,
-    resume: bool = True,
-    **request: Unpack[RequestFields],
-) -> Report:
-    """Prune `module` for `target` as `mm-edge prune-export` does, and return the report written in `out`.
+def _sections(report: Report) -> dict[str, Any]:
+    return {item.name: getattr(report, item.name) for item in fields(Report)}
 
-    Args:
-        module: the trained network; it is copied and stays as it is.
-        example_input: a batch of images (N, C, H, W); gives the input's shape.
-        target: name of a device profile.
-        data: folder or tar of class folders, or a data set as timm names it.
-        out: run directory; mm-edge-CLASS without it.
-        mean: mean of the normalisation per channel; ImageNet's without it, with a warning.
-        std: its standard deviation.
-        split: fractions of calibration, validation and test where the images are one pool.
-        host: USER@HOST of the device to measure on.
-        bench: whether to measure.
-        resume: reuse the stages a run in `out` has finished.
-        request: fields of job.Request, e.g. strategies=("balanced",), constraints=Constraints(max_drop=1).
 
-    Raises:
-        UsageError: something was refused before scoring.
-        JobError: the job ran and failed; what was made is kept.
-    """
+def prune_export(module: nn.Module, example_input: torch.Tensor, *positional: Any, **options: Any) -> Result:
+    """Prune `module` as `mm-edge prune-export` does, and return its report."""
+    if not isinstance(module, nn.Module):
+        raise UsageError(
+            f"module is {type_name(module)}, not a torch.nn.Module; for a file use: mm-edge prune-export FILE"
+        )
+    if not isinstance(example_input, torch.Tensor):
+        raise UsageError(
+            f"example_input is {type_name(example_input)}, not a tensor; give a batch of images (N, C, H, W)"
+        )
+    if example_input.dim() != 4:
+        raise UsageError(f"example_input has shape {tuple(example_input.shape)}; give a batch of images (N, C, H, W)")
+    options = _name_positional(positional, options)
+    for name in FILE_OPTIONS:
+        if options.get(name) is not None:
+            raise UsageError(f"{name} says how to read a file, and the module is in memory; leave it out")
     name = type(module).__name__
-    setting = Setting(
-        out=Path(out) if out is not None else Path(f"mm-edge-{name}"),
-        target=target,
-        data=None if data is None else str(data),
-        split=split,
-        host=host,
-        bench=bench,
-        resume=resume,
-    )
+    request = make_request(**{**options, "out": options.get("out") or Path(f"mm-edge-{name}")})
 
     def load() -> LoadedModel:
-        return wrap_module(module, example_input, name=name, mean=mean, std=std)
+        return wrap_module(module, example_input, name=name, mean=request.mean, std=request.std)
 
-    return run_job(load, setting, make_request(setting, **request), Stages())
-
-
-def make_request(setting: Setting, **fields: Unpack[RequestFields]) -> Request:
-    """Return the checked request; without `recover`, it is the closed form where there are images.
-
-    Raises:
-        UsageError: a name is unknown, or a value is out of its bounds.
-    """
-    recover = fields.get("recover", "none" if setting.data is None else "closed-form")
-    check_names((recover,), RECOVERIES, "--recover")
-    if recover != "none" and setting.data is None:
-        raise UsageError(f"--recover {recover} needs calibration images; give --data PATH")
-    epochs = fields.get("epochs", Request.epochs)
-    if "epochs" in fields and recover != "finetune":
-        raise UsageError(f"--epochs {epochs} is for fine-tuning; give --recover finetune with it")
-    if epochs < 1:
-        raise UsageError(f"--epochs {epochs} trains nothing; give at least 1")
-    select = fields.get("select", "auto" if recover in FROM_MOMENTS else "signal")
-    check_names((select,), SELECTIONS, "--select")
-    if select != "signal" and recover not in FROM_MOMENTS:
-        raise UsageError(f"--select {select} goes by the closed form's moments; give --recover closed-form with it")
-    accuracy_on = fields.get("accuracy_on", ACCURACY_ON[0])
-    check_names((accuracy_on,), ACCURACY_ON, "--accuracy-on")
-    limits = _check_constraints(fields.get("constraints", Constraints()))
-    allocate_by = fields.get("allocate_by", ALLOCATIONS[0])
-    check_names((allocate_by,), ALLOCATIONS, "--allocate-by")
-    if allocate_by == "latency" and limits.latency_ms is None and limits.speedup is None:
-        raise UsageError("--allocate-by latency is for budgets of time; give --speedup X or --latency MS with it")
-    ranges = fields.get("ranges", RANGES[0])
-    check_names((ranges,), RANGES, "--ranges")
-    return Request(
-        signals=parse_signals(",".join(fields.get("signals", SIGNALS))),
-        strategies=parse_strategies(",".join(fields.get("strategies", STRATEGIES))),
-        ranges=ranges,
-        kinds=check_names(fields.get("kinds", KINDS[:1]), KINDS, "--kinds"),
-        recover=recover,
-        epochs=epochs,
-        select=select,
-        macs=_check_macs(fields.get("macs", ())),
-        allocate_by=allocate_by,
-        input_sizes=_check_sizes(fields.get("input_sizes")),
-        keep=tuple(fields.get("keep", ())),
-        precisions=check_names(fields.get("precisions", PRECISIONS[:1]), PRECISIONS, "--precision"),
-        prune_norms=fields.get("prune_norms", False),
-        ort=fields.get("ort", False),
-        bake_preprocess=fields.get("bake_preprocess", False),
-        constraints=limits,
-        accuracy_on=accuracy_on,
-        seed=fields.get("seed", 0),
-    )
+    return run_job(load, request, Stages(Console(stderr=True)))
 
 
-def check_names(names: Sequence[str], allowed: tuple[str, ...], option: str) -> tuple[str, ...]:
-    """Return `names`, each once.
+def _name_positional(positional: tuple[Any, ...], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return all options by name."""
+    if len(positional) > len(BY_POSITION):
+        raise UsageError(
+            f"prune_export takes {', '.join(BY_POSITION)} by position at most; give the other options by name"
+        )
+    named = dict(zip(BY_POSITION, positional, strict=False))
+    for name in named:
+        if name in options:
+            raise UsageError(f"{name} is given twice: by position and by name; leave one out")
+    return {**named, **options}
 
-    Raises:
-        UsageError: one is unknown, or there is none.
-    """
-    if not names:
-        raise UsageError(f"{option} is empty; allowed: {', '.join(allowed)}")
-    for name in names:
-        if name not in allowed:
-            raise UsageError(unknown_name(option, name, allowed))
-    return tuple(dict.fromkeys(names))
 
-
-def run_job(load: Callable[[], LoadedModel], setting: Setting, request: Request, stages: Stages) -> Report:
+def run_job(load: Callable[[], LoadedModel], request: Request, stages: Stages) -> Result:
     """Check everything that can be refused, then run the pipeline in the run directory.
 
     Raises:
         UsageError: something was refused before scoring.
         JobError: the job ran and failed; what was made is kept.
     """
-    target = resolve_host(load_target(setting.target))
-    if setting.host is not None and not setting.bench:
-        raise UsageError("--host names a device to measure on and --no-bench measures nothing; leave one out")
+    target = resolve_host(load_target(request.target))
     with stages.stage("load"):
         model = load()
-        if request.recover in ("tune", "finetune"):
+        if RECOVERIES[request.recover].trains:
             require_trainable(model, request.recover)
         for side in request.input_sizes if isinstance(request.input_sizes, tuple) else ():
             remake(model, side)  # refuses what the network cannot take
         data = None
-        if setting.data is not None:
-            data = open_data(setting.data, model.input, model.info.num_classes, setting.split, request.seed)
-    measured = setting.bench and (setting.host is not None or matches_this_machine(target))
+        if request.data is not None:
+            data = open_data(request.data, model.input, model.info.num_classes, request.split, request.seed)
+    measured = request.bench and (request.host is not None or matches_this_machine(target))
     check_request(request, data, target, measured)
-    transport = open_transport(target, setting.host, stages.tell) if measured else None
-    store = RunStore(setting.out)
+    transport = open_transport(target, request.host, stages.tell) if measured else None
+    store = RunStore(request.out)
     with store.lock():
-        if not setting.resume:
+        if not request.resume:
             store.clear()
             shutil.rmtree(store.folder / SAMPLES_FOLDER, ignore_errors=True)
         job = Job(request, model, data, target, transport, store.folder, store, stages)
         if transport is None:
-            return run_pipeline(job)
+            return Result.of(run_pipeline(job), store.folder)
         with transport:
-            return run_pipeline(job)
+            return Result.of(run_pipeline(job), store.folder)
 
 
-def _check_sizes(sizes: Sequence[int] | str | None) -> InputSizes:
-    return check_input_sizes(sizes if sizes is None or isinstance(sizes, str) else tuple(sizes))
+# --- signature and docstring of prune_export, made from the fields of Request ---------------------------------------
+
+_INTRODUCTION = """Prune `module` for a target as `mm-edge prune-export` does, and return its report.
+
+The module is copied and stays as it is. Progress is shown on standard error. A list of names or numbers may be given
+as a sequence, as text with commas, or as one value. None stands for the default.
+
+Args:
+    module: the trained network, a torch.nn.Module.
+    example_input: a batch of images (N, C, H, W), which gives the shape of the input.
+{options}
+
+Returns:
+    The report that was written in the run directory, with `folder`, the run directory, and `chosen_path`, the file of
+    the chosen candidate or None. print() shows a summary.
+
+Raises:
+    mm_edge.errors.UsageError: an option or a value is refused before anything is written.
+    mm_edge.errors.JobError: the job ran and failed; what was made is kept.
+"""
 
 
-def _check_macs(fractions: Sequence[float]) -> tuple[float, ...]:
-    for fraction in fractions:
-        if not 0 < fraction < 1:
-            raise UsageError(f"--macs {fraction:g} is not a fraction of the dense MACs; give values between 0 and 1")
-    return tuple(fractions)
+def _python_options() -> dict[str, Option]:
+    """Return the options of `prune_export`, those by position first."""
+    options = {name: item for name, item in list_options(Request).items() if name not in FILE_OPTIONS}
+    return {**{name: options[name] for name in BY_POSITION}, **options}
 
 
-def _check_constraints(limits: Constraints) -> Constraints:
-    if limits.max_drop is not None and not math.isfinite(limits.max_drop):
-        raise UsageError(f"--max-drop {limits.max_drop:g} is not a number of points; write for example --max-drop 1")
-    given = {"--latency": limits.latency_ms, "--speedup": limits.speedup, "--size": limits.size_bytes}
-    for option, limit in given.items():
-        if limit is not None and not 0 < limit < math.inf:
-            raise UsageError(f"{option} {limit:g} can never be met or missed; give a number above 0")
-    return limits
+def _sign() -> inspect.Signature:
+    hints = typing.get_type_hints(Request)
+    own = list(inspect.signature(prune_export).parameters.values())[:2]
+    parameters = [parameter.replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD) for parameter in own]
+    for name, item in _python_options().items():
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD if name in BY_POSITION else inspect.Parameter.KEYWORD_ONLY
+        depends = item.default_by is not None or name == "out"
+        annotation = hints[name] | None if depends else hints[name]
+        parameters.append(
+            inspect.Parameter(name, kind, default=None if depends else item.default, annotation=annotation)
+        )
+        for keyword in item.kind.keywords() if isinstance(item.kind, Flags) else ():
+            parameters.append(
+                inspect.Parameter(keyword, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=bool)
+            )
+    return inspect.Signature(parameters, return_annotation=Result)
+
+
+def _describe() -> str:
+    hints = typing.get_type_hints(Request)
+    lines = []
+    for name, item in _python_options().items():
+        hint = hints[name]
+        shown = "mm-edge-CLASS" if name == "out" else item.shown or repr(item.default)
+        text = item.full_help
+        if isinstance(item.kind, Flags):
+            text += f" Also by flags: {', '.join(f'{keyword}=True' for keyword in item.kind.keywords())}."
+        if name == "bench":
+            shown, text = "True", "Whether to measure."
+        if name == "resume":
+            shown, text = "True", "Reuse finished stages; False starts over."
+        lines.append(f"    {name} ({hint.__name__ if isinstance(hint, type) else hint}, default {shown}): {text}")
+    return _INTRODUCTION.format(options="\n".join(lines))
+
+
+prune_export.__signature__ = _sign()  # type: ignore[attr-defined]
+prune_export.__doc__ = _describe()

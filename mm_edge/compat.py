@@ -4,31 +4,76 @@ The torchvision wheel beside a CPU-only torch is built against a CUDA torch, so 
 not load. torchvision tolerates that, but then attaches shape functions to `torchvision::nms` and `torchvision::qnms`,
 which without the library do not exist: the import fails, and with it the import of timm. Declaring the two schemas
 (no kernels) is enough; nothing here or in timm's classification models calls them.
+
+Declaring them takes PyTorch, which is slow to import. `watch_imports` therefore waits until torchvision or timm is
+about to be imported.
 """
 
 from __future__ import annotations
 
+import importlib.abc
 import importlib.machinery
 import importlib.util
+import sys
+import threading
+from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 _NMS_SCHEMAS = {
     "nms": "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms": "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 }
 
+_WATCHED = ("torchvision", "timm")
+
 # A library's definitions vanish with the object that made them, so it lives as long as the process.
 _declared: torch.library.Library | None = None
+
+
+class _Watcher(importlib.abc.MetaPathFinder):
+    """Finds no module; calls `make_timm_importable` before the first import of torchvision or timm, then leaves."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._done = False
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname in _WATCHED:
+            # Other threads wait until the schemas are declared. This thread comes here again when
+            # make_timm_importable looks for torchvision.
+            with self._lock:
+                if not self._done:
+                    self._done = True
+                    make_timm_importable()
+                    # A new list: the import at work is still going through the old one.
+                    sys.meta_path = [finder for finder in sys.meta_path if finder is not self]
+        return None
+
+
+def watch_imports() -> None:
+    """Make timm importable just before torchvision or timm is first imported; PyTorch is not imported before.
+
+    Nothing changes where torchvision has been imported already. Safe to call again.
+    """
+    if "torchvision" not in sys.modules and not any(isinstance(finder, _Watcher) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Watcher())
 
 
 def make_timm_importable() -> None:
     """Declare the operator schemas torchvision needs, only where its own cannot be loaded.
 
-    Call before timm or torchvision is imported. Where the compiled operators load, or torchvision is absent, nothing
+    Called before timm or torchvision is imported. Where the compiled operators load, or torchvision is absent, nothing
     changes. Safe to call again.
     """
+    import torch
+
     global _declared
     missing = [name for name in _NMS_SCHEMAS if not hasattr(torch.ops.torchvision, name)]
     if not missing or _load_compiled_operators():
@@ -48,6 +93,8 @@ def _load_compiled_operators() -> bool:
     extension = importlib.machinery.FileFinder(folder, loader).find_spec("_C")
     if extension is None or extension.origin is None or not Path(extension.origin).is_file():
         return False
+    import torch
+
     try:
         torch.ops.load_library(extension.origin)  # type: ignore[no-untyped-call]
     except (ImportError, OSError):

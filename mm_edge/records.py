@@ -260,9 +260,13 @@ class Report:
 
 
 def to_json(record: Any) -> Any:
-    """Return `record` as plain JSON values (dicts, lists, numbers, strings, None)."""
+    """Return `record` as plain JSON values (dicts, lists, numbers, strings, None).
+
+    A field whose metadata says json=False is left out.
+    """
     if dataclasses.is_dataclass(record) and not isinstance(record, type):
-        return {f.name: to_json(getattr(record, f.name)) for f in dataclasses.fields(record)}
+        fields = (f for f in dataclasses.fields(record) if f.metadata.get("json", True))
+        return {f.name: to_json(getattr(record, f.name)) for f in fields}
     if isinstance(record, dict):
         return {str(key): to_json(value) for key, value in record.items()}
     if isinstance(record, (list, tuple)):

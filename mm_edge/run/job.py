@@ -16,16 +16,15 @@ from mm_edge.arrays import Float32Array
 from mm_edge.bench.target import Target
 from mm_edge.bench.transport import Transport
 from mm_edge.graph.axes import Axis
-from mm_edge.graph.sizes import InputSizes, SizedNetwork
+from mm_edge.graph.sizes import SizedNetwork
 from mm_edge.load.data import DataSplits
 from mm_edge.load.models import LoadedModel
 from mm_edge.plan.budgets import Budget, asked_budgets
-from mm_edge.plan.strategies import STRATEGIES
 from mm_edge.progress import Stages
-from mm_edge.records import Constraints
 from mm_edge.recover.closed_form.branches import MeasuredBranch
 from mm_edge.recover.closed_form.context import RecoveryContext
 from mm_edge.recover.closed_form.sensitivity import Sensitivity
+from mm_edge.run.request import Request
 from mm_edge.store import RunStore
 
 # Ways to recover that start with the closed form.
@@ -33,30 +32,6 @@ FROM_MOMENTS = ("closed-form", "tune", "finetune")
 LIBRARIES = ("torch", "timm", "onnxruntime", "onnxscript")
 CLOSED_FORM_IMAGES = 500
 BATCH = 32
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to do with a loaded model; the defaults are the command line's."""
-
-    signals: tuple[str, ...] = ("magnitude", "gradient", "product")
-    strategies: tuple[str, ...] = tuple(STRATEGIES)
-    ranges: str = "rules"
-    kinds: tuple[str, ...] = ("structured",)
-    recover: str = "closed-form"
-    epochs: int = 10
-    select: str = "auto"
-    macs: tuple[float, ...] = ()
-    allocate_by: str = "macs"
-    input_sizes: InputSizes = None
-    keep: tuple[str, ...] = ()
-    precisions: tuple[str, ...] = ("fp32",)
-    prune_norms: bool = False
-    ort: bool = False
-    bake_preprocess: bool = False
-    constraints: Constraints = field(default_factory=Constraints)
-    accuracy_on: str = "host"
-    seed: int = 0
 
 
 @dataclass(frozen=True)

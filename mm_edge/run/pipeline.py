@@ -47,7 +47,7 @@ from mm_edge.run.convert import (
     convert_candidate,
 )
 from mm_edge.run.finetune import finetune_candidate, worth_training
-from mm_edge.run.job import BATCH, FROM_MOMENTS, Job, Place, Request
+from mm_edge.run.job import BATCH, FROM_MOMENTS, Job, Place
 from mm_edge.run.make import (
     PATTERN,
     Benches,
@@ -64,6 +64,7 @@ from mm_edge.run.make import (
 from mm_edge.run.measure import how_to_measure, judge_on_device, measure_all
 from mm_edge.run.networks import export_dense, export_sizes, lay_out_places
 from mm_edge.run.plan import make_plans
+from mm_edge.run.request import Request
 from mm_edge.run.tune import tune_candidate
 from mm_edge.runtime import cores
 from mm_edge.select import choose, judge_budget, mark_pareto
@@ -488,7 +489,7 @@ def _finish(
 
 def _bundle(job: Job, bench: Workbench, row: Candidate) -> None:
     request = job.request
-    if not (request.ort or request.bake_preprocess or row.kind == "n:m"):
+    if not (request.formats or row.kind == "n:m"):
         return
     with job.stages.stage("files for the device"):
         write_bundle(
@@ -498,8 +499,8 @@ def _bundle(job: Job, bench: Workbench, row: Candidate) -> None:
             job.target,
             bench.images.parity,
             bench.images.parity_kind,
-            ort=request.ort,
-            baked=request.bake_preprocess,
+            ort="ort" in request.formats,
+            baked="bake-preprocess" in request.formats,
         )
 
 

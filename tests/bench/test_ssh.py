@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from sshd import LoopbackServer, why_not
 
 from mm_edge import demo
-from mm_edge.api import Setting, make_request, run_job
+from mm_edge.api import run_job
 from mm_edge.bench import session, ssh, transport, worker
 from mm_edge.bench.ssh import SshTransport, parse_host
 from mm_edge.bench.target import load_target
@@ -25,6 +25,7 @@ from mm_edge.cli import devices as bench_cli
 from mm_edge.errors import BenchError, UsageError
 from mm_edge.load.models import LoadOptions, load_model
 from mm_edge.progress import Stages
+from mm_edge.run.request import make_request
 
 PI5 = dataclasses.replace(load_target("raspberry-pi-5"), threads=1, python=(sys.executable,))
 
@@ -252,9 +253,9 @@ def test_command_line_measures_over_ssh(server, models, tmp_path):
 def test_a_whole_job_on_a_board_whose_connection_breaks_half_way(server, tmp_path):
     """The packaged profile as it is: the board's own python3, its four threads, accuracy taken there too."""
     out = tmp_path / "run"
-    setting = Setting(out=out, target="raspberry-pi-5", data=str(demo.IMAGES), host="board")
+    setting = {"out": out, "target": "raspberry-pi-5", "data": str(demo.IMAGES), "host": "board"}
     strategies = ("min_conservative", "balanced", "max_aggressive")
-    request = make_request(setting, signals=("magnitude",), strategies=strategies, accuracy_on="device", recover="bn")
+    request = make_request(**setting, signals=("magnitude",), strategies=strategies, accuracy_on="device", recover="bn")
 
     def cut() -> None:
         while not list(out.glob("samples/*.json")):
@@ -265,7 +266,7 @@ def test_a_whole_job_on_a_board_whose_connection_breaks_half_way(server, tmp_pat
 
     cutter = threading.Thread(target=cut, daemon=True)
     cutter.start()
-    report = run_job(lambda: load_model(str(demo.MODEL), LoadOptions()), setting, request, Stages())
+    report = run_job(lambda: load_model(str(demo.MODEL), LoadOptions()), request, Stages())
     cutter.join(timeout=10)
     rows = [report.dense, *report.candidates]
     assert {(row.latency_ms.source, row.latency_ms.threads) for row in rows} == {("device", 4)}

@@ -1,0 +1,45 @@
+"""`mm-edge evaluate`: the accuracy of an ONNX model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mm_edge.cli.options import RecordCommand, load
+from mm_edge.errors import UsageError
+from mm_edge.run.request import ModelOptions, make_model_options
+
+
+@click.command("evaluate", cls=RecordCommand, record=ModelOptions, only=("input_size", "mean", "std"))
+@click.argument("model", metavar="MODEL.onnx", type=click.Path(path_type=Path, dir_okay=False))
+@click.option(
+    "--data", required=True, metavar="PATH", type=click.Path(path_type=str), help="Folder or tar of class folders."
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
+def evaluate(model: Path, data: str, as_json: bool, **given: Any) -> None:
+    """Measure the top-1 accuracy of an ONNX model on every image of a data set."""
+    if model.suffix != ".onnx":
+        raise UsageError(f"'{model}' is not an .onnx; evaluate takes what prune-export or another exporter wrote")
+    options = make_model_options(**given)
+
+    from rich.console import Console
+
+    from mm_edge.load.data import open_data
+    from mm_edge.quality.evaluation import compare_logits, run_onnx
+
+    loaded = load(str(model), options)
+    splits = open_data(data, loaded.input, loaded.info.num_classes, (0.0, 0.0, 1.0))
+    with Console(stderr=True).status("evaluating"):
+        logits = run_onnx(model, splits.test.batches(32), 2)
+    result = compare_logits(logits, splits.test.labels, None)
+    for warning in (*loaded.warnings, *splits.warnings):
+        click.echo(f"warning: {warning}", err=True)
+    if result.accuracy_top1 is None:
+        raise UsageError(f"'{data}' has no images to evaluate on")
+    if as_json:
+        click.echo(json.dumps({"model": str(model), "accuracy_top1": result.accuracy_top1, "images": result.count}))
+    else:
+        click.echo(f"top-1 accuracy {result.accuracy_top1:.2%} on {result.count} images")

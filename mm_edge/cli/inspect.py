@@ -1,0 +1,54 @@
+"""`mm-edge inspect`: what a model holds that can be pruned."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from mm_edge.cli.options import RecordCommand, load
+from mm_edge.run.request import ModelOptions, make_model_options
+
+
+@click.command("inspect", cls=RecordCommand, record=ModelOptions)
+@click.argument("model", type=click.Path(readable=False))
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
+def inspect(model: str, as_json: bool, **given: Any) -> None:
+    """Show layers, roles, ranges and coupled groups, and what is pinned and why."""
+    options = make_model_options(**given)
+
+    from rich.console import Console
+
+    from mm_edge.plan.inspection import describe_model
+
+    with Console(stderr=True).status("exporting"):
+        document = describe_model(load(model, options), options.keep)
+    if as_json:
+        click.echo(json.dumps(document, indent=2))
+    else:
+        _print(document)
+
+
+def _print(document: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    layers = Table(
+        "layer", "role", "shape", "MACs", "sparsity range", title=f"{len(document['layers'])} prunable layers"
+    )
+    for row in document["layers"]:
+        bounds = f"{row['lo']:.0%} - {row['hi']:.0%}"
+        layers.add_row(row["fqn"], row["role"], "x".join(map(str, row["shape"])), f"{row['macs']:,}", bounds)
+    console.print(layers)
+    groups = Table(
+        "group", "width", "tensors", title=f"{len(document['groups'])} coupled groups that can lose channels"
+    )
+    for row in document["groups"]:
+        groups.add_row(row["id"], str(row["size"]), f"{len(row['tensors'])}: {', '.join(row['tensors'][:3])}")
+    console.print(groups)
+    pinned = Table("group", "width", "why it keeps its width", title=f"{len(document['pinned'])} pinned")
+    for row in document["pinned"]:
+        pinned.add_row(row["id"], str(row["size"]), row["reason"])
+    console.print(pinned)

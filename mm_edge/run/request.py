@@ -1,0 +1,420 @@
+"""What a run is asked for. Each option is declared here once, as a field of `Request`.
+
+The command line's options and --help, the keywords and the docstring of `mm_edge.prune_export`, and the checks are
+made from these fields. This module imports nothing heavy, so that a wrong option is refused at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mm_edge.errors import UsageError
+from mm_edge.formats.precisions import PRECISIONS
+from mm_edge.formats.registry import FORMATS
+from mm_edge.plan.signals import SIGNALS
+from mm_edge.plan.strategies import STRATEGIES
+from mm_edge.records import Constraints
+from mm_edge.run.options import (
+    Choice,
+    Flag,
+    Flags,
+    Folder,
+    Name,
+    Names,
+    Number,
+    Numbers,
+    Patterns,
+    Shape,
+    Sides,
+    Text,
+    Whole,
+    option,
+    read_options,
+    type_name,
+)
+from mm_edge.run.recoveries import RECOVERIES
+
+MODEL, DATA, PRUNING, RECOVERY, BUDGETS, MEASURING, FILES = GROUPS = (
+    "Model",
+    "Data",
+    "What to prune",
+    "Recovery",
+    "Budgets and choice",
+    "Measuring",
+    "Files and runs",
+)
+
+# "auto", "none" or the sides asked for; None where nothing was said.
+InputSizes = str | tuple[int, ...] | None
+
+KINDS: dict[str, Choice] = {
+    "structured": Choice("removes whole channels"),
+    "n:m": Choice("2:4, for targets whose hardware runs it"),
+    "unstructured": Choice("writes zeros and keeps the shapes"),
+}
+RANGES: dict[str, Choice] = {
+    "rules": Choice("by the role of the layer"),
+    "observed": Choice("from the scores"),
+}
+SELECTIONS: dict[str, Choice] = {
+    "signal": Choice("the channels with the highest scores"),
+    "obs": Choice("chosen by optimal brain surgeon"),
+    "auto": Choice("whichever of the two diverges less"),
+}
+ALLOCATIONS: dict[str, Choice] = {
+    "macs": Choice("multiply-adds"),
+    "latency": Choice("a table measured per group on the device"),
+}
+ACCURACY_ON: dict[str, Choice] = {
+    "host": Choice("this machine"),
+    "device": Choice("the target"),
+}
+
+
+def _list_targets() -> list[str]:
+    from mm_edge.bench.target import list_targets
+
+    return list_targets()
+
+
+# --- checks of one value --------------------------------------------------------------------------------------------
+
+
+def _is_fractions(values: tuple[float, ...], spelling: str) -> None:
+    for value in values:
+        if not 0 < value < 1:
+            raise UsageError(f"{spelling} {value:g} is not a fraction of the dense MACs; give values between 0 and 1")
+
+
+def _is_points(value: float, spelling: str) -> None:
+    if not math.isfinite(value):
+        raise UsageError(f"{spelling} {value:g} is not a number of points; write for example {spelling} 1")
+
+
+def _is_limit(value: float, spelling: str) -> None:
+    if not 0 < value < math.inf:
+        raise UsageError(f"{spelling} {value:g} can never be met or missed; give a number above 0")
+
+
+def _is_training(value: int, spelling: str) -> None:
+    if value < 1:
+        raise UsageError(f"{spelling} {value} trains nothing; give at least 1")
+
+
+# --- the options ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """How to read a model: what prune-export, inspect and evaluate share; None where nothing was said."""
+
+    arch: str | None = option(
+        None,
+        Text("a name of timm or FILE.py:CALLABLE"),
+        help="Architecture of a bare state_dict; or FILE.py:CALLABLE.",
+        group=MODEL,
+        metavar="TIMM_NAME",
+        shown="what the file says",
+    )
+    input_size: tuple[int, int, int] | None = option(
+        None,
+        Shape(),
+        help="Input shape, where the file does not say.",
+        group=MODEL,
+        metavar="C,H,W",
+        shown="what the file says",
+    )
+    mean: tuple[float, ...] | None = option(
+        None,
+        Numbers("0.485,0.456,0.406"),
+        help="Mean of the normalisation.",
+        group=MODEL,
+        metavar="R,G,B",
+        shown="what the file says, else ImageNet's",
+    )
+    std: tuple[float, ...] | None = option(
+        None,
+        Numbers("0.229,0.224,0.225"),
+        help="Standard deviation of the normalisation.",
+        group=MODEL,
+        metavar="R,G,B",
+        shown="what the file says, else ImageNet's",
+    )
+    trust_pickle: bool = option(False, Flag(), help="Load a pickled module: this runs the code in it.", group=MODEL)
+    keep: tuple[str, ...] = option(
+        (),
+        Patterns(),
+        help="Never prune parameters this names; repeatable.",
+        group=PRUNING,
+        metavar="PATTERN",
+    )
+
+
+@dataclass(frozen=True)
+class Request(ModelOptions):
+    """Everything a run is asked for: one field for each option of `mm-edge prune-export`."""
+
+    target: str = option(
+        "host",
+        Text("the name or file of a device profile", names=_list_targets),
+        help="Device profile; see 'mm-edge targets list'.",
+        group=MEASURING,
+        metavar="NAME",
+    )
+    data: str | None = option(
+        None,
+        Text("a path or the name of a data set", is_path=True),
+        help="Folder or tar of class folders, or a data set as timm names it.",
+        group=DATA,
+        metavar="PATH",
+    )
+    out: Path = option(  # noqa: RUF009
+        Path("mm-edge-run"), Folder(), help="Run directory.", group=FILES, metavar="DIR", shown="mm-edge-MODEL"
+    )
+    split: tuple[float, float, float] = option(
+        (0.5, 0.25, 0.25),
+        Numbers("0.5,0.25,0.25", parts="CAL,VAL,TEST"),
+        help="Fractions for calibration, validation and test, where the images are one pool.",
+        group=DATA,
+        metavar="CAL,VAL,TEST",
+    )
+    signals: tuple[str, ...] = option(
+        ("magnitude", "gradient", "product"),
+        Names(SIGNALS, noun="signal"),
+        help="How weights are scored.",
+        group=PRUNING,
+        metavar="NAME,...",
+    )
+    strategies: tuple[str, ...] = option(
+        lambda: tuple(STRATEGIES),
+        Names(STRATEGIES, noun="strategy", all=True),
+        help="How a sparsity is set for each layer inside its range.",
+        group=PRUNING,
+        metavar="NAME,...",
+    )
+    ranges: str = option("rules", Name(RANGES), help="Source of the sparsity ranges:", group=PRUNING, metavar="NAME")
+    kinds: tuple[str, ...] = option(
+        ("structured",), Names(KINDS), help="What is removed.", group=PRUNING, metavar="NAME,..."
+    )
+    input_sizes: InputSizes = option(  # noqa: RUF009
+        None,
+        Sides(),
+        help="Also prune at these sides of the input; auto: down to 0.7 of it.",
+        group=PRUNING,
+        metavar="auto|none|PX,...",
+        shown="only dense controls, with data",
+    )
+    prune_norms: bool = option(
+        False, Flag(), help="Let LayerNorm lose channels: exact, but it runs slower than fused.", group=PRUNING
+    )
+    recover: str = option(
+        "none",
+        Name(RECOVERIES),
+        help="How accuracy is regained:",
+        group=RECOVERY,
+        metavar="NAME",
+        shown="closed-form with data, else none",
+        default_by=lambda values: "none" if values["data"] is None else "closed-form",
+    )
+    epochs: int = option(
+        10,
+        Whole(),
+        help="Longest fine-tuning, in passes over the calibration images.",
+        group=RECOVERY,
+        metavar="N",
+        check=_is_training,
+    )
+    select: str = option(
+        "signal",
+        Name(SELECTIONS),
+        help="Which channels stay:",
+        group=RECOVERY,
+        metavar="NAME",
+        shown="auto with closed-form, tune and finetune, else signal",
+        default_by=lambda values: "auto" if RECOVERIES[values["recover"]].from_moments else "signal",
+    )
+    macs: tuple[float, ...] = option(
+        (),
+        Numbers("0.5,0.25"),
+        help="Add candidates at these fractions of the dense MACs.",
+        group=BUDGETS,
+        metavar="FRACTION,...",
+        check=_is_fractions,
+    )
+    allocate_by: str = option(
+        "macs", Name(ALLOCATIONS), help="What budgets of time take widths by:", group=BUDGETS, metavar="NAME"
+    )
+    max_drop: float | None = option(
+        None,
+        Number(),
+        help="Largest loss of top-1 accuracy, in points.",
+        group=BUDGETS,
+        metavar="POINTS",
+        check=_is_points,
+    )
+    latency: float | None = option(
+        None, Number("5"), help="Largest median latency.", group=BUDGETS, metavar="MS", check=_is_limit
+    )
+    speedup: float | None = option(
+        None, Number("1.5"), help="Smallest measured speed-up.", group=BUDGETS, metavar="X", check=_is_limit
+    )
+    size: int | None = option(
+        None, Whole(example="1000000"), help="Largest file.", group=BUDGETS, metavar="BYTES", check=_is_limit
+    )
+    host: str | None = option(
+        None,
+        Text("USER@HOST"),
+        help="Measure on this device, through ssh.",
+        group=MEASURING,
+        metavar="USER@HOST[:PORT]",
+        shown="this machine",
+    )
+    bench: bool = option(
+        True, Flag(), help="Make the artifacts without measuring.", group=MEASURING, spelled="--no-bench", shown="off"
+    )
+    accuracy_on: str = option(
+        "host", Name(ACCURACY_ON), help="Where accuracy is measured:", group=MEASURING, metavar="NAME"
+    )
+    precision: tuple[str, ...] = option(
+        ("fp32",),
+        Names(PRECISIONS),
+        help="Number formats; int8 and fp16 are made of the dense model and of the front.",
+        group=FILES,
+        metavar="NAME,...",
+    )
+    formats: tuple[str, ...] = option(
+        (), Flags(FORMATS, noun="format"), help="Files written beside the chosen model:", group=FILES
+    )
+    seed: int = option(0, Whole(0, 2**63 - 1), help="Seed of every random choice.", group=FILES, metavar="N")
+    resume: bool = option(
+        True,
+        Flag(),
+        help="Reuse finished stages, or start over.",
+        group=FILES,
+        spelled="--resume/--fresh",
+        shown="resume",
+    )
+
+    @property
+    def constraints(self) -> Constraints:
+        """What the chosen candidate has to meet."""
+        return Constraints(self.max_drop, self.latency, self.speedup, self.size)
+
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        """The number formats asked for."""
+        return self.precision
+
+
+# --- rules across options -------------------------------------------------------------------------------------------
+
+# A rule takes the request and the names of the options given, and returns why it is refused, or None.
+Rule = Callable[[Request, Collection[str]], str | None]
+
+
+def recovery_needs_images(request: Request, given: Collection[str]) -> str | None:
+    """Every recovery works on calibration images."""
+    if request.recover != "none" and request.data is None:
+        return f"--recover {request.recover} needs calibration images; give --data PATH"
+    return None
+
+
+def epochs_need_finetuning(request: Request, given: Collection[str]) -> str | None:
+    """Only fine-tuning has epochs."""
+    if "epochs" in given and request.recover != "finetune":
+        return f"--epochs {request.epochs} is for fine-tuning; give --recover finetune with it"
+    return None
+
+
+def selection_needs_moments(request: Request, given: Collection[str]) -> str | None:
+    """Brain surgeon works on the moments that the closed form takes."""
+    if request.select != "signal" and not RECOVERIES[request.recover].from_moments:
+        return f"--select {request.select} goes by the closed form's moments; give --recover closed-form with it"
+    return None
+
+
+def latency_table_needs_a_budget_of_time(request: Request, given: Collection[str]) -> str | None:
+    """The latency table serves budgets of time alone."""
+    if request.allocate_by == "latency" and request.latency is None and request.speedup is None:
+        return "--allocate-by latency is for budgets of time; give --speedup X or --latency MS with it"
+    return None
+
+
+def host_is_for_measuring(request: Request, given: Collection[str]) -> str | None:
+    """A device is named to measure on it."""
+    if request.host is not None and not request.bench:
+        return "--host names a device to measure on and --no-bench measures nothing; leave one out"
+    return None
+
+
+RULES: tuple[Rule, ...] = (
+    recovery_needs_images,
+    epochs_need_finetuning,
+    selection_needs_moments,
+    latency_table_needs_a_budget_of_time,
+    host_is_for_measuring,
+)
+
+
+# --- making a request -----------------------------------------------------------------------------------------------
+
+
+def make_request(**given: Any) -> Request:
+    """Return the checked request; None stands for an option that is not given.
+
+    Values are what the fields of `Request` hold, or the text one writes on the command line. Two older spellings are
+    taken too: `precisions`, and `constraints` with a records.Constraints.
+
+    Raises:
+        UsageError: an option or a name is unknown, a value cannot be read or is out of its bounds, or two options do
+            not go together.
+    """
+    given = _translate(given)
+    request = Request(**read_options(Request, given))
+    named = {name for name, value in given.items() if value is not None}
+    for rule in RULES:
+        reason = rule(request, named)
+        if reason is not None:
+            raise UsageError(reason)
+    return request
+
+
+def make_model_options(**given: Any) -> ModelOptions:
+    """Return the checked options on how to read a model; None stands for an option that is not given.
+
+    Raises:
+        UsageError: an option is unknown, or a value cannot be read.
+    """
+    return ModelOptions(**read_options(ModelOptions, given))
+
+
+def _translate(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `given` with older spellings in today's."""
+    rest = dict(given)
+    precisions, limits = rest.pop("precisions", None), rest.pop("constraints", None)
+    if precisions is not None:
+        _put(rest, "precision", precisions, "precisions")
+    if limits is not None:
+        if not isinstance(limits, Constraints):
+            raise UsageError(
+                f"constraints takes a records.Constraints, not {type_name(limits)}; give max_drop, latency, speedup "
+                "or size"
+            )
+        for name, value in zip(("max_drop", "latency", "speedup", "size"), _values(limits), strict=True):
+            if value is not None:
+                _put(rest, name, value, "constraints")
+    return rest
+
+
+def _values(limits: Constraints) -> tuple[float | None, ...]:
+    return limits.max_drop, limits.latency_ms, limits.speedup, limits.size_bytes
+
+
+def _put(rest: dict[str, Any], name: str, value: Any, older: str) -> None:
+    if rest.get(name) is not None:
+        raise UsageError(f"{name} is given twice: by {older} too; leave {older} out")
+    rest[name] = value
