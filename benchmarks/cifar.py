@@ -38,7 +38,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from mm_edge.api import Setting, make_request, run_job
+from mm_edge.api import run_job
 from mm_edge.bench.session import measure_pair
 from mm_edge.bench.target import load_target, resolve_host
 from mm_edge.bench.transport import LocalTransport
@@ -47,6 +47,7 @@ from mm_edge.load.models import LoadOptions, load_model
 from mm_edge.progress import Stages
 from mm_edge.quality.evaluation import compare_logits, run_onnx
 from mm_edge.records import Candidate, Report
+from mm_edge.run.request import make_request
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "cifar.json"
@@ -60,13 +61,13 @@ def run(
 ) -> tuple[Report, Path]:
     """Run the job for one budget; return its report and folder."""
     out = args.work / args.network
-    setting = Setting(out=out, data=str(args.data / "cifar10-train.tar"), bench=False)
+    setting = {"out": out, "data": str(args.data / "cifar10-train.tar"), "bench": False}
     fractions = fraction if isinstance(fraction, tuple) else (fraction,)
-    request = make_request(setting, signals=("magnitude",), macs=fractions, recover=recover, **fields)
+    request = make_request(**setting, signals=("magnitude",), macs=fractions, recover=recover, **fields)
     request = replace(request, strategies=())  # only what the budget asks for: the others are not reported here
     arch = f"{ROOT / 'benchmarks' / 'train_cifar.py'}:make_{args.network}"
     stages = Stages(Console(stderr=True))
-    return run_job(lambda: load_model(str(args.checkpoint), LoadOptions(arch=arch)), setting, request, stages), out
+    return run_job(lambda: load_model(str(args.checkpoint), LoadOptions(arch=arch)), request, stages), out
 
 
 def pruned_rows(report: Report) -> list[Candidate]:

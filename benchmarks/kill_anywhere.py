@@ -42,10 +42,11 @@ import torch
 from PIL import Image
 from torch import nn
 
-from mm_edge.api import Setting, make_request, run_job
+from mm_edge.api import run_job
 from mm_edge.graph.export import export_raw
 from mm_edge.load.models import wrap_module
 from mm_edge.progress import Stages
+from mm_edge.run.request import make_request
 from mm_edge.store import hash_file
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -85,11 +86,10 @@ def job(images: Path, out: Path) -> None:
     """Run the whole job: three candidates, recovered in closed form, those on the front fine-tuned for two epochs."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    setting = Setting(out=out, data=str(images), bench=False)
-    request = make_request(setting, strategies=("balanced",), recover="finetune", epochs=2, input_sizes="none")
+    setting = {"out": out, "data": str(images), "bench": False}
+    request = make_request(**setting, strategies=("balanced",), recover="finetune", epochs=2, input_sizes="none")
     run_job(
         lambda: wrap_module(Net(), torch.zeros(1, 3, SIDE, SIDE), name="net", mean=(0.5,), std=(0.25,)),
-        setting,
         request,
         Stages(),
     )

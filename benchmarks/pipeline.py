@@ -49,6 +49,7 @@ def run_one(name: str) -> dict[str, object]:
     from mm_edge.load.models import LoadOptions, load_model
     from mm_edge.progress import Stages
     from mm_edge.run import pipeline
+    from mm_edge.run.request import Request
     from mm_edge.store import RunStore
 
     class Watched(Stages):
@@ -75,7 +76,7 @@ def run_one(name: str) -> dict[str, object]:
             data = open_data(str(Path(folder) / "images"), model.input, None, (1.0, 0.0, 0.0), 0)
         store = RunStore(Path(folder) / "run")
         target = resolve_host(load_target("x86_64-avx512"))
-        request = pipeline.Request(recover="none")
+        request = Request(recover="none")
         report = pipeline.prune_export(pipeline.Job(request, model, data, target, None, store.folder, store, stages))
     assert model.module is not None
     size = sum(tensor.numel() * tensor.element_size() for tensor in model.module.state_dict().values())

@@ -24,10 +24,11 @@ import timm
 import torch
 from rich.console import Console
 
-from mm_edge.api import Setting, make_request, run_job
+from mm_edge.api import run_job
 from mm_edge.errors import MMEdgeError
 from mm_edge.load.models import LoadOptions, load_model
 from mm_edge.progress import Stages
+from mm_edge.run.request import make_request
 
 RECOVERIES = ("none", "bn", "closed-form")
 
@@ -56,12 +57,12 @@ def run(name: str, options: argparse.Namespace, work: Path) -> dict[str, Any]:
     row: dict[str, Any] = {"model": name}
     for recover in RECOVERIES:
         started = time.monotonic()
-        setting = Setting(out=work / name / recover, data=options.images, bench=False)
+        setting = {"out": work / name / recover, "data": options.images, "bench": False}
         fields: dict[str, Any] = {"signals": ("magnitude",), "macs": (0.7,), "strategies": ("balanced",)}
-        request = make_request(setting, recover=recover, input_sizes="none", **fields)
+        request = make_request(**setting, recover=recover, input_sizes="none", **fields)
         try:
             quiet = Stages(Console(quiet=True))
-            report = run_job(lambda: load_model(str(checkpoint), LoadOptions()), setting, request, quiet)
+            report = run_job(lambda: load_model(str(checkpoint), LoadOptions()), request, quiet)
         except MMEdgeError as error:
             row[recover] = {"error": str(error)}
             continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,11 @@ class Entry:
     name: str
     help: str
 
+    def load(self) -> click.Command:
+        """Import the command."""
+        command: click.Command = getattr(importlib.import_module(self.module), self.name)
+        return command
+
 
 COMMANDS = {
     "prune-export": Entry(
@@ -35,30 +41,58 @@ COMMANDS = {
     "inspect": Entry(
         "mm_edge.cli.inspect", "inspect", "Show layers, roles, ranges and coupled groups, and what is pinned and why."
     ),
-    "bench": Entry("mm_edge.cli.devices", "bench", "Measure latency and memory of ONNX models."),
+    "bench": Entry("mm_edge.cli.bench", "bench", "Measure latency and memory of ONNX models."),
     "evaluate": Entry(
         "mm_edge.cli.evaluate", "evaluate", "Measure the top-1 accuracy of an ONNX model on every image of a data set."
     ),
     "report": Entry("mm_edge.cli.report", "report", "Print the report of a run directory."),
-    "targets": Entry("mm_edge.cli.devices", "targets", "List, show, check and make device profiles."),
+    "targets": Entry("mm_edge.cli.targets", "targets", "List, show, check and make device profiles."),
     "demo": Entry("mm_edge.cli.demo", "demo", "Run the whole job on a small network that comes with the package."),
 }
+
+
+class LazyCommands(MutableMapping[str, click.Command]):
+    """The subcommands by name; one is imported when it is looked up."""
+
+    def __init__(self, entries: Mapping[str, Entry]) -> None:
+        """Hold `entries`; commands added later are held as they are."""
+        self._commands: dict[str, Entry | click.Command] = dict(entries)
+
+    def __getitem__(self, name: str) -> click.Command:
+        """Return the command, which may import it."""
+        found = self._commands[name]
+        if isinstance(found, Entry):
+            found = self._commands[name] = found.load()
+        return found
+
+    def __setitem__(self, name: str, command: click.Command) -> None:
+        """Add a command."""
+        self._commands[name] = command
+
+    def __delitem__(self, name: str) -> None:
+        """Forget a command."""
+        del self._commands[name]
+
+    def __iter__(self) -> Iterator[str]:
+        """Go through the names."""
+        return iter(self._commands)
+
+    def __len__(self) -> int:
+        """Count the commands."""
+        return len(self._commands)
 
 
 class Commands(click.Group):
     """Imports subcommands when they are used, and turns errors into one line and the exit code of the contract."""
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        """Return the names of all subcommands."""
-        return [*COMMANDS, *super().list_commands(ctx)]
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Hold every subcommand."""
+        super().__init__(*args, **kwargs)
+        self.commands = LazyCommands(COMMANDS)
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import the subcommand of that name; None where there is none."""
-        entry = COMMANDS.get(cmd_name)
-        if entry is None:
-            return super().get_command(ctx, cmd_name)
-        command: click.Command = getattr(importlib.import_module(entry.module), entry.name)
-        return command
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names in the order of the table."""
+        return list(self.commands)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the subcommands with their help, without importing them."""

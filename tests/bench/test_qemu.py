@@ -17,7 +17,7 @@ import pytest
 from sshd import LoopbackServer, why_not
 
 from mm_edge import demo
-from mm_edge.api import Setting, make_request, run_job
+from mm_edge.api import run_job
 from mm_edge.bench import qemu, session, ssh
 from mm_edge.bench.host import doubts
 from mm_edge.bench.target import load_target
@@ -28,6 +28,7 @@ from mm_edge.load.models import LoadedModel, LoadOptions, load_model
 from mm_edge.progress import Stages
 from mm_edge.quality.parity import TOLERANCE, compare_with_outputs
 from mm_edge.records import Latency, Report
+from mm_edge.run.request import make_request
 
 COUNT = int(os.environ.get("MM_EDGE_TEST_IMAGES", "8"))
 
@@ -54,9 +55,11 @@ def load() -> LoadedModel:
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Report]:
     """The demo network pruned for a Raspberry Pi 5."""
     out = tmp_path_factory.mktemp("made")
-    setting = Setting(out=out, target="raspberry-pi-5", data=str(demo.IMAGES), bench=False)
-    request = make_request(setting, signals=("magnitude",), strategies=("balanced",), input_sizes="none", recover="bn")
-    return out, run_job(load, setting, request, Stages())
+    setting = {"out": out, "target": "raspberry-pi-5", "data": str(demo.IMAGES), "bench": False}
+    request = make_request(
+        **setting, signals=("magnitude",), strategies=("balanced",), input_sizes="none", recover="bn"
+    )
+    return out, run_job(load, request, Stages())
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from click.testing import CliRunner
 from sshd import LoopbackServer, why_not
 
 from mm_edge import demo
-from mm_edge.api import Setting, make_request, run_job
+from mm_edge.api import run_job
 from mm_edge.bench import session, ssh, transport, worker
 from mm_edge.bench.ssh import SshTransport, parse_host
 from mm_edge.bench.target import load_target, profile_path
@@ -29,6 +29,7 @@ from mm_edge.errors import BenchError, UsageError
 from mm_edge.load.models import LoadOptions, load_model
 from mm_edge.progress import Stages
 from mm_edge.quality.parity import compare_with_outputs
+from mm_edge.run.request import make_request
 
 PI5 = dataclasses.replace(load_target("raspberry-pi-5"), threads=1, python=(sys.executable,))
 
@@ -264,9 +265,9 @@ def test_command_line_measures_over_ssh(server: LoopbackServer, models: tuple[Pa
 def test_a_whole_job_on_a_board_whose_connection_breaks_half_way(server: LoopbackServer, tmp_path: Path) -> None:
     """The packaged profile as it is: the board's own python3, its four threads, accuracy taken there too."""
     out = tmp_path / "run"
-    setting = Setting(out=out, target="raspberry-pi-5", data=str(demo.IMAGES), host="board")
+    setting = {"out": out, "target": "raspberry-pi-5", "data": str(demo.IMAGES), "host": "board"}
     strategies = ("min_conservative", "balanced", "max_aggressive")
-    request = make_request(setting, signals=("magnitude",), strategies=strategies, accuracy_on="device", recover="bn")
+    request = make_request(**setting, signals=("magnitude",), strategies=strategies, accuracy_on="device", recover="bn")
 
     def cut() -> None:
         while not list(out.glob("samples/*.json")):
@@ -277,7 +278,7 @@ def test_a_whole_job_on_a_board_whose_connection_breaks_half_way(server: Loopbac
 
     cutter = threading.Thread(target=cut, daemon=True)
     cutter.start()
-    report = run_job(lambda: load_model(str(demo.MODEL), LoadOptions()), setting, request, Stages())
+    report = run_job(lambda: load_model(str(demo.MODEL), LoadOptions()), request, Stages())
     cutter.join(timeout=10)
     latencies = [report.dense.latency_ms, *(candidate.latency_ms for candidate in report.candidates)]
     assert {(latency.source, latency.threads) for latency in latencies} == {("device", 4)}

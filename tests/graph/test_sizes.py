@@ -15,7 +15,7 @@ import torch
 from tiny_job import CLASSES, save_checkpoint, write_images
 from torch import nn
 
-from mm_edge.api import Setting, make_request, run_job
+from mm_edge.api import run_job
 from mm_edge.errors import UsageError
 from mm_edge.formats.device_files import read_metadata
 from mm_edge.graph.compact import mask_tensors, masked_model, materialise
@@ -29,6 +29,7 @@ from mm_edge.progress import Stages
 from mm_edge.quality.evaluation import run_onnx
 from mm_edge.quality.parity import compare, onnx_runner, torch_runner
 from mm_edge.records import Report, file_name
+from mm_edge.run.request import make_request
 
 SIDE = 128
 OTHER = 96
@@ -183,13 +184,13 @@ def test_images_of_another_size_are_the_same_images_and_share_what_is_known_of_t
 
 
 def run(folder: Path, out: Path, **fields: Any) -> Report:
-    setting = Setting(out=out, data=str(folder / "images"), bench=False)
+    setting = {"out": out, "data": str(folder / "images"), "bench": False}
     asked: Any = {"signals": ("magnitude",), "strategies": ("balanced",), "recover": "bn", **fields}
 
     def read() -> LoadedModel:
         return load_model(str(folder / "net.pt"), LoadOptions(input_size=(3, SIDE, SIDE)))
 
-    return run_job(read, setting, make_request(setting, **asked), Stages())
+    return run_job(read, make_request(**setting, **asked), Stages())
 
 
 @pytest.fixture(scope="module")
@@ -273,9 +274,9 @@ def test_only_controls_without_the_option_and_nothing_with_none(files: Path, tmp
 
 
 def test_a_size_asked_for_and_not_taken_is_refused_before_the_folder_is_made(files: Path, tmp_path: Path) -> None:
-    setting = Setting(out=tmp_path / "out", data=str(files / "images"), bench=False)
+    setting = {"out": tmp_path / "out", "data": str(files / "images"), "bench": False}
     with pytest.raises(UsageError, match=r"^--input-sizes 1: strided does not run at that size"):
-        run_job(strided, setting, make_request(setting, input_sizes=(36, 1)), Stages())
+        run_job(strided, make_request(**setting, input_sizes=(36, 1)), Stages())
     assert not (tmp_path / "out").exists()
 
 

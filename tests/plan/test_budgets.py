@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file
 from tiny_graphs import structure_of, tiny
 
-from mm_edge.api import Setting, make_request, run_job
+from mm_edge.api import run_job
 from mm_edge.errors import ConstraintError, UsageError
 from mm_edge.graph.axes import Keep
 from mm_edge.graph.compact import materialise
@@ -29,6 +29,7 @@ from mm_edge.records import Constraints, Report
 from mm_edge.run import networks as places
 from mm_edge.run import plan as planning
 from mm_edge.run.clock import Clock
+from mm_edge.run.request import make_request
 from mm_edge.store import RunStore
 
 CHAIN = "a = Conv(x, w1) r = Relu(a) b = Conv(r, w2) s = Relu(b) y = Conv(s, w3)"
@@ -142,14 +143,14 @@ def test_what_the_report_says_of_a_plan(chain: Structure) -> None:
 
 
 def run(files: Path, out: Path, bench: bool = False, **fields: Any) -> Report:
-    setting = Setting(out=out, data=str(files / "images"), bench=bench)
+    setting = {"out": out, "data": str(files / "images"), "bench": bench}
     usual: Any = {"signals": ("magnitude",), "strategies": ("balanced",), "input_sizes": "none", "recover": "bn"}
     asked: Any = {**usual, **fields}
 
     def read() -> LoadedModel:
         return load_model(str(files / "net.pt"), LoadOptions(input_size=(3, 32, 32)))
 
-    return run_job(read, setting, make_request(setting, **asked), Stages())
+    return run_job(read, make_request(**setting, **asked), Stages())
 
 
 def test_a_size_is_met_to_the_byte_and_the_report_says_who_won(

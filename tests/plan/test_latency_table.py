@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from tiny_graphs import structure_of, tiny
 
-from mm_edge.api import Setting, make_request
 from mm_edge.errors import UsageError
 from mm_edge.graph.axes import Keep
 from mm_edge.graph.costs import Cost
@@ -19,6 +18,7 @@ from mm_edge.plan.latency_table import TimedWidth, at_another_size, fit_time, me
 from mm_edge.records import Constraints
 from mm_edge.recover.closed_form.sensitivity import Measured, Sensitivity, allocate
 from mm_edge.recover.closed_form.surgeon import Order
+from mm_edge.run.request import make_request
 
 # Two pairs of layers alike in multiply-adds; nothing but time tells their groups apart.
 BODY = "a = Conv(x, w1) b = Relu(a) c = Conv(b, w2) d = Relu(c) e = Conv(d, w3) f = Relu(e) y = Conv(f, w4)"
@@ -104,10 +104,10 @@ def test_widths_are_taken_where_they_cost_least_divergence_per_time(net: Structu
 
 
 def test_the_setting_is_for_budgets_of_time(tmp_path: Path) -> None:
-    setting = Setting(out=tmp_path, data="images")
+    setting = {"out": tmp_path, "data": "images"}
     with pytest.raises(UsageError, match=r"^--allocate-by latency is for budgets of time; give --speedup X or --lat"):
-        make_request(setting, allocate_by="latency", constraints=Constraints(size_bytes=100))
+        make_request(**setting, allocate_by="latency", constraints=Constraints(size_bytes=100))
     with pytest.raises(UsageError, match=r"'time'.*--allocate-by|--allocate-by.*'time'|unknown"):
-        make_request(setting, allocate_by="time")
+        make_request(**setting, allocate_by="time")
     timed: Any = {"allocate_by": "latency", "constraints": Constraints(speedup=1.5)}
-    assert make_request(setting, **timed).allocate_by == "latency"
+    assert make_request(**setting, **timed).allocate_by == "latency"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import timm
 import torch
 from tiny_job import CLASSES, SIDE, save_checkpoint, write_images
 
-from mm_edge.api import Setting, make_request, run_job
+from mm_edge.api import run_job
 from mm_edge.errors import UsageError
 from mm_edge.graph.export import read_raw
 from mm_edge.graph.layers import read_layers
@@ -24,6 +25,7 @@ from mm_edge.plan.strategies import assign
 from mm_edge.progress import Stages
 from mm_edge.records import Candidate, DenseRow, Latency, Report
 from mm_edge.run.finetune import worth_training
+from mm_edge.run.request import make_request
 
 
 def load(folder: Path) -> LoadedModel:
@@ -31,9 +33,9 @@ def load(folder: Path) -> LoadedModel:
 
 
 def run(files: Path, out: Path, **fields: Any) -> Report:
-    setting = Setting(out=out, data=str(files / "images"), bench=False)
+    setting = {"out": out, "data": str(files / "images"), "bench": False}
     asked: Any = {"signals": ("magnitude",), "strategies": ("balanced",), "recover": "finetune", "epochs": 2, **fields}
-    return run_job(lambda: load(files), setting, make_request(setting, **asked), Stages())
+    return run_job(lambda: load(files), make_request(**setting, **asked), Stages())
 
 
 @pytest.fixture(scope="module")
@@ -128,24 +130,23 @@ def test_a_second_run_trains_nothing_and_more_epochs_train_again(files: Path, tm
 
 
 def test_what_cannot_be_trained_is_refused(files: Path, done: tuple[Path, Report], tmp_path: Path) -> None:
-    setting = Setting(out=tmp_path / "run", data=str(files / "images"), bench=False)
-    request = make_request(setting, recover="finetune")
+    setting = {"out": tmp_path / "run", "data": str(files / "images"), "bench": False}
+    request = make_request(**setting, recover="finetune")
     assert request.epochs == 10 and request.select == "auto"
     dense = load_model(str(done[0] / "dense.onnx"), LoadOptions())
     with pytest.raises(UsageError) as caught:
-        run_job(lambda: dense, setting, request, Stages())
+        run_job(lambda: dense, request, Stages())
     assert str(caught.value) == (
         "--recover finetune trains a PyTorch module, and an .onnx file holds none; "
         "give the checkpoint with --arch, or use --recover closed-form"
     )
     with pytest.raises(UsageError, match=r"^--recover finetune trains on calibration images, and there are none; "):
-        empty = Setting(out=tmp_path / "run", data=str(files / "images"), split=(0.0, 0.5, 0.5), bench=False)
-        run_job(lambda: load(files), empty, request, Stages())
+        run_job(lambda: load(files), replace(request, split=(0.0, 0.5, 0.5)), Stages())
     assert not (tmp_path / "run").exists()
     with pytest.raises(UsageError, match=r"^--epochs 3 is for fine-tuning; give --recover finetune with it$"):
-        make_request(setting, recover="closed-form", epochs=3)
+        make_request(**setting, recover="closed-form", epochs=3)
     with pytest.raises(UsageError, match=r"^--epochs 0 trains nothing; give at least 1$"):
-        make_request(setting, recover="finetune", epochs=0)
+        make_request(**setting, recover="finetune", epochs=0)
 
 
 def row(

@@ -22,20 +22,20 @@ from torch import nn
 
 import mm_edge
 from mm_edge import api
-from mm_edge.api import RequestFields, Setting, make_request, run_job
+from mm_edge.api import run_job
 from mm_edge.errors import ConstraintError, UsageError
 from mm_edge.graph.export import read_raw
 from mm_edge.graph.layers import read_layers
 from mm_edge.load.data import open_data
 from mm_edge.load.models import LoadedModel, LoadOptions, load_model, wrap_module
 from mm_edge.plan.ranges import apply_constraints, rule_ranges
-from mm_edge.plan.strategies import STRATEGIES, assign
+from mm_edge.plan.strategies import assign
 from mm_edge.progress import Stages
 from mm_edge.quality.evaluation import run_onnx
 from mm_edge.records import Candidate, Constraints, Report, from_json, to_json
 from mm_edge.run import measure as measuring
 from mm_edge.run import pipeline
-from mm_edge.run.job import Request
+from mm_edge.run.request import make_request
 
 BUDGET = 0.7
 
@@ -68,11 +68,11 @@ def run(
     load: Callable[[], LoadedModel], images: Path, out: Path, setting: dict[str, Any] | None = None, **fields: Any
 ) -> Report:
     """Run the job without measuring; one signal, strategy and input size unless told otherwise."""
-    where = replace(Setting(out=out, data=str(images), bench=False), **(setting or {}))
+    where: Any = {"out": out, "data": str(images), "bench": False, **(setting or {})}
     asked: Any = {"signals": ("magnitude",), "strategies": ("balanced",), "input_sizes": "none", **fields}
-    if where.data is not None:
+    if where["data"] is not None:
         asked.setdefault("recover", "bn")
-    return run_job(load, where, make_request(where, **asked), Stages())
+    return run_job(load, make_request(**where, **asked), Stages())
 
 
 @dataclass(frozen=True)
@@ -323,9 +323,9 @@ def test_a_target_that_is_not_here_has_no_latency_and_says_how_to_measure(
 
 
 def test_an_onnx_goes_the_same_way_with_the_magnitude_signal(done: Finished, tmp_path: Path) -> None:
-    setting = Setting(out=tmp_path / "run", data=str(done.files / "images"), bench=False)
-    request = make_request(setting, strategies=("balanced",))
-    report = run_job(lambda: load_model(str(done.out / "dense.onnx"), LoadOptions()), setting, request, Stages())
+    setting = {"out": tmp_path / "run", "data": str(done.files / "images"), "bench": False}
+    request = make_request(**setting, strategies=("balanced",))
+    report = run_job(lambda: load_model(str(done.out / "dense.onnx"), LoadOptions()), request, Stages())
     assert ids(report) == ["magnitude/balanced/structured/fp32"]
     assert "a network given as .onnx has no gradients: signal magnitude only" in report.warnings
     assert report.dense.accuracy_top1 == done.report.dense.accuracy_top1
@@ -398,13 +398,6 @@ def test_python_refuses_what_the_command_line_refuses(tmp_path: Path) -> None:
     assert refuse(kinds=()) == "--kinds is empty; allowed: structured, n:m, unstructured"
     with pytest.raises(AttributeError, match=r"^module 'mm_edge' has no attribute 'prune'$"):
         mm_edge.prune  # noqa: B018
-
-
-def test_the_keywords_are_the_requests_fields() -> None:
-    assert set(RequestFields.__annotations__) == set(Request.__dataclass_fields__)
-    defaults = make_request(Setting(out=Path("x"), data="images"))
-    assert defaults == Request()
-    assert defaults.strategies == tuple(STRATEGIES)
 
 
 def test_smaller_numbers_and_files_for_the_device(files: Path, tmp_path: Path) -> None:

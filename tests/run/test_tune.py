@@ -13,7 +13,7 @@ import pytest
 import safetensors.numpy
 from tiny_job import SIDE
 
-from mm_edge.api import Setting, make_request, run_job
+from mm_edge.api import run_job
 from mm_edge.arrays import Arrays
 from mm_edge.errors import UsageError
 from mm_edge.graph.axes import Keep
@@ -28,6 +28,7 @@ from mm_edge.recover.training.judging import Tuned
 from mm_edge.recover.training.tune import tune
 from mm_edge.run import make as candidates
 from mm_edge.run.make import recover_keep
+from mm_edge.run.request import make_request
 
 
 def run(files: Path, out: Path, rate: float, monkeypatch: pytest.MonkeyPatch, **more: Any) -> Report:
@@ -36,11 +37,11 @@ def run(files: Path, out: Path, rate: float, monkeypatch: pytest.MonkeyPatch, **
     for name, value in {"WARM_UP": 5, "CROPS": 64, "BATCH": 8}.items():
         monkeypatch.setattr(descent, name, value)
     monkeypatch.setattr(distil, "STEPS", 40)
-    setting = Setting(out=out, data=str(files / "images"), split=(0.75, 0.25, 0.0), bench=False)
+    setting = {"out": out, "data": str(files / "images"), "split": (0.75, 0.25, 0.0), "bench": False}
     wanted = {"signals": ("magnitude",), "strategies": ("max_aggressive",), "macs": (0.5,), **more}
-    request = make_request(setting, recover="tune", **wanted)
+    request = make_request(**setting, recover="tune", **wanted)
     loaded = load_model(str(files / "net.pt"), LoadOptions(input_size=(3, SIDE, SIDE)))
-    return run_job(lambda: loaded, setting, request, Stages())
+    return run_job(lambda: loaded, request, Stages())
 
 
 def _let_tuning_win(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,9 +175,9 @@ def test_an_onnx_file_cannot_be_tuned(files: Path, tmp_path: Path) -> None:
     shape = [onnx.helper.make_tensor_value_info(n, 1, [1, c, SIDE, SIDE]) for n, c in (("x", 3), ("y", 2))]
     onnx.save(onnx.helper.make_model(onnx.helper.make_graph([node], "g", shape[:1], shape[1:], [weight])), path)
     loaded = load_model(str(path), LoadOptions())
-    setting = Setting(out=tmp_path / "run", data=str(files / "images"), bench=False)
+    setting = {"out": tmp_path / "run", "data": str(files / "images"), "bench": False}
     with pytest.raises(UsageError) as caught:
-        run_job(lambda: loaded, setting, make_request(setting, recover="tune"), Stages())
+        run_job(lambda: loaded, make_request(**setting, recover="tune"), Stages())
     assert str(caught.value) == (
         "--recover tune trains a PyTorch module, and an .onnx file holds none; "
         "give the checkpoint with --arch, or use --recover closed-form"
