@@ -33,11 +33,11 @@ from mm_edge.graph.deploy import deploy
 from mm_edge.graph.export import export_raw
 from mm_edge.graph.groups import read_structure
 from mm_edge.graph.layers import read_layer_weights, read_layers
-from mm_edge.graph.widths import Counts, group_scores, allowed_widths, select_indices
+from mm_edge.graph.widths import Counts, allowed_widths, group_scores, select_indices
 from mm_edge.plan.ranges import apply_constraints, rule_ranges
 from mm_edge.plan.scaling import plan_budget
 from mm_edge.plan.scores import score_weights
-from mm_edge.plan.target_widths import channel_multiple, allowed_widths_on
+from mm_edge.plan.target_widths import allowed_widths_on, channel_multiple
 from mm_edge.store import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent

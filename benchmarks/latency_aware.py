@@ -172,7 +172,9 @@ def compare(network: Network, target: Target, shares: list[float]) -> dict[str, 
     return result
 
 
-def read_sensitivities(path: Path, context: RecoveryContext, allowed: Sequence[AllowedWidths]) -> dict[Axis, Sensitivity]:
+def read_sensitivities(
+    path: Path, context: RecoveryContext, allowed: Sequence[AllowedWidths]
+) -> dict[Axis, Sensitivity]:
     """Return the sensitivities kept at `path`; measured and kept where there are none."""
     if path.exists():
         return from_arrays(context.structure, load_file(path))

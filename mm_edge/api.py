@@ -17,8 +17,8 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from mm_edge.bench.transports import open_transport
 from mm_edge.bench.target import load_target, matches_this_machine, resolve_host
+from mm_edge.bench.transports import open_transport
 from mm_edge.errors import UsageError
 from mm_edge.graph.sizes import remake
 from mm_edge.load.data import open_data
@@ -27,10 +27,10 @@ from mm_edge.progress import Stages
 from mm_edge.records import Report
 from mm_edge.report.summary import find_chosen, write_headline
 from mm_edge.report.values import show_bytes, show_ms, show_percent, show_ratio
+from mm_edge.run.checks import check_request, require_trainable
 from mm_edge.run.job import Job
 from mm_edge.run.measure import SAMPLES_FOLDER
 from mm_edge.run.options import Flags, Option, list_options, type_name
-from mm_edge.run.checks import check_request, require_trainable
 from mm_edge.run.pipeline import run_stages
 from mm_edge.run.request import Request, make_request
 from mm_edge.store import RunStore

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from mm_edge.graph.axes import Axis
 from mm_edge.graph.costs import Cost
 from mm_edge.graph.groups import Structure
-from mm_edge.graph.widths import Counts, AllowedWidths, meet_budget, solve_widths
+from mm_edge.graph.widths import AllowedWidths, Counts, meet_budget, solve_widths
 from mm_edge.records import Layer, SparsityRange
 
 # How far below its budget a candidate may stay before the target's channel multiples are given up for it.

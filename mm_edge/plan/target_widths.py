@@ -30,4 +30,6 @@ def allowed_widths_on(
     structure: Structure, layers: Sequence[Layer], target: Target, precisions: Sequence[str] = ("fp32",)
 ) -> tuple[AllowedWidths, ...]:
     """Return the widths each group may have on `target` when its candidates run in `precisions`."""
-    return tuple(allowed_widths(group, channel_multiple(group, layers, target, precisions)) for group in structure.groups)
+    return tuple(
+        allowed_widths(group, channel_multiple(group, layers, target, precisions)) for group in structure.groups
+    )

@@ -27,8 +27,8 @@ from mm_edge.formats.device_files import add_metadata_, write_model
 from mm_edge.formats.sparse_file import store_smallest
 from mm_edge.graph.axes import Keep
 from mm_edge.graph.compact import AxisMask, apply_mask, mask_tensors, masked_model, materialise
-from mm_edge.graph.depth import dead_tensors
 from mm_edge.graph.deploy import deploy
+from mm_edge.graph.depth import dead_tensors
 from mm_edge.graph.groups import Structure
 from mm_edge.graph.widths import sparsity_of
 from mm_edge.plan.counts import count_macs, count_parameters

@@ -16,8 +16,8 @@ from mm_edge.arrays import Float32Array, IntArray
 from mm_edge.errors import UsageError
 from mm_edge.formats.device_files import add_metadata_, write_model
 from mm_edge.graph.axes import Axis
-from mm_edge.graph.depth import find_branches
 from mm_edge.graph.deploy import deploy
+from mm_edge.graph.depth import find_branches
 from mm_edge.graph.export import RawGraph, read_raw
 from mm_edge.graph.groups import Structure, read_structure
 from mm_edge.graph.layers import read_layers

@@ -19,10 +19,10 @@ from mm_edge.arrays import Float32Array
 from mm_edge.graph.axes import Keep
 from mm_edge.graph.compact import materialise
 from mm_edge.graph.costs import Cost
-from mm_edge.graph.depth import Branch, renamed
 from mm_edge.graph.deploy import deploy
+from mm_edge.graph.depth import Branch, renamed
 from mm_edge.graph.groups import Structure
-from mm_edge.graph.widths import Counts, AllowedWidths, group_scores, lead, select_indices
+from mm_edge.graph.widths import AllowedWidths, Counts, group_scores, lead, select_indices
 from mm_edge.plan.budgets import Budget, Draft, Met, Ruler, counts_of, meet, words_for
 from mm_edge.plan.counts import count_macs, parameter_cost
 from mm_edge.plan.latency_table import at_another_size, fit_time, measure_table
@@ -185,7 +185,13 @@ def _draw_scaled(
 
 
 def budget_notes(
-    structure: Structure, allowed: Sequence[AllowedWidths], counts: Counts, met: Met, ruler: Ruler, asked: str, unit: str
+    structure: Structure,
+    allowed: Sequence[AllowedWidths],
+    counts: Counts,
+    met: Met,
+    ruler: Ruler,
+    asked: str,
+    unit: str,
 ) -> list[str]:
     """Say so when a budget cost groups the channel multiples of the target, or was missed, and what holds the rest."""
     notes = []
