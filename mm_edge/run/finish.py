@@ -33,7 +33,7 @@ def finish(
         ConstraintError: no candidate meets the constraints; the report is written all the same, with `chosen` null.
     """
     listed = mark_pareto(_under_all_names(networks, candidates), dense)
-    job.note(*_notes_of_shared_names(candidates))
+    job.note(*notes_of_shared_names(candidates))
     missed: ConstraintError | None = None
     chosen: Chosen | None = None
     try:
@@ -91,7 +91,7 @@ def _under_all_names(networks: Networks, candidates: Sequence[Candidate]) -> lis
     return listed
 
 
-def _notes_of_shared_names(candidates: Sequence[Candidate]) -> list[str]:
+def notes_of_shared_names(candidates: Sequence[Candidate]) -> list[str]:
     """Say which strategies came to the same: by formula, or because a pattern takes the same from them all."""
     shared = dict.fromkeys((item.kind, (item.strategy, *item.also_named)) for item in candidates if item.also_named)
     return [

@@ -26,7 +26,7 @@ from mm_edge.plan.budgets import Budget, Draft, Ruler, asked_budgets, counts_of,
 from mm_edge.plan.strategies import STRATEGIES
 from mm_edge.progress import Stages
 from mm_edge.records import Constraints, Report
-from mm_edge.run import networks as places
+from mm_edge.run import networks
 from mm_edge.run import plan as planning
 from mm_edge.run.clock import Clock
 from mm_edge.run.request import make_request
@@ -175,8 +175,8 @@ def test_a_size_is_met_to_the_byte_and_the_report_says_who_won(
         raise AssertionError("measured again")
 
     # What groups and blocks cost is measured once for all budgets.
-    monkeypatch.setattr(places, "measure_branches", refuse)
-    monkeypatch.setattr(places, "measure_sensitivities", refuse)
+    monkeypatch.setattr(networks, "measure_branches", refuse)
+    monkeypatch.setattr(networks, "measure_sensitivities", refuse)
     again = run(files, tmp_path / "run", recover="closed-form", constraints=Constraints(size_bytes=limit - 2000))
     assert {row.strategy for row in again.candidates} == {"balanced", f"size_{limit - 2000}"}
 
@@ -244,13 +244,15 @@ def test_nothing_is_planned_for_a_latency_where_time_is_emulated(tmp_path: Path)
     budgets = asked_budgets((), Constraints(latency_ms=2, speedup=2), ("structured",))
     request = SimpleNamespace(allocate_by="macs")
     parts = {"budgets": budgets, "folder": tmp_path, "target": None, "transport": emulated, "store": store}
-    job: Any = SimpleNamespace(**parts, request=request)
+    notes: list[str] = []
+    job: Any = SimpleNamespace(**parts, request=request, note=lambda *texts: notes.extend(texts))
     dense: Any = None
-    rulers, notes = planning.rulers_of(job, dense)
-    assert [(item.budget, item.measured) for item in rulers] == [(Budget("speedup", 2), False)]
+    found = planning.measures_of(job, dense)
+    assert [(item.budget, item.measured) for item in found] == [(Budget("speedup", 2), False)]
     assert notes == ["--latency 2: no time is measured here, so no candidate is planned for it"]
     request.allocate_by = "latency"
-    assert planning.rulers_of(job, dense)[1][1:] == [
+    planning.measures_of(job, dense)
+    assert notes[2:] == [
         "--allocate-by latency: no time is measured here, so widths are allocated by multiply-adds"
     ]
 

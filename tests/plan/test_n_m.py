@@ -33,7 +33,7 @@ from mm_edge.plan.n_m import (
 )
 from mm_edge.plan.plans import Plan, plan_n_m
 from mm_edge.records import Assignment, Candidate, Layer
-from mm_edge.run.pipeline import _twin_notes
+from mm_edge.run.finish import notes_of_shared_names
 
 TWO_FOUR = Pattern(2, 4)
 
@@ -254,7 +254,7 @@ def test_strategies_that_come_to_the_same_masks_are_one_plan() -> None:
     plans, _ = plan_n_m(raw, layers, scores, assignments)
     assert [plan.assignment.names for plan in plans] == [("one",), ("both", "more")]
     assert [plan.id for plan in plans] == ["magnitude/one/n:m/fp32", "magnitude/both/n:m/fp32"]
-    assert _twin_notes([candidate(plan) for plan in plans]) == [
+    assert notes_of_shared_names([candidate(plan) for plan in plans]) == [
         "both and more coincide under the pattern: made and measured once, listed under both names"
     ]
 

@@ -24,7 +24,7 @@ from mm_edge.plan.ranges import apply_constraints, rule_ranges
 from mm_edge.plan.strategies import assign
 from mm_edge.progress import Stages
 from mm_edge.records import Candidate, DenseRow, Latency, Report
-from mm_edge.run.finetune import worth_training
+from mm_edge.run.recover import worth_training
 from mm_edge.run.request import make_request
 
 

@@ -34,7 +34,6 @@ from mm_edge.progress import Stages
 from mm_edge.quality.evaluation import run_onnx
 from mm_edge.records import Candidate, Constraints, Report, from_json, to_json
 from mm_edge.run import measure as measuring
-from mm_edge.run import pipeline
 from mm_edge.run.request import make_request
 
 BUDGET = 0.7
@@ -224,7 +223,8 @@ def test_test_images_are_read_once_for_the_chosen_one(
         readings.append((model.name, [int(label) for _, labels in kept for label in labels]))
         return run_onnx(model, kept, *rest)
 
-    monkeypatch.setattr(pipeline, "run_onnx", spy)
+    monkeypatch.setattr("mm_edge.run.networks.run_onnx", spy)
+    monkeypatch.setattr("mm_edge.run.finish.run_onnx", spy)
     monkeypatch.setattr("mm_edge.run.make.run_onnx", spy)
     report = run(load_small, files / "images", tmp_path / "run", strategies=("balanced", "min_conservative"))
     splits = open_data(str(files / "images"), load_small().input, CLASSES)

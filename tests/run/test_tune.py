@@ -26,8 +26,8 @@ from mm_edge.recover.training import adapt, descent, distil, judging
 from mm_edge.recover.training import tune as module_under_test
 from mm_edge.recover.training.judging import Tuned
 from mm_edge.recover.training.tune import tune
-from mm_edge.run import make as candidates
-from mm_edge.run.make import recover_keep
+from mm_edge.run import closed_form
+from mm_edge.run.closed_form import recover_keep
 from mm_edge.run.request import make_request
 
 
@@ -101,7 +101,7 @@ def test_what_is_tuned_was_not_solved_for_the_images_that_judge_it(
         given.append(start)
         return Tuned(start, 1.0, 1.0, False, "not tried")
 
-    monkeypatch.setattr(candidates, "recover_keep", recover)
+    monkeypatch.setattr(closed_form, "recover_keep", recover)
     monkeypatch.setattr(adapt, "tune", tune_)
     run(files, tmp_path, 4e-3, monkeypatch)
     assert given and walked
