@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Generator, Iterator
+from pathlib import Path
 
 import pytest
 
-from mm_edge.runtime import MOST, cores, in_order
+from mm_edge.errors import ModelError
+from mm_edge.runtime import FATAL, MOST, cores, in_order, open_session
 
 
 class Counted:
@@ -104,3 +106,15 @@ def test_left_early_nothing_more_is_started_and_no_thread_stays() -> None:
 
 def test_cores_are_those_this_process_may_use() -> None:
     assert 1 <= cores() <= MOST
+
+
+def test_a_model_that_cannot_be_loaded_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "broken.onnx"
+    path.write_bytes(b"not a model")
+    with pytest.raises(ModelError) as caught:
+        open_session(path, severity=FATAL)
+    assert str(caught.value).startswith(f"ONNX Runtime cannot load '{path}': ")
+    with pytest.raises(ModelError) as caught:
+        open_session(b"not a model", severity=FATAL)
+    assert str(caught.value).startswith("ONNX Runtime cannot load the model: ")
+    assert "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""Export: names survive, nothing is lost in silence, refusals are one line; deployable graphs compute the same."""
+"""Export: names survive, nothing is lost in silence, refusals are one line."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from torch import nn
 from torch.nn import functional
 
 from mm_edge.errors import ExportError, ModelError
-from mm_edge.graph.deploy import deploy
 from mm_edge.graph.export import export_raw, infer_shapes, raw_from_onnx
 from mm_edge.graph.groups import read_structure
 from mm_edge.quality.parity import compare, onnx_runner, torch_runner
@@ -217,7 +216,7 @@ def test_batch_statistics_of_a_file_are_no_parameters(tmp_path: Path) -> None:
     assert found.buffers == {"m", "q"}
 
 
-# --- folding and deploying ------------------------------------------------------------------------
+# --- folding --------------------------------------------------------------------------------------
 
 
 def test_constants_are_folded_and_weights_are_not() -> None:
@@ -249,36 +248,3 @@ def test_shapes_are_inferred_behind_group_normalisation() -> None:
     infer_shapes(raw.model)
     shape = list(raw.model.graph)[-1].outputs[0].shape
     assert shape is not None and shape.numpy() == (1, 8, 2, 2)
-
-
-def test_batch_normalisation_is_folded_into_convolutions_and_gemm() -> None:
-    module = nn.Sequential(
-        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.ConvTranspose2d(8, 6, 2), nn.BatchNorm2d(6), nn.Flatten(),
-        nn.Linear(6 * 49, 5), nn.BatchNorm1d(5),
-    )  # fmt: skip
-    for layer in module:
-        if hasattr(layer, "running_mean"):
-            layer.get_buffer("running_mean").normal_()
-            layer.get_buffer("running_var").uniform_(0.5, 2)
-    module.eval()
-    raw = export_raw(module, IMAGE)
-    assert operators(raw.model)["BatchNormalization"] == 3
-    model = deploy(raw.model.clone())
-    assert "BatchNormalization" not in operators(model)
-    assert compare(onnx_runner(model), torch_runner(module), noise(raw), "noise").max_rel_err < 1e-5
-
-
-def test_a_convolution_read_twice_keeps_its_batch_normalisation() -> None:
-    body = "a = Conv(x, w) n = BatchNormalization(a, s, t, m, q) c = Concat<axis=1>(a, n) y = Relu(c)"
-    buffers = {"m": np.arange(8, dtype=np.float32), "q": np.ones(8, np.float32)}
-    raw = tiny("float[1,3,4,4] x", body, {"w": (8, 3, 1, 1), "s": (8,), "t": (8,)}, buffers=buffers)
-    model = deploy(raw.model.clone())
-    assert compare(onnx_runner(model), onnx_runner(raw.model), noise(raw), "noise").max_rel_err < 1e-5
-
-
-def test_what_is_computed_from_weights_alone_is_folded_for_the_device() -> None:
-    raw = tiny(
-        "float[1,3] x", "t = Transpose(w) s = Mul(t, two) y = MatMul(x, s)", {"w": (4, 3)}, {"two": np.float32(2)}
-    )
-    assert operators(raw.model) == {"Transpose": 1, "Mul": 1, "MatMul": 1}
-    assert operators(deploy(raw.model.clone())) == {"MatMul": 1}
