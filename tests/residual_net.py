@@ -16,7 +16,8 @@ class Block(nn.Module):
         self.narrow = nn.Conv2d(inner, width, 3, padding=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.narrow(torch.relu(self.norm(self.wide(x))))
+        result: torch.Tensor = x + self.narrow(torch.relu(self.norm(self.wide(x))))
+        return result
 
 
 class Residual(nn.Module):
@@ -32,7 +33,8 @@ class Residual(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         x = self.second(torch.relu(self.down(self.first(self.stem(images)))))
-        return self.head(x.mean((2, 3)))
+        result: torch.Tensor = self.head(x.mean((2, 3)))
+        return result
 
 
 def randomise_(module: nn.Module) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from pathlib import Path
 
 import pytest
 
-from mm_edge.runtime import MOST, cores, in_order
+from mm_edge.errors import ModelError
+from mm_edge.runtime import FATAL, MOST, cores, in_order, open_session
 
 
 class Counted:
@@ -38,8 +40,14 @@ def test_results_come_in_the_order_of_the_items_though_a_later_one_is_done_first
 @pytest.mark.parametrize("workers", [1, 2, 3])
 @pytest.mark.parametrize("count", [0, 1, 5, 20])
 def test_every_item_is_done_once_and_few_wait(workers: int, count: int) -> None:
-    items, done = Counted(count), []
-    for number, result in enumerate(in_order(lambda item: done.append(item) or item, items, workers)):
+    items = Counted(count)
+    done: list[int] = []
+
+    def work(item: int) -> int:
+        done.append(item)
+        return item
+
+    for number, result in enumerate(in_order(work, items, workers)):
         assert result == number
         waiting = items.asked - (number + 1)
         assert waiting <= (0 if workers == 1 else workers)
@@ -54,7 +62,8 @@ def test_one_worker_is_the_caller() -> None:
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_what_work_raises_comes_where_its_result_would_have(workers: int) -> None:
-    items, found = Counted(50), []
+    items = Counted(50)
+    found: list[int] = []
 
     def work(number: int) -> int:
         if number == 3:
@@ -82,7 +91,13 @@ def test_what_the_items_raise_is_raised_and_no_thread_stays() -> None:
 def test_left_early_nothing_more_is_started_and_no_thread_stays() -> None:
     before = threading.active_count()
     started: list[int] = []
-    results = in_order(lambda item: started.append(item) or item, iter(range(1000)), 2)
+
+    def work(item: int) -> int:
+        started.append(item)
+        return item
+
+    results = in_order(work, iter(range(1000)), 2)
+    assert isinstance(results, Generator)
     assert next(results) == 0
     results.close()
     assert threading.active_count() == before
@@ -91,3 +106,15 @@ def test_left_early_nothing_more_is_started_and_no_thread_stays() -> None:
 
 def test_cores_are_those_this_process_may_use() -> None:
     assert 1 <= cores() <= MOST
+
+
+def test_a_model_that_cannot_be_loaded_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "broken.onnx"
+    path.write_bytes(b"not a model")
+    with pytest.raises(ModelError) as caught:
+        open_session(path, severity=FATAL)
+    assert str(caught.value).startswith(f"ONNX Runtime cannot load '{path}': ")
+    with pytest.raises(ModelError) as caught:
+        open_session(b"not a model", severity=FATAL)
+    assert str(caught.value).startswith("ONNX Runtime cannot load the model: ")
+    assert "\n" not in str(caught.value)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 import onnx.parser
 import onnx_ir as ir
 
+from mm_edge.arrays import BoolArray, Float32Array
 from mm_edge.graph.axes import Axis, Keep
 from mm_edge.graph.compact import mask_tensors, masked_model, materialise
 from mm_edge.graph.deploy import deploy
@@ -23,8 +25,8 @@ def tiny(
     inputs: str,
     body: str,
     weights: Mapping[str, tuple[int, ...]],
-    constants: Mapping[str, np.ndarray] | None = None,
-    buffers: Mapping[str, np.ndarray] | None = None,
+    constants: Mapping[str, npt.ArrayLike] | None = None,
+    buffers: Mapping[str, npt.ArrayLike] | None = None,
     opset: int = OPSET,
 ) -> RawGraph:
     """Return the raw graph of `body`, whose last assignments give `y` (and `z` where it is named).
@@ -36,8 +38,9 @@ def tiny(
     proto = onnx.parser.parse_model(text)
     rng = np.random.default_rng(0)
     tensors = {name: rng.uniform(0.2, 1.0, shape).astype(np.float32) for name, shape in weights.items()}
-    signs = {name: rng.choice(np.float32([-1, 1]), array.shape) for name, array in tensors.items()}
-    named = {name: array * signs[name] for name, array in tensors.items()} | dict(constants or {}) | dict(buffers or {})
+    signs = {name: rng.choice(np.array([-1, 1], np.float32), array.shape) for name, array in tensors.items()}
+    named: dict[str, npt.ArrayLike] = {name: array * signs[name] for name, array in tensors.items()}
+    named |= {**(constants or {}), **(buffers or {})}
     for name, array in named.items():
         proto.graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(array), name))
     model = ir.from_proto(proto)
@@ -74,7 +77,7 @@ def pin_of(structure: Structure, place: str) -> str | None:
 def random_keep(structure: Structure, fraction: float = 0.5, seed: int = 0) -> Keep:
     """Return a keep that drops a random share of every group, at least one index of each wider than one."""
     rng = np.random.default_rng(seed)
-    keep: Keep = {}
+    keep: dict[Axis, BoolArray] = {}
     for group in structure.groups:
         count = min(max(1, round(group.size * fraction)), group.size - 1)
         mask = np.zeros(group.size, dtype=np.bool_)
@@ -83,9 +86,11 @@ def random_keep(structure: Structure, fraction: float = 0.5, seed: int = 0) -> K
     return keep
 
 
-def noise(raw: RawGraph, count: int = 2) -> np.ndarray:
+def noise(raw: RawGraph, count: int = 2) -> Float32Array:
     rng = np.random.default_rng(1)
-    shape = [int(size) for size in raw.model.graph.inputs[0].shape][1:]
+    sizes = raw.model.graph.inputs[0].shape
+    assert sizes is not None
+    shape = sizes.numpy()[1:]
     return rng.standard_normal((count, *shape)).astype(np.float32)
 
 

@@ -6,8 +6,8 @@ values that stay. Folding makes the computed weight a constant, to which masks a
 
 A value computed from weights alone is *mixed* when it, or a value it is computed from, is the result of an operator
 that combines several elements of a weight. Mixed values are folded up to the node where another parameter joins: the
-gain of a scaled convolution stays a parameter of its own, which a mask zeroes with the rows it scales. A folded value of
-one parameter takes that parameter's name and shape.
+gain of a scaled convolution stays a parameter of its own, which a mask zeroes with the rows it scales. A folded value
+of one parameter takes that parameter's name and shape.
 """
 
 from __future__ import annotations

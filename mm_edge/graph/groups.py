@@ -9,7 +9,7 @@ removed indices the value is exactly zero, and pins the leaves that some sum run
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
@@ -117,7 +117,7 @@ class Structure:
         """Return, per axis of `tensor`, which positions stay."""
         return tuple(self.table.kept(axis, keep) for axis in self.tensor_axes[tensor])
 
-    def macs(self, counts: dict[Axis, float] | None = None) -> float:
+    def macs(self, counts: Mapping[Axis, float] | None = None) -> float:
         """Return the multiply-adds at batch 1 with `counts` indices kept per leaf (default: dense)."""
         return self.mac_cost.total(counts)
 

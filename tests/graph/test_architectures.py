@@ -54,7 +54,8 @@ class Plain(nn.Module):
         q, k, v = self.qkv(tokens).reshape(batch, count, 3, 4, width // 4).permute(2, 0, 3, 1, 4).unbind(0)
         mixed = nn.functional.scaled_dot_product_attention(q, k, v)
         tokens = tokens + self.proj(mixed.transpose(1, 2).reshape(batch, count, width))
-        return self.head(tokens.mean(1))
+        result: torch.Tensor = self.head(tokens.mean(1))
+        return result
 
 
 def randomise_(module: nn.Module, shape: tuple[int, int, int]) -> None:
@@ -65,8 +66,8 @@ def randomise_(module: nn.Module, shape: tuple[int, int, int]) -> None:
         x = arguments[0].transpose(0, 1).flatten(1)
         mean, var = x.mean(1), x.var(1)
         var = torch.maximum(var, torch.maximum(0.1 * var.mean(), 0.01 * mean.square()))
-        part.running_mean.copy_(mean + 0.1 * var.sqrt() * torch.randn(len(mean)))
-        part.running_var.copy_(var * (0.5 + torch.rand(len(mean))))
+        part.get_buffer("running_mean").copy_(mean + 0.1 * var.sqrt() * torch.randn(len(mean)))
+        part.get_buffer("running_var").copy_(var * (0.5 + torch.rand(len(mean))))
 
     with torch.no_grad():
         for parameter in module.parameters():
@@ -114,7 +115,8 @@ def assert_pruned_exactly(module: nn.Module, shape: tuple[int, int, int], least:
 def timm_net(name: str, **options: Any) -> nn.Module:
     import timm
 
-    return timm.create_model(name, num_classes=10, **options)
+    result: nn.Module = timm.create_model(name, num_classes=10, **options)
+    return result
 
 
 def reasons(structure: Structure) -> set[str]:

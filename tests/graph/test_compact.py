@@ -39,31 +39,40 @@ def array_of(model: ir.Model, name: str) -> np.ndarray:
     return value.numpy()
 
 
+def operand_of(node: ir.Node) -> np.ndarray:
+    """Return the array of the second operand."""
+    value = node.inputs[1]
+    assert value is not None and value.const_value is not None
+    return value.const_value.numpy()
+
+
 def test_a_mask_is_the_outer_product_of_its_axes() -> None:
     mask = AxisMask((np.array([True, False]), np.array([True, False, True])))
     assert mask.dense().tolist() == [[True, False, True], [False, False, False]]
     assert mask.kept == 2
 
 
-def test_masks_reach_kernels_biases_and_norms_but_no_statistics(raw, structure) -> None:
+def test_masks_reach_kernels_biases_and_norms_but_no_statistics(raw: RawGraph, structure: Structure) -> None:
     masks = mask_tensors(structure, first_two(structure))
     assert {name: mask.kept for name, mask in masks.items()} == {"w": 6, "b": 2, "s": 2, "t": 2, "dw": 2, "v": 32}
     assert masks["v"].axes[0].tolist() == [True] * 8 + [False] * 16
     assert masks["v"].axes[1].all()
 
 
-def test_nothing_is_masked_where_everything_stays(structure) -> None:
+def test_nothing_is_masked_where_everything_stays(structure: Structure) -> None:
     assert mask_tensors(structure, {}) == {}
     assert mask_tensors(structure, {leaf_of(structure, "w:0"): np.ones(6, dtype=np.bool_)}) == {}
 
 
 def test_a_masked_weight_that_is_not_a_number_becomes_zero() -> None:
     mask = AxisMask((np.array([True, False]),))
-    assert apply_mask(np.float32([1, np.nan]), mask).tolist() == [1, 0]
-    assert apply_mask(np.float32([1, 2]), None).tolist() == [1, 2]
+    assert apply_mask(np.array([1, np.nan], np.float32), mask).tolist() == [1, 0]
+    assert apply_mask(np.array([1, 2], np.float32), None).tolist() == [1, 2]
 
 
-def test_materialise_slices_every_tensor_the_group_owns_and_rewrites_constants(raw, structure) -> None:
+def test_materialise_slices_every_tensor_the_group_owns_and_rewrites_constants(
+    raw: RawGraph, structure: Structure
+) -> None:
     model = materialise(raw, structure, first_two(structure))
     shapes = {name: array_of(model, name).shape for name in (*WEIGHTS, "m", "q")}
     assert shapes == {
@@ -75,11 +84,11 @@ def test_materialise_slices_every_tensor_the_group_owns_and_rewrites_constants(r
         for node in model.graph
         if node.op_type == "Conv" and node.attributes.get("group")
     ] == [2]
-    assert nodes["Reshape"].inputs[1].const_value.numpy().tolist() == [1, 8]
+    assert operand_of(nodes["Reshape"]).tolist() == [1, 8]
     assert array_of(model, "w").tolist() == array_of(raw.model, "w")[:2].tolist()
 
 
-def test_the_raw_graph_stays_as_it_was(raw, structure) -> None:
+def test_the_raw_graph_stays_as_it_was(raw: RawGraph, structure: Structure) -> None:
     before = ir.to_proto(raw.model).SerializeToString(deterministic=True)
     keep = random_keep(structure)
     materialise(raw, structure, keep)
@@ -87,7 +96,7 @@ def test_the_raw_graph_stays_as_it_was(raw, structure) -> None:
     assert ir.to_proto(raw.model).SerializeToString(deterministic=True) == before
 
 
-def test_tensors_are_swapped_in_by_name_on_both_sides(raw, structure) -> None:
+def test_tensors_are_swapped_in_by_name_on_both_sides(raw: RawGraph, structure: Structure) -> None:
     keep = first_two(structure)
     tensors = {"w": np.full((6, 3, 1, 1), 0.5, np.float32), "m": np.zeros(6, np.float32)}
     masked = masked_model(raw, mask_tensors(structure, keep), tensors)
@@ -100,7 +109,7 @@ def test_tensors_are_swapped_in_by_name_on_both_sides(raw, structure) -> None:
     assert compare(plain, onnx_runner(masked), noise(raw), "noise").max_rel_err > 1e-3
 
 
-def test_an_empty_group_is_refused_by_name(raw, structure) -> None:
+def test_an_empty_group_is_refused_by_name(raw: RawGraph, structure: Structure) -> None:
     with pytest.raises(JobError) as caught:
         materialise(raw, structure, {leaf_of(structure, "w:0"): np.zeros(6, dtype=np.bool_)})
     assert str(caught.value) == (
@@ -116,5 +125,5 @@ def test_a_mean_that_feeds_several_readers_is_rescaled_once() -> None:
     keep = {structure.groups[0].leaf: np.arange(8) < 3}
     model = materialise(raw, structure, keep)
     (scale,) = [node for node in model.graph if node.op_type == "Mul"]
-    assert scale.inputs[1].const_value.numpy() == pytest.approx(3 / 8)
+    assert operand_of(scale) == pytest.approx(3 / 8)
     assert {use.node.op_type for use in scale.outputs[0].uses()} == {"Abs", "Neg"}

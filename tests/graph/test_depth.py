@@ -68,7 +68,8 @@ class NormedBlock(Block):
         self.last = nn.BatchNorm2d(width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.last(self.narrow(torch.relu(self.norm(self.wide(x)))))
+        result: torch.Tensor = x + self.last(self.narrow(torch.relu(self.norm(self.wide(x)))))
+        return result
 
 
 def test_a_branch_removed_from_a_narrower_stream_leaves_no_old_shape(caplog: pytest.LogCaptureFixture) -> None:

@@ -53,9 +53,13 @@ def test_standardised_convolutions_lose_channels_exactly(kind: type[nn.Conv2d]) 
 def test_the_folded_weight_is_the_standardised_one() -> None:
     module = net(StdConv2d)
     raw = export_raw(module, torch.zeros(1, 3, 8, 8))
-    folded = raw.model.graph.initializers["0.weight"].const_value.numpy()
-    flat = module[0].weight.detach().reshape(16, -1)
-    wanted = (flat - flat.mean(1, keepdim=True)) / (flat.var(1, keepdim=True, unbiased=False) + module[0].eps).sqrt()
+    tensor = raw.model.graph.initializers["0.weight"].const_value
+    assert tensor is not None
+    folded = tensor.numpy()
+    flat = module.get_parameter("0.weight").detach().reshape(16, -1)
+    eps = module.get_submodule("0").eps
+    assert isinstance(eps, float)
+    wanted = (flat - flat.mean(1, keepdim=True)) / (flat.var(1, keepdim=True, unbiased=False) + eps).sqrt()
     np.testing.assert_allclose(folded.reshape(16, -1), wanted.numpy(), atol=1e-5)
 
 
@@ -67,7 +71,8 @@ def test_gathered_tables_are_left_alone() -> None:
             self.conv = nn.Conv2d(3, 6, 1)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.conv(x) + self.table[[4]].reshape(1, 6, 1, 1)
+            result: torch.Tensor = self.conv(x) + self.table[[4]].reshape(1, 6, 1, 1)
+            return result
 
     raw = export_raw(Biased().eval(), torch.zeros(1, 3, 4, 4))
     assert "table" in raw.parameters and not raw.folded

@@ -9,10 +9,14 @@ from tiny_graphs import assert_exact, coupled, leaf_of, pin_of, structure_of, ti
 from torch import nn
 
 from mm_edge.errors import UsageError
-from mm_edge.graph.export import export_raw
+from mm_edge.graph.export import RawGraph, export_raw
 from mm_edge.graph.groups import matches, read_structure
 
 F = np.float32
+
+
+def scalar(value: float) -> np.ndarray:
+    return np.array(value, F)
 
 
 def ints(*values: int) -> np.ndarray:
@@ -36,7 +40,7 @@ def test_features_of_q_and_k_that_are_not_zero_where_removed_pin_their_product(f
     """Linear attention with relu keeps zeros; elu + 1 turns them into ones, which q.k would count."""
     body = f"""q = MatMul(x, wq) k0 = MatMul(x, wk) e = Elu(q) f = {feature} d = Elu(k0) k = Add(d, plus)
                t = Transpose<perm=[0,2,1]>(k) y = MatMul(f, t)"""
-    raw = tiny("float[1,3,6] x", body, {"wq": (6, 8), "wk": (6, 8)}, {"plus": F(1)})
+    raw = tiny("float[1,3,6] x", body, {"wq": (6, 8), "wk": (6, 8)}, {"plus": scalar(1)})
     if pinned:
         assert pin_of(structure_of(raw), "wq:1") == "a sum over it (MatMul_7) would still count the removed ones"
     else:
@@ -71,14 +75,14 @@ def test_hand_written_layer_normalisation_is_pinned_by_its_variance() -> None:
 def test_root_mean_square_normalisation_is_exact_by_rescaling() -> None:
     body = """a = MatMul(x, w) s = Pow(a, two) q = ReduceMean(s, last) e = Add(q, eps) r = Sqrt(e) n = Div(a, r)
               y = MatMul(n, v)"""
-    constants = {"last": ints(-1), "two": F(2), "eps": F(1e-5)}
+    constants = {"last": ints(-1), "two": scalar(2), "eps": scalar(1e-5)}
     assert coupled(assert_exact(tiny("float[1,3,6] x", body, {"w": (6, 8), "v": (8, 4)}, constants), 1), "w:1", "v:0")
 
 
 @pytest.mark.parametrize("exponent", [0.0, -0.5])
 def test_powers_that_are_not_zero_at_zero_carry_no_zero(exponent: float) -> None:
     body = "a = Conv(x, w) b = Abs(a) c = Add(b, one) d = Pow(c, e) m = ReduceSum(d, axis) y = Abs(m)"
-    constants = {"one": F(1), "e": F(exponent), "axis": ints(1)}
+    constants = {"one": scalar(1), "e": scalar(exponent), "axis": ints(1)}
     structure = structure_of(tiny("float[1,3,4,4] x", body, {"w": (8, 3, 1, 1)}, constants))
     assert pin_of(structure, "w:0") == "a sum over it (ReduceSum_4) would still count the removed ones"
 
@@ -98,7 +102,7 @@ def test_what_is_undefined_at_zero_pins_indices_that_would_be_zero_there(operati
 def test_a_divisor_kept_from_zero_does_not_pin() -> None:
     body = """a = MatMul(x, w) h = Reshape(a, split) n = ReduceL2<keepdims=1>(h, last) c = Clip(n, eps) d = Div(h, c)
               m = Reshape(d, merge) y = MatMul(m, v)"""
-    constants = {"last": ints(-1), "eps": F(1e-6), "split": ints(1, 3, 4, 3), "merge": ints(1, 3, 12)}
+    constants = {"last": ints(-1), "eps": scalar(1e-6), "split": ints(1, 3, 4, 3), "merge": ints(1, 3, 12)}
     structure = assert_exact(tiny("float[1,3,6] x", body, {"w": (6, 12), "v": (12, 4)}, constants), 2)
     assert coupled(structure, "w:1/0", "v:0/0")
 
@@ -119,7 +123,7 @@ def test_batch_normalisation_without_scale_and_shift_moves_zeros() -> None:
 def test_a_clip_that_moves_zero_carries_no_zero() -> None:
     for low, high, fine in ((0.0, 6.0, True), (-1.0, 1.0, True), (0.5, 6.0, False)):
         body = "a = Conv(x, w) c = Clip(a, low, high) m = ReduceSum(c, one) y = Abs(m)"
-        constants = {"low": F(low), "high": F(high), "one": ints(1)}
+        constants = {"low": scalar(low), "high": scalar(high), "one": ints(1)}
         raw = tiny("float[1,3,4,4] x", body, {"w": (8, 3, 1, 1)}, constants)
         assert (pin_of(structure_of(raw), "w:0") is None) == fine
         if fine:
@@ -129,7 +133,7 @@ def test_a_clip_that_moves_zero_carries_no_zero() -> None:
 def test_padding_with_ones_reaches_removed_channels_too() -> None:
     for value, fine in ((0.0, True), (1.0, False)):
         body = "a = Conv(x, w) p = Pad(a, pads, value) m = ReduceSum(p, one) y = Abs(m)"
-        constants = {"pads": ints(0, 0, 1, 1, 0, 0, 1, 1), "value": F(value), "one": ints(1)}
+        constants = {"pads": ints(0, 0, 1, 1, 0, 0, 1, 1), "value": scalar(value), "one": ints(1)}
         raw = tiny("float[1,3,4,4] x", body, {"w": (8, 3, 1, 1)}, constants)
         assert (pin_of(structure_of(raw), "w:0") is None) == fine
 
@@ -137,7 +141,7 @@ def test_padding_with_ones_reaches_removed_channels_too() -> None:
 def test_padding_with_minus_infinity_before_a_maximum_is_as_good_as_zero() -> None:
     body = """a = Conv(x, w) r = Relu(a) p = Pad(r, pads, value) q = MaxPool<kernel_shape=[3,3], strides=[2,2]>(p)
               m = ReduceSum(q, one) y = Abs(m)"""
-    constants = {"pads": ints(0, 0, 1, 1, 0, 0, 0, 0), "value": F(-np.inf), "one": ints(1)}
+    constants = {"pads": ints(0, 0, 1, 1, 0, 0, 0, 0), "value": scalar(-np.inf), "one": ints(1)}
     assert coupled(assert_exact(tiny("float[1,3,4,4] x", body, {"w": (8, 3, 1, 1)}, constants), 1), "w:0")
 
 
@@ -165,7 +169,7 @@ def test_attention_loses_heads_and_widths_within_heads() -> None:
               l = MatMul(q, k) t = Mul(l, scale) s = Softmax<axis=-1>(t) o = MatMul(s, v)
               u = Transpose<perm=[0,2,1,3]>(o) m = Reshape(u, merge) y = MatMul(m, wo)"""
     weights = {"wq": (6, 12), "wk": (6, 12), "wv": (6, 12), "wo": (12, 6)}
-    constants = {"split": ints(1, 5, 4, 3), "merge": ints(1, 5, 12), "scale": F(0.5)}
+    constants = {"split": ints(1, 5, 4, 3), "merge": ints(1, 5, 12), "scale": scalar(0.5)}
     structure = assert_exact(tiny("float[1,5,6] x", body, weights, constants), 3)
     assert coupled(structure, "wq:1/0", "wk:1/0", "wv:1/0", "wo:0/0")
     assert coupled(structure, "wq:1/1", "wk:1/1")
@@ -186,15 +190,16 @@ class Block(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.stem(x)
-        return self.head((x + self.body(x)).mean((2, 3)))
+        result: torch.Tensor = self.head((x + self.body(x)).mean((2, 3)))
+        return result
 
 
 @pytest.fixture(scope="module")
-def block():
+def block() -> RawGraph:
     return export_raw(Block(), torch.zeros(1, 3, 8, 8))
 
 
-def test_a_group_is_named_by_its_first_weight_and_owns_every_slice(block) -> None:
+def test_a_group_is_named_by_its_first_weight_and_owns_every_slice(block: RawGraph) -> None:
     structure = read_structure(block)
     stream, hidden = structure.groups
     assert (stream.id, stream.size, stream.inner) == ("stem.weight:0", 8, 1)
@@ -217,7 +222,7 @@ def test_a_group_is_named_by_its_first_weight_and_owns_every_slice(block) -> Non
     assert all(item.coordinates.tolist() == list(range(8)) for item in stream.slices)
 
 
-def test_pinned_groups_say_why_and_kernel_positions_are_not_listed(block) -> None:
+def test_pinned_groups_say_why_and_kernel_positions_are_not_listed(block: RawGraph) -> None:
     pinned = {group.id: group.reason for group in read_structure(block).pinned}
     assert pinned == {"stem.weight:1": "input of the model", "head.weight:0": "output of the model"}
 
@@ -232,13 +237,13 @@ def test_pinned_groups_say_why_and_kernel_positions_are_not_listed(block) -> Non
         ("*.bias", []),
     ],
 )
-def test_keep_pins_everything_a_pattern_names(block, pattern: str, left: list[str]) -> None:
+def test_keep_pins_everything_a_pattern_names(block: RawGraph, pattern: str, left: list[str]) -> None:
     structure = read_structure(block, [pattern])
     assert [group.id for group in structure.groups] == left
     assert f"kept by --keep {pattern}" in {group.reason for group in structure.pinned}
 
 
-def test_keep_that_matches_nothing_is_refused(block) -> None:
+def test_keep_that_matches_nothing_is_refused(block: RawGraph) -> None:
     with pytest.raises(UsageError) as caught:
         read_structure(block, ["stem", "blocks.7"])
     assert str(caught.value) == ("--keep 'blocks.7' matches no parameter; see the names with: mm-edge inspect MODEL")
@@ -251,7 +256,7 @@ def test_patterns_match_names_and_modules_but_not_parts_of_words() -> None:
     assert not matches("conv1", "layer1.0.conv1.weight")
 
 
-def test_macs_by_hand_and_with_channels_removed(block) -> None:
+def test_macs_by_hand_and_with_channels_removed(block: RawGraph) -> None:
     structure = read_structure(block)
     stream, hidden = structure.groups
     assert structure.macs() == 64 * (8 * 27 + 6 * 8 + 8 * 6) + 5 * 8
@@ -280,12 +285,13 @@ def test_macs_against_a_count_of_every_multiplication_a_module_makes() -> None:
                 )
             elif isinstance(layer, nn.Conv2d):
                 # Padding is multiplied too, so it holds ones as well.
+                assert not isinstance(layer.padding, str)
                 padded = nn.functional.pad(inputs[0], [layer.padding[1]] * 2 + [layer.padding[0]] * 2)
                 value = nn.functional.conv2d(
                     torch.ones_like(padded), torch.ones_like(layer.weight), stride=layer.stride, groups=layer.groups
                 )
             else:
-                value = nn.functional.linear(torch.ones_like(inputs[0]), torch.ones_like(layer.weight))
+                value = nn.functional.linear(torch.ones_like(inputs[0]), torch.ones_like(layer.get_parameter("weight")))
         counted += int(value.sum())
 
     hooks = [layer.register_forward_hook(count) for layer in net if hasattr(layer, "weight")]

@@ -60,7 +60,8 @@ class ConvNet(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.gate(self.b(torch.relu(self.norm(self.a(x)))))
         x = self.d(self.swish(self.c(x)))
-        return self.e(x.mean((2, 3)))
+        result: torch.Tensor = self.e(x.mean((2, 3)))
+        return result
 
 
 def test_conv_net_by_hand() -> None:
@@ -91,7 +92,8 @@ class Block(nn.Module):
         q, k, v = self.w1(self.norm_a(x)).reshape(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         mixed = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, tokens, width)
         x = x + self.w2(mixed)
-        return x + self.w4(functional.gelu(self.w3(self.norm_b(x))))
+        result: torch.Tensor = x + self.w4(functional.gelu(self.w3(self.norm_b(x))))
+        return result
 
 
 class Transformer(nn.Module):
@@ -104,7 +106,8 @@ class Transformer(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.blocks(self.cut(x).flatten(2).transpose(1, 2))
-        return self.out(self.norm(x).mean(1))
+        result: torch.Tensor = self.out(self.norm(x).mean(1))
+        return result
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -149,7 +152,8 @@ class Odd(nn.Module):
         x = functional.conv2d(x, kernel, padding=1).flatten(2).transpose(1, 2)
         x = self.shared(torch.tanh(self.shared(x)))
         x = torch.einsum("btc,cd->btd", x, self.mix)
-        return self.last(x.mean(1) + self.lift(self.table).mean(0))
+        result: torch.Tensor = self.last(x.mean(1) + self.lift(self.table).mean(0))
+        return result
 
 
 def test_odd_places_do_not_raise() -> None:

@@ -32,7 +32,8 @@ class Block(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.stem(x).flatten(2).transpose(1, 2)
         x = x + self.down(nn.functional.gelu(self.up(self.norm(x))))
-        return self.head(self.last(x).mean(1))
+        result: torch.Tensor = self.head(self.last(x).mean(1))
+        return result
 
 
 def build(bias: bool, eps: float) -> Block:

@@ -415,7 +415,7 @@ def test_reflected_padding_pins_its_own_axis_only() -> None:
 def test_resize_carries_channels(by: str) -> None:
     operands = '(a, "", two)' if by == "scales" else '(a, "", "", two)'
     body = f'a = Conv(x, w) p = Resize<mode="nearest">{operands} y = Conv(p, v)'.replace('""', "")
-    two = F([1, 1, 2, 2]) if by == "scales" else ints(1, 8, 8, 8)
+    two = np.array([1, 1, 2, 2], F) if by == "scales" else ints(1, 8, 8, 8)
     structure = assert_exact(tiny("float[1,3,4,4] x", body, {"w": (8, 3, 1, 1), "v": (4, 8, 1, 1)}, {"two": two}), 1)
     assert coupled(structure, "w:0", "v:1")
 

@@ -88,7 +88,8 @@ class Strided(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         found = torch.max_pool2d(torch.relu(self.a(images)), 2)
         found = torch.relu(self.b(found))
-        return self.head(nn.functional.avg_pool2d(found, found.shape[-2:]).flatten(1))
+        result: torch.Tensor = self.head(nn.functional.avg_pool2d(found, found.shape[-2:]).flatten(1))
+        return result
 
 
 def strided() -> LoadedModel:
@@ -109,7 +110,8 @@ def test_a_network_made_again_answers_as_timms_own_and_is_pruned_alike(name: str
     assert model.module is not None
     own = copy.deepcopy(model.module)
     if hasattr(own, "set_input_size"):
-        own.set_input_size(img_size=(side, side))
+        resize: Any = own.set_input_size
+        resize(img_size=(side, side))
     images = noise(side)
     assert compare(onnx_runner(sized.raw.model.clone()), torch_runner(own), images, "noise").max_rel_err < 1e-5
     assert sized.structure.macs() < 0.5 * dense.macs()
@@ -124,15 +126,20 @@ def test_a_network_made_again_answers_as_timms_own_and_is_pruned_alike(name: str
     assert model.input.shape[1] != side  # the network given stays as it is
 
 
+def window_sizes(module: Any) -> list[tuple[tuple[int, int], ...]]:
+    """Return the window size of every block of a Swin network, by stage."""
+    return [tuple(block.window_size for block in layer.blocks) for layer in module.layers]
+
+
 @pytest.mark.filterwarnings("ignore:Using a non-tuple sequence")  # timm's own interpolation
 def test_a_windowed_transformer_gets_smaller_windows() -> None:
     model = load_model("timm:swin_tiny_patch4_window7_224", LoadOptions(input_size=(3, 64, 64)))
     made = remake(model, 32).module
     assert made is not None and model.module is not None
-    sizes = [tuple(block.window_size for block in layer.blocks) for layer in made.layers]
-    own = copy.deepcopy(model.module)
+    sizes = window_sizes(made)
+    own: Any = copy.deepcopy(model.module)
     own.set_input_size(img_size=(32, 32))
-    assert sizes == [tuple(block.window_size for block in layer.blocks) for layer in own.layers]
+    assert sizes == window_sizes(own)
     with torch.no_grad():
         assert torch.equal(made(torch.ones(1, 3, 32, 32)), own.eval()(torch.ones(1, 3, 32, 32)))
 

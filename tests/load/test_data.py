@@ -7,7 +7,9 @@ import os
 import struct
 import tarfile
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -54,9 +56,9 @@ def stored_pixels(folder: Path) -> set[bytes]:
     return found
 
 
-def refuse(path: object, num_classes: int | None = None, **options: object) -> str:
+def refuse(path: object, num_classes: int | None = None, split: tuple[float, float, float] = (0.5, 0.25, 0.25)) -> str:
     with pytest.raises(DataError) as caught:
-        open_data(str(path), SPEC, num_classes, **options)
+        open_data(str(path), SPEC, num_classes, split)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -66,7 +68,7 @@ def folder(tmp_path: Path) -> Path:
     return write_images(tmp_path / "images", {"class2": 8, "class10": 8, "class1": 8})
 
 
-def test_one_pool_is_split_by_seed_into_disjoint_sets(folder: Path):
+def test_one_pool_is_split_by_seed_into_disjoint_sets(folder: Path) -> None:
     splits = open_data(str(folder), SPEC, 3, seed=7)
     sets = (splits.calibration, splits.validation, splits.test)
     assert [len(images) for images in sets] == [12, 6, 6]
@@ -88,7 +90,7 @@ def test_one_pool_is_split_by_seed_into_disjoint_sets(folder: Path):
     assert splits.warnings == ()
 
 
-def test_classes_are_in_natural_order_in_folder_and_tar(folder: Path, tmp_path: Path):
+def test_classes_are_in_natural_order_in_folder_and_tar(folder: Path, tmp_path: Path) -> None:
     packed = open_data(str(tar_of(folder, tmp_path / "images.tar")), SPEC, 3)
     loose = open_data(str(folder), SPEC, 3)
     assert loose.classes == packed.classes == ("class1", "class2", "class10")
@@ -96,7 +98,7 @@ def test_classes_are_in_natural_order_in_folder_and_tar(folder: Path, tmp_path: 
     assert loose.test.labels.tolist() == packed.test.labels.tolist()
 
 
-def test_preprocessing_is_timms(folder: Path):
+def test_preprocessing_is_timms(folder: Path) -> None:
     splits = open_data(str(folder), SPEC, 3, split=(1, 0, 0))
     transform = create_transform(SPEC.shape, mean=SPEC.mean, std=SPEC.std, interpolation="bilinear", crop_pct=0.8)
     expected = {}
@@ -114,7 +116,7 @@ def test_preprocessing_is_timms(folder: Path):
         assert images[0][0].dtype == np.float32
 
 
-def test_batches_are_of_the_size_asked_and_repeatable(folder: Path):
+def test_batches_are_of_the_size_asked_and_repeatable(folder: Path) -> None:
     images = open_data(str(folder), SPEC, 3).calibration
     first, second = list(images.batches(5)), list(images.batches(5))
     assert [len(labels) for _, labels in first] == [5, 5, 2]
@@ -122,10 +124,15 @@ def test_batches_are_of_the_size_asked_and_repeatable(folder: Path):
     assert np.concatenate([labels for _, labels in first]).tolist() == images.labels.tolist()
 
 
-def test_images_are_decoded_once_and_again_only_beyond_the_cache(folder: Path, monkeypatch: pytest.MonkeyPatch):
+def test_images_are_decoded_once_and_again_only_beyond_the_cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded: list[int] = []
     decode = data._ReaderSource.decode
-    monkeypatch.setattr(data._ReaderSource, "decode", lambda self, i: decoded.append(i) or decode(self, i))
+
+    def counted(source: data._ReaderSource, index: int) -> Image.Image:
+        decoded.append(index)
+        return decode(source, index)
+
+    monkeypatch.setattr(data._ReaderSource, "decode", counted)
     monkeypatch.setattr(data, "CACHE_BYTES", 3 * 16 * 16 * 10)  # ten of the twelve images
     images = open_data(str(folder), SPEC, 3).calibration
     first = np.concatenate([batch for batch, _ in images.batches(4)])
@@ -134,7 +141,7 @@ def test_images_are_decoded_once_and_again_only_beyond_the_cache(folder: Path, m
     assert len(decoded) == 14
 
 
-def test_take_is_the_start_and_of_mixed_classes(folder: Path):
+def test_take_is_the_start_and_of_mixed_classes(folder: Path) -> None:
     images = open_data(str(folder), SPEC, 3).calibration
     taken = images.take(6)
     assert len(taken) == 6
@@ -143,13 +150,13 @@ def test_take_is_the_start_and_of_mixed_classes(folder: Path):
     assert len(images.take(100)) == 12
 
 
-def test_raw_is_the_image_as_it_is_stored(folder: Path):
+def test_raw_is_the_image_as_it_is_stored(folder: Path) -> None:
     raw = open_data(str(folder), SPEC, 3).test.raw(0)
     assert raw.shape == (20, 24, 3)
     assert raw.dtype == np.uint8
 
 
-def test_grey_models_get_one_channel(folder: Path):
+def test_grey_models_get_one_channel(folder: Path) -> None:
     grey = InputSpec((1, 16, 16), (0.0,), (1.0,), "bilinear", 1.0)
     images = open_data(str(folder), grey, 3).test
     batch, _ = next(images.batches(2))
@@ -160,7 +167,7 @@ def test_grey_models_get_one_channel(folder: Path):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_parts_inside(tmp_path: Path, packed: bool):
+def test_parts_inside(tmp_path: Path, packed: bool) -> None:
     root = tmp_path / "set"
     for part, count in {"train": 5, "val": 3, "test": 2}.items():
         write_images(root / part, {"a": count, "b": count})
@@ -175,7 +182,7 @@ def test_parts_inside(tmp_path: Path, packed: bool):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_parts_beside(tmp_path: Path, packed: bool):
+def test_parts_beside(tmp_path: Path, packed: bool) -> None:
     for part, count in {"c-train": 6, "c-test": 2}.items():
         write_images(tmp_path / part, {"a": count, "b": count})
         if packed:
@@ -188,14 +195,14 @@ def test_parts_beside(tmp_path: Path, packed: bool):
     assert set(pixels_of(splits.test)) == stored
 
 
-def test_parts_that_differ_in_classes(tmp_path: Path):
+def test_parts_that_differ_in_classes(tmp_path: Path) -> None:
     write_images(tmp_path / "c-train", {"a": 1, "b": 1})
     write_images(tmp_path / "c-test", {"a": 1, "z": 1})
     message = refuse(tmp_path / "c-train")
     assert message == f"'{tmp_path / 'c-test'}' and its train part differ in their classes: b, z"
 
 
-def test_a_tar_of_tars(tmp_path: Path):
+def test_a_tar_of_tars(tmp_path: Path) -> None:
     write_images(tmp_path / "images", {"a": 2, "b": 2})
     (tmp_path / "outer").mkdir()
     for name in ("a", "b"):
@@ -208,12 +215,12 @@ def test_a_tar_of_tars(tmp_path: Path):
     assert sorted(pixels_of(nested.calibration)) == sorted(pixels_of(loose.calibration))
 
 
-def test_a_class_called_train_is_a_class(tmp_path: Path):
+def test_a_class_called_train_is_a_class(tmp_path: Path) -> None:
     write_images(tmp_path / "vehicles", {"train": 4, "test": 4})
     assert open_data(str(tmp_path / "vehicles"), SPEC, 2).classes == ("test", "train")
 
 
-def test_unreadable_images_are_named_counted_and_left_out(folder: Path):
+def test_unreadable_images_are_named_counted_and_left_out(folder: Path) -> None:
     (folder / "class1" / "0.png").write_bytes(b"")
     (folder / "class2" / "0.png").write_text("no image")
     splits = open_data(str(folder), SPEC, 3)
@@ -235,7 +242,7 @@ def write_short_png(path: Path) -> None:
     path.write_bytes(content[: at - 4] + struct.pack(">I", len(body)) + b"IDAT" + body + struct.pack(">I", check) + end)
 
 
-def test_damage_found_while_decoding_is_left_out_too(tmp_path: Path):
+def test_damage_found_while_decoding_is_left_out_too(tmp_path: Path) -> None:
     folder = write_images(tmp_path / "images", {"a": 6, "b": 6})
     write_short_png(folder / "a" / "damaged.png")
     images = open_data(str(folder), SPEC, 2, split=(1, 0, 0))
@@ -249,7 +256,7 @@ def test_damage_found_while_decoding_is_left_out_too(tmp_path: Path):
     assert open_data(str(folder), SPEC, 2, split=(1, 0, 0)).identity == images.identity == identity
 
 
-def test_a_jpeg_cut_short_is_left_out_at_once(tmp_path: Path):
+def test_a_jpeg_cut_short_is_left_out_at_once(tmp_path: Path) -> None:
     folder = write_images(tmp_path / "images", {"a": 6, "b": 6})
     pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     for name in ("cut", "whole", "padded"):
@@ -261,7 +268,7 @@ def test_a_jpeg_cut_short_is_left_out_at_once(tmp_path: Path):
     assert images.warnings == ("1 of 15 images cannot be read and are left out: a/cut.jpg",)
 
 
-def test_identity_follows_the_files_the_labels_and_the_split(folder: Path):
+def test_identity_follows_the_files_the_labels_and_the_split(folder: Path) -> None:
     first = open_data(str(folder), SPEC, 3).identity
     assert open_data(str(folder), SPEC, 3).identity == first
     assert open_data(str(folder), SPEC, 3, seed=1).identity != first
@@ -271,14 +278,14 @@ def test_identity_follows_the_files_the_labels_and_the_split(folder: Path):
     assert open_data(str(folder), SPEC, 3).identity != first
 
 
-def test_nothing_readable(tmp_path: Path):
+def test_nothing_readable(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "x.png").write_text("no image")
     assert refuse(tmp_path) == f"'{tmp_path}' holds no image that can be read"
 
 
-def test_paths_and_formats_that_cannot_be_used(tmp_path: Path):
+def test_paths_and_formats_that_cannot_be_used(tmp_path: Path) -> None:
     path = tmp_path / "absent"
     assert refuse(path) == (
         f"data '{path}' does not exist; give a folder or tar of class folders, or a data set as timm names them "
@@ -297,7 +304,7 @@ def test_paths_and_formats_that_cannot_be_used(tmp_path: Path):
     assert refuse(empty) == f"'{empty}' holds no images (.png, .jpg, .jpeg) in class folders"
 
 
-def test_classes_that_cannot_be_used(folder: Path, tmp_path: Path):
+def test_classes_that_cannot_be_used(folder: Path, tmp_path: Path) -> None:
     one = write_images(tmp_path / "one", {"airplane": 3})
     assert refuse(one) == f"'{one}' has one class (airplane); at least two class folders are needed"
     assert refuse(one / "airplane") == (
@@ -312,12 +319,12 @@ def test_classes_that_cannot_be_used(folder: Path, tmp_path: Path):
 @pytest.mark.parametrize(
     ("split", "given"), [((0.5, 0.5, 0.5), "0.5,0.5,0.5"), ((-0.1, 0.5, 0.5), "-0.1,0.5,0.5"), ((0, 0, 0), "0,0,0")]
 )
-def test_fractions_that_cannot_be_used(folder: Path, split: tuple[float, float, float], given: str):
+def test_fractions_that_cannot_be_used(folder: Path, split: tuple[float, float, float], given: str) -> None:
     message = f"--split {given} must be three fractions from 0 to 1 with a sum above 0 and at most 1"
     assert refuse(folder, split=split) == message
 
 
-def test_a_split_too_small_to_fill_is_said(tmp_path: Path):
+def test_a_split_too_small_to_fill_is_said(tmp_path: Path) -> None:
     folder = write_images(tmp_path / "few", {"a": 1, "b": 1})
     splits = open_data(str(folder), SPEC, 2, split=(0.8, 0.1, 0.1))
     assert splits.warnings == (
@@ -326,7 +333,7 @@ def test_a_split_too_small_to_fill_is_said(tmp_path: Path):
     )
 
 
-def test_a_data_set_by_timms_specification(folder: Path, tmp_path: Path):
+def test_a_data_set_by_timms_specification(folder: Path, tmp_path: Path) -> None:
     by_name = open_data(f"torch/image_folder:{folder}", SPEC, 3)
     assert [len(s) for s in (by_name.calibration, by_name.validation, by_name.test)] == [12, 6, 6]
     for part in ("train", "validation"):
@@ -337,15 +344,15 @@ def test_a_data_set_by_timms_specification(folder: Path, tmp_path: Path):
     assert refuse("torch/nothing:x").startswith("data set 'torch/nothing:x' cannot be opened: AssertionError")
 
 
-class Stream(torch.utils.data.IterableDataset):
+class Stream(torch.utils.data.IterableDataset[tuple[Image.Image, int]]):
     """What timm makes of tfds, wds and hfids: images in a row, without an index."""
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[tuple[Image.Image, int]]:
         for index in range(8):
             yield Image.new("RGB", (20, 20), (index, 0, 0)), index % 2
 
 
-def test_a_stream_is_kept(monkeypatch: pytest.MonkeyPatch):
+def test_a_stream_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data, "create_dataset", lambda name, root, split: Stream() if split == "train" else 1 / 0)
     splits = open_data("wds/some", SPEC, 2)
     assert splits.classes == ("0", "1")
@@ -364,9 +371,10 @@ def test_a_stream_is_kept(monkeypatch: pytest.MonkeyPatch):
     cuts=st.tuples(st.floats(0, 1), st.floats(0, 1)).map(sorted),
     seed=st.integers(0, 99),
 )
-def test_every_cut_is_exact_disjoint_and_stratified(counts: list[int], cuts: list[float], seed: int):
+def test_every_cut_is_exact_disjoint_and_stratified(counts: list[int], cuts: list[float], seed: int) -> None:
     labels = np.repeat(np.arange(len(counts)), counts)
-    pool = type("Pool", (), {"source": type("Source", (), {"labels": labels})})
+    source: Any = type("Source", (), {"labels": labels})
+    pool: Any = type("Pool", (), {"source": source})
     fractions = (cuts[0], cuts[1] - cuts[0], 1 - cuts[1])
     parts = data._cut(pool, np.arange(len(labels)), fractions, np.random.default_rng(seed))
     assert sorted(np.concatenate(parts).tolist()) == list(range(len(labels)))
@@ -376,7 +384,7 @@ def test_every_cut_is_exact_disjoint_and_stratified(counts: list[int], cuts: lis
             assert abs(int((labels[part] == label).sum()) - fraction * count) < 2 + 1e-9
 
 
-def test_noise_is_the_same_for_the_same_seed():
+def test_noise_is_the_same_for_the_same_seed() -> None:
     first, second = list(noise_batches(SPEC, 8, 3)), list(noise_batches(SPEC, 8, 3))
     assert len(first) == 8
     assert first[0].shape == (1, 3, 16, 16)

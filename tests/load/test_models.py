@@ -9,6 +9,7 @@ import pickle
 import re
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -40,12 +41,14 @@ number = 3
 """
 
 
-def make(arch: str = "test_resnet", **arguments: object) -> nn.Module:
+def make(arch: str = "test_resnet", **arguments: Any) -> nn.Module:
     torch.manual_seed(1)
-    return timm.create_model(arch, **arguments)
+    result: nn.Module = timm.create_model(arch, **arguments)
+    return result
 
 
-def same_weights(module: nn.Module, other: nn.Module) -> bool:
+def same_weights(module: nn.Module | None, other: nn.Module | None) -> bool:
+    assert module is not None and other is not None
     a, b = module.state_dict(), other.state_dict()
     return set(a) == set(b) and all(torch.equal(a[key], b[key]) for key in a)
 
@@ -68,7 +71,7 @@ def user_code(tmp_path: Path) -> Path:
 # ---- formats
 
 
-def test_timm_checkpoint_prefers_ema_and_takes_its_own_preprocessing(tmp_path: Path):
+def test_timm_checkpoint_prefers_ema_and_takes_its_own_preprocessing(tmp_path: Path) -> None:
     plain, averaged = make(num_classes=7), timm.create_model("test_resnet", num_classes=7)
     path = tmp_path / "model.pt"
     arguments = argparse.Namespace(model="test_resnet", mean=[0.1, 0.2, 0.3], std=None, img_size=64, crop_pct=0.9)
@@ -87,7 +90,7 @@ def test_timm_checkpoint_prefers_ema_and_takes_its_own_preprocessing(tmp_path: P
     assert loaded.input.mean == (0.1, 0.2, 0.3)
     assert loaded.input.std == averaged.pretrained_cfg["std"]
     assert loaded.input.crop_pct == 0.9
-    assert not loaded.module.training
+    assert loaded.module is not None and not loaded.module.training
     assert loaded.info.name == "test_resnet"
     assert loaded.info.source == "checkpoint, EMA weights model.pt"
     assert loaded.info.num_classes == 7
@@ -98,7 +101,7 @@ def test_timm_checkpoint_prefers_ema_and_takes_its_own_preprocessing(tmp_path: P
     assert loaded.warnings == ()
 
 
-def test_options_come_before_the_file(tmp_path: Path):
+def test_options_come_before_the_file(tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
     torch.save({"arch": "test_resnet", "state_dict": make().state_dict(), "args": argparse.Namespace(mean=[0.1])}, path)
     loaded = load_model(str(path), LoadOptions(input_size=(3, 96, 64), mean=(0.5,), std=(0.2, 0.3, 0.4)))
@@ -108,14 +111,14 @@ def test_options_come_before_the_file(tmp_path: Path):
 
 
 @pytest.mark.parametrize("prefix", ["module.", "model.", "_orig_mod.", "module._orig_mod.", "model.module."])
-def test_wrapper_prefixes_are_removed(tmp_path: Path, prefix: str):
+def test_wrapper_prefixes_are_removed(tmp_path: Path, prefix: str) -> None:
     module = make()
     path = tmp_path / "bare.pth"
     torch.save({prefix + key: value for key, value in module.state_dict().items()}, path)
     assert same_weights(load_model(str(path), LoadOptions(arch="test_resnet")).module, module)
 
 
-def test_a_prefix_the_network_has_itself_stays(tmp_path: Path):
+def test_a_prefix_the_network_has_itself_stays(tmp_path: Path) -> None:
     (tmp_path / "net.py").write_text(
         "from torch import nn\n"
         "class Net(nn.Module):\n"
@@ -128,10 +131,12 @@ def test_a_prefix_the_network_has_itself_stays(tmp_path: Path):
     weights = {"model.1.weight": torch.ones(2, 12), "model.1.bias": torch.zeros(2)}
     torch.save(weights, tmp_path / "w.pt")
     options = LoadOptions(arch=f"{tmp_path / 'net.py'}:Net", input_size=(3, 2, 2))
-    assert torch.equal(load_model(str(tmp_path / "w.pt"), options).module.model[1].weight, torch.ones(2, 12))
+    loaded = load_model(str(tmp_path / "w.pt"), options)
+    assert loaded.module is not None
+    assert torch.equal(loaded.module.get_parameter("model.1.weight"), torch.ones(2, 12))
 
 
-def test_bare_state_dict_gives_classes_and_channels(tmp_path: Path):
+def test_bare_state_dict_gives_classes_and_channels(tmp_path: Path) -> None:
     path = tmp_path / "bare.pth"
     torch.save(make(num_classes=5, in_chans=1).state_dict(), path)
     loaded = load_model(str(path), LoadOptions(arch="test_resnet"))
@@ -141,7 +146,7 @@ def test_bare_state_dict_gives_classes_and_channels(tmp_path: Path):
     assert loaded.warnings == ("mean and std are known for 3 channels and the input has 1: their average is used",)
 
 
-def test_torch_averaged_model_counter_is_dropped(tmp_path: Path):
+def test_torch_averaged_model_counter_is_dropped(tmp_path: Path) -> None:
     module = make()
     averaged = torch.optim.swa_utils.AveragedModel(module)
     torch.save(averaged.state_dict(), tmp_path / "swa.pt")
@@ -149,7 +154,7 @@ def test_torch_averaged_model_counter_is_dropped(tmp_path: Path):
 
 
 @pytest.mark.parametrize(("arch", "size"), [("test_vit", 64), ("levit_128s", 96), ("swin_tiny_patch4_window7_224", 96)])
-def test_a_fixed_input_size_is_inferred_from_the_tensors(tmp_path: Path, arch: str, size: int):
+def test_a_fixed_input_size_is_inferred_from_the_tensors(tmp_path: Path, arch: str, size: int) -> None:
     path = tmp_path / "small.pt"
     torch.save({"arch": arch, "state_dict": make(arch, img_size=size, num_classes=4).state_dict()}, path)
     loaded = load_model(str(path), NONE)
@@ -161,16 +166,17 @@ def test_a_fixed_input_size_is_inferred_from_the_tensors(tmp_path: Path, arch: s
     assert asked.warnings == ()
 
 
-def test_loading_leaves_caches_of_the_network_empty(tmp_path: Path):
+def test_loading_leaves_caches_of_the_network_empty(tmp_path: Path) -> None:
     path = tmp_path / "levit.pt"
     torch.save({"arch": "levit_128s", "state_dict": make("levit_128s").state_dict()}, path)
     loaded = load_model(str(path), NONE)
+    assert loaded.module is not None
     caches = [m.attention_bias_cache for m in loaded.module.modules() if hasattr(m, "attention_bias_cache")]
     assert caches
     assert not any(caches)
 
 
-def test_safetensors_with_metadata_and_with_an_option(tmp_path: Path):
+def test_safetensors_with_metadata_and_with_an_option(tmp_path: Path) -> None:
     module = make(num_classes=3)
     named, bare = tmp_path / "named.safetensors", tmp_path / "bare.safetensors"
     save_file(module.state_dict(), named, metadata={"arch": "test_resnet", "mean": "[0.5, 0.5, 0.5]"})
@@ -183,7 +189,7 @@ def test_safetensors_with_metadata_and_with_an_option(tmp_path: Path):
 
 
 @pytest.mark.parametrize("weights", ["model.safetensors", "pytorch_model.bin"])
-def test_hugging_face_folder(tmp_path: Path, weights: str):
+def test_hugging_face_folder(tmp_path: Path, weights: str) -> None:
     module = make("test_vit", img_size=64, num_classes=2)
     if weights.endswith("safetensors"):
         save_file(module.state_dict(), tmp_path / weights)
@@ -206,7 +212,7 @@ def test_hugging_face_folder(tmp_path: Path, weights: str):
     assert loaded.info.source == f"Hugging Face folder {weights}"
 
 
-def test_timm_name_is_initialised_the_same_each_time_and_says_so():
+def test_timm_name_is_initialised_the_same_each_time_and_says_so() -> None:
     first, second = load_model("timm:test_resnet", NONE), load_model("timm:test_resnet", NONE)
     assert same_weights(first.module, second.module)
     assert first.info.sha256 is None
@@ -217,7 +223,7 @@ def test_timm_name_is_initialised_the_same_each_time_and_says_so():
     assert load_model("timm:test_vit", LoadOptions(input_size=(1, 32, 32))).input.shape == (1, 32, 32)
 
 
-def test_timm_name_uses_weights_an_earlier_download_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_timm_name_uses_weights_an_earlier_download_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = make()
     cached = tmp_path / "model.safetensors"
     save_file(module.state_dict(), cached)
@@ -228,8 +234,8 @@ def test_timm_name_uses_weights_an_earlier_download_left(tmp_path: Path, monkeyp
     assert loaded.warnings == ()
 
 
-def test_user_code_builds_the_network(tmp_path: Path, user_code: Path):
-    namespace: dict[str, object] = {}
+def test_user_code_builds_the_network(tmp_path: Path, user_code: Path) -> None:
+    namespace: dict[str, Any] = {}
     exec(USER_CODE, namespace)  # the same code as the file's
     module = namespace["build"](num_classes=3)
     torch.save(module.state_dict(), tmp_path / "w.pt")
@@ -243,7 +249,7 @@ def test_user_code_builds_the_network(tmp_path: Path, user_code: Path):
     assert message == "the input size of w is not known; add --input-size C,H,W"
 
 
-def test_user_code_that_fails_is_quoted(tmp_path: Path, user_code: Path):
+def test_user_code_that_fails_is_quoted(tmp_path: Path, user_code: Path) -> None:
     torch.save({"w": torch.ones(1)}, tmp_path / "w.pt")
     arch = f"{user_code}:fail"
     message = refuse(tmp_path / "w.pt", LoadOptions(arch=arch))
@@ -255,17 +261,18 @@ def test_user_code_that_fails_is_quoted(tmp_path: Path, user_code: Path):
     assert message == "--arch absent.py:build: the file 'absent.py' does not exist"
 
 
-def test_a_file_cannot_name_code_to_run(tmp_path: Path, user_code: Path):
+def test_a_file_cannot_name_code_to_run(tmp_path: Path, user_code: Path) -> None:
     torch.save({"arch": f"{user_code}:fail", "state_dict": {"w": torch.ones(1)}}, tmp_path / "w.pt")
     message = refuse(tmp_path / "w.pt")
     assert message == f"'{tmp_path / 'w.pt'}' names the code {user_code}:fail; to run it pass --arch {user_code}:fail"
 
 
-def test_exported_program(tmp_path: Path):
+def test_exported_program(tmp_path: Path) -> None:
     module = make(num_classes=4).eval()
     path = tmp_path / "net.pt2"
     torch.export.save(torch.export.export(module, (torch.zeros(1, 3, 64, 64),)), path)
     loaded = load_model(str(path), NONE)
+    assert loaded.module is not None
     assert set(dict(loaded.module.named_parameters())) == set(dict(module.named_parameters()))
     image = torch.rand(1, 3, 64, 64)
     with torch.no_grad():
@@ -276,7 +283,7 @@ def test_exported_program(tmp_path: Path):
     assert "net.pt2 was exported for a batch of 1; it is fed one image at a time" in loaded.warnings
 
 
-def test_exported_program_of_any_batch(tmp_path: Path):
+def test_exported_program_of_any_batch(tmp_path: Path) -> None:
     path = tmp_path / "net.pt2"
     batch = torch.export.Dim("batch")
     program = torch.export.export(make().eval(), (torch.zeros(2, 3, 64, 64),), dynamic_shapes=({0: batch},))
@@ -286,7 +293,7 @@ def test_exported_program_of_any_batch(tmp_path: Path):
     assert not any("batch of 1" in warning for warning in loaded.warnings)
 
 
-def test_pickled_module_only_when_trusted(tmp_path: Path):
+def test_pickled_module_only_when_trusted(tmp_path: Path) -> None:
     module = make(num_classes=2)
     path = tmp_path / "whole.pt"
     torch.save(module, path)
@@ -301,13 +308,14 @@ def test_pickled_module_only_when_trusted(tmp_path: Path):
     assert loaded.info.source == "pickled module whole.pt"
 
 
-def test_wrapped_module_is_a_copy():
+def test_wrapped_module_is_a_copy() -> None:
     module = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(2 * 4, 3)).half().train()
     loaded = wrap_module(module, torch.zeros(5, 1, 4, 4), name="mine", mean=[0.5], std=[0.25])
     assert module.training
     assert module[0].weight.dtype == torch.float16
-    assert loaded.module[0].weight.dtype == torch.float32
-    assert not loaded.module.training
+    assert loaded.module is not None
+    assert loaded.module.get_parameter("0.weight").dtype == torch.float32
+    assert loaded.module is not None and not loaded.module.training
     assert loaded.input.shape == (1, 4, 4)
     assert (loaded.input.mean, loaded.input.std) == ((0.5,), (0.25,))
     assert (loaded.info.name, loaded.info.num_classes, loaded.family) == ("mine", 3, "Sequential")
@@ -319,7 +327,7 @@ def test_wrapped_module_is_a_copy():
 # ---- ONNX
 
 
-def save_onnx(path: Path, shape: tuple[object, ...] = (1, 3, 4, 4), weight: np.ndarray | None = None) -> Path:
+def save_onnx(path: Path, shape: tuple[int | str | None, ...] = (1, 3, 4, 4), weight: np.ndarray | None = None) -> Path:
     weight = np.ones((48, 5), np.float32) if weight is None else weight
     nodes = [helper.make_node("Flatten", ["x"], ["f"]), helper.make_node("MatMul", ["f", "w"], ["y"])]
     graph = helper.make_graph(
@@ -333,7 +341,7 @@ def save_onnx(path: Path, shape: tuple[object, ...] = (1, 3, 4, 4), weight: np.n
     return path
 
 
-def test_onnx(tmp_path: Path):
+def test_onnx(tmp_path: Path) -> None:
     path = save_onnx(tmp_path / "net.onnx")
     loaded = load_model(str(path), LoadOptions(mean=(0.5,), std=(0.5,)))
     assert loaded.module is None
@@ -344,7 +352,7 @@ def test_onnx(tmp_path: Path):
     assert len(load_model(str(path), NONE).warnings) == 1
 
 
-def test_onnx_carries_its_preprocessing(tmp_path: Path):
+def test_onnx_carries_its_preprocessing(tmp_path: Path) -> None:
     path = save_onnx(tmp_path / "net.onnx")
     model = ir.load(path)
     model.metadata_props["mm_edge.input"] = json.dumps({"mean": [0.1] * 3, "std": [0.2] * 3, "crop_pct": 0.95})
@@ -354,7 +362,7 @@ def test_onnx_carries_its_preprocessing(tmp_path: Path):
     assert loaded.warnings == ()
 
 
-def test_onnx_input_left_open_needs_the_option(tmp_path: Path):
+def test_onnx_input_left_open_needs_the_option(tmp_path: Path) -> None:
     path = save_onnx(tmp_path / "net.onnx", shape=("N", 3, "H", "W"))
     assert refuse(path) == f"'{path}' leaves its input size open (3, None, None); add --input-size C,H,W"
     assert load_model(str(path), LoadOptions(input_size=(3, 4, 4))).input.shape == (3, 4, 4)
@@ -363,7 +371,7 @@ def test_onnx_input_left_open_needs_the_option(tmp_path: Path):
     assert message == f"--input-size (3, 8, 8) is not the input of '{fixed}', (3, 4, 4)"
 
 
-def test_onnx_external_data_must_be_beside_it(tmp_path: Path):
+def test_onnx_external_data_must_be_beside_it(tmp_path: Path) -> None:
     path = save_onnx(tmp_path / "net.onnx")
     ir.save(ir.load(path), path, external_data="net.data", size_threshold_bytes=0)
     assert load_model(str(path), NONE).info.params == 240
@@ -371,7 +379,7 @@ def test_onnx_external_data_must_be_beside_it(tmp_path: Path):
     assert refuse(path) == f"'{path}' keeps its weights in 'net.data', which is not beside it"
 
 
-def test_onnx_refusals(tmp_path: Path):
+def test_onnx_refusals(tmp_path: Path) -> None:
     path = tmp_path / "net.onnx"
     path.write_bytes(b"this is no protobuf")
     assert refuse(path).startswith(f"'{path}' is not a valid ONNX model: ")
@@ -388,7 +396,7 @@ def test_onnx_refusals(tmp_path: Path):
 # ---- bad input
 
 
-def test_missing_and_empty_files(tmp_path: Path):
+def test_missing_and_empty_files(tmp_path: Path) -> None:
     path = tmp_path / "absent.pt"
     assert refuse(path) == f"model '{path}' does not exist; give a file, a folder or timm:NAME"
     assert refuse("resnet18") == ("model 'resnet18' does not exist; for timm's network of that name give timm:resnet18")
@@ -398,14 +406,14 @@ def test_missing_and_empty_files(tmp_path: Path):
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_truncated_checkpoint(tmp_path: Path, zipped: bool):
+def test_truncated_checkpoint(tmp_path: Path, zipped: bool) -> None:
     path = tmp_path / "model.pt"
     torch.save(make().state_dict(), path, _use_new_zipfile_serialization=zipped)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     assert refuse(path, LoadOptions(arch="test_resnet")) == f"'{path}' is damaged or cut short; copy or save it again"
 
 
-def test_truncated_safetensors_and_pt2(tmp_path: Path):
+def test_truncated_safetensors_and_pt2(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     save_file(make().state_dict(), path)
     path.write_bytes(path.read_bytes()[:1000])
@@ -415,7 +423,7 @@ def test_truncated_safetensors_and_pt2(tmp_path: Path):
     assert refuse(path) == f"'{path}' is not a .pt2 file, or it is cut short; save it again with torch.export.save"
 
 
-def test_not_a_model(tmp_path: Path):
+def test_not_a_model(tmp_path: Path) -> None:
     path = tmp_path / "notes.txt"
     path.write_text("hello")
     assert refuse(path) == (
@@ -441,7 +449,7 @@ class Attack:
 
 
 @pytest.mark.parametrize("write", ["plain pickle", "zip", "old format"])
-def test_a_pickle_that_would_run_code_does_not(tmp_path: Path, write: str):
+def test_a_pickle_that_would_run_code_does_not(tmp_path: Path, write: str) -> None:
     path, touched = tmp_path / "model.pt", tmp_path / "touched"
     data = {"state_dict": {"w": torch.ones(1)}, "extra": Attack(touched)}
     if write == "plain pickle":
@@ -454,7 +462,7 @@ def test_a_pickle_that_would_run_code_does_not(tmp_path: Path, write: str):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, for what the test needs made
-def test_torchscript_says_what_to_give_instead(tmp_path: Path):
+def test_torchscript_says_what_to_give_instead(tmp_path: Path) -> None:
     path = tmp_path / "script.pt"
     torch.jit.save(torch.jit.script(nn.Linear(2, 2)), path)
     assert refuse(path) == (
@@ -489,7 +497,7 @@ def tampered(path: Path, out: Path, change: dict[str, str], extra: dict[str, byt
 )
 def test_a_pt2_that_could_run_code_is_refused(
     tmp_path: Path, change: dict[str, str], extra: dict[str, bytes], named: str
-):
+) -> None:
     path = tmp_path / "net.pt2"
     module = nn.Sequential(nn.Conv2d(3, 2, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(8, 2)).eval()
     torch.export.save(torch.export.export(module, (torch.zeros(1, 3, 4, 4),)), path)
@@ -505,7 +513,7 @@ def test_a_pt2_that_could_run_code_is_refused(
     "expression",
     ["s0", "2*s0 + s77", "Max(1, s0)", "s0 <= 3", "0.5*u0", "Symbol('s7', positive=True)", "FloorDiv(s0, 2) - 1"],
 )
-def test_expressions_of_dynamic_shapes_are_allowed(expression: str):
+def test_expressions_of_dynamic_shapes_are_allowed(expression: str) -> None:
     from mm_edge.load.exported import _EXPRESSION
 
     assert _EXPRESSION.match(expression)
@@ -525,13 +533,13 @@ def test_expressions_of_dynamic_shapes_are_allowed(expression: str):
         "Lambda('exec(1)')",
     ],
 )
-def test_expressions_that_could_call_are_not(expression: str):
+def test_expressions_that_could_call_are_not(expression: str) -> None:
     from mm_edge.load.exported import _EXPRESSION
 
     assert not _EXPRESSION.match(expression)
 
 
-def test_wrong_arch_names_tensors_and_what_fits(tmp_path: Path):
+def test_wrong_arch_names_tensors_and_what_fits(tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
     torch.save(make("resnet18").state_dict(), path)
     message = refuse(path, LoadOptions(arch="resnet50"))
@@ -543,7 +551,7 @@ def test_wrong_arch_names_tensors_and_what_fits(tmp_path: Path):
     assert re.search(r"; it fits --arch .*resnet18", message)
 
 
-def test_wrong_arch_with_nothing_that_fits(tmp_path: Path):
+def test_wrong_arch_with_nothing_that_fits(tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
     torch.save({"a.weight": torch.ones(2)}, path)
     message = refuse(path, LoadOptions(arch="test_vit"))
@@ -551,7 +559,7 @@ def test_wrong_arch_with_nothing_that_fits(tmp_path: Path):
     assert "cls_token (1, 1, 64) is missing from the file" in message
 
 
-def test_unknown_arch_names_the_nearest(tmp_path: Path):
+def test_unknown_arch_names_the_nearest(tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
     torch.save(make().state_dict(), path)
     message = refuse(path, LoadOptions(arch="tset_resnet"))
@@ -563,7 +571,7 @@ def test_unknown_arch_names_the_nearest(tmp_path: Path):
     )
 
 
-def test_nan_weights_are_named_and_counted(tmp_path: Path):
+def test_nan_weights_are_named_and_counted(tmp_path: Path) -> None:
     state = make().state_dict()
     name = "layer1.0.conv1.weight"
     state[name][0, 0, 0, :2] = torch.tensor([float("nan"), float("inf")])
@@ -575,15 +583,16 @@ def test_nan_weights_are_named_and_counted(tmp_path: Path):
     )
 
 
-def test_half_precision_is_converted_and_said(tmp_path: Path):
+def test_half_precision_is_converted_and_said(tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
     torch.save({"arch": "test_resnet", "state_dict": make().half().state_dict()}, path)
     loaded = load_model(str(path), NONE)
+    assert loaded.module is not None
     assert {p.dtype for p in loaded.module.parameters()} == {torch.float32}
     assert loaded.warnings == ("model.pt holds float16 weights; converted to float32",)
 
 
-def test_folder_without_weights_or_configuration(tmp_path: Path):
+def test_folder_without_weights_or_configuration(tmp_path: Path) -> None:
     assert refuse(tmp_path) == (
         f"folder '{tmp_path}' holds none of model.safetensors and pytorch_model.bin; give a Hugging Face folder"
     )
@@ -596,15 +605,15 @@ def test_folder_without_weights_or_configuration(tmp_path: Path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mean": (0.1, 0.2)}, "--mean has 2 values; the input has 3 channels: give 1 or 3"),
-        ({"std": (0.0,)}, "--std (0.0, 0.0, 0.0) must be above 0 in every channel"),
+        (LoadOptions(mean=(0.1, 0.2)), "--mean has 2 values; the input has 3 channels: give 1 or 3"),
+        (LoadOptions(std=(0.0,)), "--std (0.0, 0.0, 0.0) must be above 0 in every channel"),
     ],
 )
-def test_preprocessing_options_are_checked(options: dict[str, tuple[float, ...]], message: str):
-    assert refuse("timm:test_resnet", LoadOptions(**options)) == message
+def test_preprocessing_options_are_checked(options: LoadOptions, message: str) -> None:
+    assert refuse("timm:test_resnet", options) == message
 
 
-def test_an_input_the_network_cannot_take(tmp_path: Path):
+def test_an_input_the_network_cannot_take(tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
     torch.save({"arch": "test_resnet", "state_dict": make().state_dict()}, path)
     message = refuse(path, LoadOptions(input_size=(4, 32, 32)))
