@@ -377,9 +377,14 @@ class Option:
     default_by: DefaultBy | None = None
 
     @property
+    def flag(self) -> str:
+        """The command line's spelling."""
+        return self.spelled or f"--{self.name.replace('_', '-')}"
+
+    @property
     def spelling(self) -> str:
-        """The option as messages name it: by the command line's spelling, a flag by the keyword."""
-        return self.name if isinstance(self.kind, Flag) else f"--{self.name.replace('_', '-')}"
+        """The option as messages name it: a yes or no by the keyword, for only Python can get one wrong."""
+        return self.name if isinstance(self.kind, Flag) else self.flag
 
     @property
     def shown_default(self) -> str:
