@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import shutil
+import textwrap
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
@@ -30,7 +31,7 @@ from mm_edge.report.values import show_bytes, show_ms, show_percent, show_ratio
 from mm_edge.run.checks import check_request, require_trainable
 from mm_edge.run.job import Job
 from mm_edge.run.measure import SAMPLES_FOLDER
-from mm_edge.run.options import Flags, Option, list_options, type_name
+from mm_edge.run.options import Flag, Flags, Option, list_options, type_name
 from mm_edge.run.pipeline import run_stages
 from mm_edge.run.request import Request, make_request
 from mm_edge.store import RunStore
@@ -39,6 +40,7 @@ from mm_edge.store import RunStore
 FILE_OPTIONS = ("arch", "input_size", "trust_pickle")
 # Options that may be given by position, after the module and the example input.
 BY_POSITION = ("target", "data", "out")
+WIDTH = 110
 
 
 @dataclass(frozen=True, eq=False)
@@ -213,18 +215,22 @@ def _sign() -> inspect.Signature:
 
 def _describe() -> str:
     hints = typing.get_type_hints(Request)
-    lines = []
+    lines: list[str] = []
     for name, item in _python_options().items():
-        hint = hints[name]
-        shown = "mm-edge-CLASS" if name == "out" else item.shown or repr(item.default)
-        text = item.full_help
+        hint = hints[name].__name__ if isinstance(hints[name], type) else hints[name]
+        default, text = item.shown_default, item.full_help
+        if isinstance(item.kind, Flag):
+            default, text = str(item.default), item.python_help or text
+        if name == "out":
+            default = "mm-edge-CLASS"
+        entries = [f"{name} ({hint}, default {default}): {text}"]
         if isinstance(item.kind, Flags):
-            text += f" Also by flags: {', '.join(f'{keyword}=True' for keyword in item.kind.keywords())}."
-        if name == "bench":
-            shown, text = "True", "Whether to measure."
-        if name == "resume":
-            shown, text = "True", "Reuse finished stages; False starts over."
-        lines.append(f"    {name} ({hint.__name__ if isinstance(hint, type) else hint}, default {shown}): {text}")
+            flags = item.kind.keywords().items()
+            entries += [f"{key} (bool, default False): {item.kind.choices[choice].help}" for key, choice in flags]
+        for entry in entries:
+            lines += textwrap.wrap(
+                entry, WIDTH, initial_indent="    ", subsequent_indent=" " * 8, break_on_hyphens=False
+            )
     return _INTRODUCTION.format(options="\n".join(lines))
 
 

@@ -46,7 +46,11 @@ COMMANDS = {
         "mm_edge.cli.evaluate", "evaluate", "Measure the top-1 accuracy of an ONNX model on every image of a data set."
     ),
     "report": Entry("mm_edge.cli.report", "report", "Print the report of a run directory."),
-    "targets": Entry("mm_edge.cli.targets", "targets", "List, show, check and make device profiles."),
+    "targets": Entry(
+        "mm_edge.cli.targets",
+        "targets",
+        "Device profiles: list them, show one, check a machine against one, start your own.",
+    ),
     "demo": Entry("mm_edge.cli.demo", "demo", "Run the whole job on a small network that comes with the package."),
 }
 

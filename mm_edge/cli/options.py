@@ -46,7 +46,7 @@ class RecordCommand(click.Command):
         """Parse, then give every option the name of its field: --no-bench becomes bench=False."""
         rest = super().parse_args(ctx, args)
         for item in self._options():
-            if (item.spelled or "").startswith(_NEGATION):
+            if item.flag.startswith(_NEGATION):
                 ctx.params[item.name] = not ctx.params.pop(f"no_{item.name}")
         return rest
 
@@ -100,7 +100,7 @@ class RecordOption(click.Option):
 
 def _make(item: Option) -> Iterator[RecordOption]:
     """Make the click options of one field: one, or one for each flag of a set."""
-    kind, flag = item.kind, f"--{item.name.replace('_', '-')}"
+    kind = item.kind
     if isinstance(kind, Flags):
         for keyword, name in kind.keywords().items():
             text = f"{kind.choices[name].help}  [default: off]"
@@ -108,15 +108,20 @@ def _make(item: Option) -> Iterator[RecordOption]:
         return
     text = f"{item.full_help}  [default: {item.shown_default}]"
     if isinstance(kind, Flag):
-        spelled = item.spelled or flag
-        negated = spelled.startswith(_NEGATION)
+        negated = item.flag.startswith(_NEGATION)
         name = f"no_{item.name}" if negated else item.name
-        yield RecordOption(item, [spelled, name], is_flag=True, default=item.default and not negated, help=text)
+        yield RecordOption(item, [item.flag, name], is_flag=True, default=item.default and not negated, help=text)
         return
     multiple = isinstance(kind, Patterns)
     # None tells an option that was left out from one given its default.
     yield RecordOption(
-        item, [flag, item.name], type=_type_of(item), multiple=multiple, default=None, metavar=item.metavar, help=text
+        item,
+        [item.flag, item.name],
+        type=_type_of(item),
+        multiple=multiple,
+        default=None,
+        metavar=item.metavar,
+        help=text,
     )
 
 

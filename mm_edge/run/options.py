@@ -335,8 +335,8 @@ class Flags(Kind):
         return ",".join(value) or "none"
 
     def explain(self) -> str:
-        """Return every name with what it means."""
-        return _explain(self.choices)
+        """Return every name; what each means is said of its flag."""
+        return ", ".join(self.choices)
 
     def keywords(self) -> dict[str, str]:
         """Return the Python keyword of each flag, and the name it stands for."""
@@ -359,6 +359,7 @@ class Option:
         metavar: what stands for the value in --help.
         spelled: the command line's spelling where it is not --NAME.
         shown: the default in words, where the value does not say it.
+        python_help: the help for Python, where the command line's spelling turns the meaning round.
         check: refuses a value that was read.
         default_by: returns the default from the values of the fields before, where it depends on them.
     """
@@ -371,13 +372,19 @@ class Option:
     metavar: str | None = None
     spelled: str | None = None
     shown: str | None = None
+    python_help: str | None = None
     check: Check | None = None
     default_by: DefaultBy | None = None
 
     @property
+    def flag(self) -> str:
+        """The command line's spelling."""
+        return self.spelled or f"--{self.name.replace('_', '-')}"
+
+    @property
     def spelling(self) -> str:
-        """The option as messages name it: by the command line's spelling, a flag by the keyword."""
-        return self.name if isinstance(self.kind, Flag) else f"--{self.name.replace('_', '-')}"
+        """The option as messages name it: a yes or no by the keyword, for only Python can get one wrong."""
+        return self.name if isinstance(self.kind, Flag) else self.flag
 
     @property
     def shown_default(self) -> str:
@@ -411,6 +418,7 @@ def option(
     metavar: str | None = None,
     spelled: str | None = None,
     shown: str | None = None,
+    python_help: str | None = None,
     check: Check | None = None,
     default_by: DefaultBy | None = None,
 ) -> Any:
@@ -422,6 +430,7 @@ def option(
         "metavar": metavar,
         "spelled": spelled,
         "shown": shown,
+        "python_help": python_help,
         "check": check,
         "default_by": default_by,
     }

@@ -274,7 +274,13 @@ class Request(ModelOptions):
         shown="this machine",
     )
     bench: bool = option(
-        True, Flag(), help="Make the artifacts without measuring.", group=MEASURING, spelled="--no-bench", shown="off"
+        True,
+        Flag(),
+        help="Make the artifacts without measuring.",
+        python_help="Whether to measure.",
+        group=MEASURING,
+        spelled="--no-bench",
+        shown="off",
     )
     accuracy_on: str = option(
         "host", Name(ACCURACY_ON), help="Where accuracy is measured:", group=MEASURING, metavar="NAME"
@@ -294,6 +300,7 @@ class Request(ModelOptions):
         True,
         Flag(),
         help="Reuse finished stages, or start over.",
+        python_help="Reuse finished stages; False starts over.",
         group=FILES,
         spelled="--resume/--fresh",
         shown="resume",

@@ -16,11 +16,16 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
+from click.shell_completion import ShellComplete
 from click.testing import CliRunner, Result
 from tiny_job import save_checkpoint, write_images
 
-from mm_edge.cli.main import main
+from mm_edge.cli.main import COMMANDS, main
+from mm_edge.formats.registry import FORMATS, Format
 from mm_edge.records import Report, from_json
+from mm_edge.run.options import Flags, list_options
+from mm_edge.run.recoveries import RECOVERIES, Recovery
+from mm_edge.run.request import GROUPS, Request
 
 ONE = ("--signals", "magnitude", "--strategies", "balanced", "--no-bench", "--input-size", "3,32,32")
 
@@ -390,3 +395,92 @@ def test_every_command_has_help() -> None:
         result = run(*filter(None, [command]), "--help")
         assert result.exit_code == 0
         assert result.stdout.startswith("Usage: ")
+
+
+# --- start-up, help and completion ----------------------------------------------------------------------------------
+
+
+HEAVY = ("torch", "torchvision", "timm", "onnxruntime", "onnx", "numpy", "rich")
+
+
+def in_subprocess(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--version",), ("--help",), ("prune-export", "--help"), ("inspect", "--help"), ("demo", "--help")]
+)
+def test_nothing_heavy_is_imported_to_say_what_there_is(arguments: tuple[str, ...]) -> None:
+    code = f"import sys; from mm_edge.cli.main import main; main({list(arguments)}, standalone_mode=False)\n"
+    said = in_subprocess(f"{code}print([name for name in {HEAVY} if name in sys.modules])")
+    assert said.splitlines()[-1] == "[]"
+
+
+def test_nothing_heavy_is_imported_to_refuse_an_option_or_to_complete_a_name() -> None:
+    code = "import sys\nfrom mm_edge.cli.main import main\n"
+    code += "try: main(['prune-export', 'net.pt', '--recover', 'bm'])\nexcept SystemExit as error: print(error.code)\n"
+    code += "from mm_edge.run.request import _list_targets; _list_targets()\n"
+    said = in_subprocess(f"{code}print([name for name in {HEAVY} if name in sys.modules])")
+    assert said.splitlines() == ["2", "[]"]
+
+
+def test_the_module_runs_as_the_command() -> None:
+    command = [sys.executable, "-m", "mm_edge.cli", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("mm-edge, version ")
+
+
+def test_the_list_of_commands_says_what_each_command_says_of_itself() -> None:
+    shown = run("--help").stdout
+    for name, entry in COMMANDS.items():
+        assert f"  {name} " in shown
+        if name != "bench":  # its own help goes on about the models
+            assert (main.commands[name].help or "").startswith(entry.help), name
+
+
+def test_help_shows_every_option_in_its_group_with_its_default() -> None:
+    shown = CliRunner().invoke(main, ["prune-export", "--help"], terminal_width=110).stdout
+    titles = [line[:-1] for line in shown.splitlines() if line[:1] not in ("", " ") and line.endswith(":")]
+    assert titles == [*GROUPS, "Other options"]
+    plain = " ".join(shown.split())
+    for name, item in list_options(Request).items():
+        if isinstance(item.kind, Flags):
+            assert all(f" --{choice} " in plain for choice in item.kind.choices)
+        else:
+            assert f" {item.flag.split('/')[0]} " in plain, name
+            assert f"[default: {item.shown_default}]" in plain.replace("- ", "-"), name
+    assert shown.count("\n    mm-edge prune-export ") == 3
+
+
+def test_help_shows_a_name_that_was_added_to_a_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(RECOVERIES, "my-own", Recovery("does what I want"))
+    monkeypatch.setitem(FORMATS, "my-runtime", Format("Also write it for my runtime."))
+    plain = " ".join(run("prune-export", "--help").stdout.split())
+    assert "my-own (does what I want)" in plain
+    assert "--my-runtime Also write it for my runtime." in plain
+
+
+def complete(*words: str) -> list[str]:
+    """Return what the shell is offered for the last of the words."""
+    completion = ShellComplete(main, {}, "mm-edge", "_MM_EDGE_COMPLETE")
+    return [item.value for item in completion.get_completions(list(words[:-1]), words[-1])]
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        (("prune-",), ["prune-export"]),
+        (("prune-export", "net.pt", "--target", "rasp"), ["raspberry-pi-4", "raspberry-pi-5"]),
+        (("prune-export", "net.pt", "--strategies", "ba"), ["balanced"]),
+        (("prune-export", "net.pt", "--strategies", "balanced,upper_7"), ["balanced,upper_70th"]),
+        (("prune-export", "net.pt", "--signals", "product,"), ["product,magnitude", "product,gradient"]),
+        (("prune-export", "net.pt", "--kinds", "structured,n"), ["structured,n:m"]),
+        (("prune-export", "net.pt", "--recover", ""), list(RECOVERIES)),
+        (("prune-export", "net.pt", "--precision", "fp32,i"), ["fp32,int8"]),
+        (("prune-export", "net.pt", "--input-sizes", "a"), ["auto"]),
+        (("prune-export", "net.pt", "--pre"), ["--precision"]),
+        (("prune-export", "net.pt", "--bake"), ["--bake-preprocess"]),
+    ],
+)
+def test_the_shell_completes_names(words: tuple[str, ...], offered: list[str]) -> None:
+    assert complete(*words) == offered
