@@ -18,6 +18,7 @@ from torch import nn
 from mm_edge.bench.connect import open_transport
 from mm_edge.bench.target import load_target, matches_this_machine, resolve_host
 from mm_edge.errors import UsageError, unknown_name
+from mm_edge.formats.precisions import MADE_IN, PRECISIONS
 from mm_edge.graph.sizes import InputSizes, check_input_sizes, remake
 from mm_edge.load.data import open_data
 from mm_edge.load.models import LoadedModel, wrap_module
@@ -26,7 +27,6 @@ from mm_edge.plan.strategies import STRATEGIES, parse_strategies
 from mm_edge.progress import Stages
 from mm_edge.records import Constraints, Report
 from mm_edge.recover.closed_form.recovery import SELECTIONS
-from mm_edge.run.convert import PRECISIONS
 from mm_edge.run.finetune import require_trainable
 from mm_edge.run.job import FROM_MOMENTS, Job, Request
 from mm_edge.run.measure import SAMPLES_FOLDER
@@ -179,7 +179,7 @@ def make_request(setting: Setting, **fields: Unpack[RequestFields]) -> Request:
         allocate_by=allocate_by,
         input_sizes=_check_sizes(fields.get("input_sizes")),
         keep=tuple(fields.get("keep", ())),
-        precisions=check_names(fields.get("precisions", PRECISIONS[:1]), PRECISIONS, "--precision"),
+        precisions=check_names(fields.get("precisions", (MADE_IN,)), tuple(PRECISIONS), "--precision"),
         prune_norms=fields.get("prune_norms", False),
         ort=fields.get("ort", False),
         bake_preprocess=fields.get("bake_preprocess", False),

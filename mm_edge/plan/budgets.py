@@ -16,62 +16,15 @@ network (m0, s0) and the draft (m, s), modelled and checked, and widths are draw
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from mm_edge.graph.axes import Axis, Keep
 from mm_edge.graph.costs import Cost
-from mm_edge.records import Constraints
+from mm_edge.records import Budget
 
-KINDS = ("macs", "size", "speedup", "latency")
 CORRECTIONS = 2
 _TOLERANCE = 1e-9
-
-
-@dataclass(frozen=True)
-class Budget:
-    """One budget: its kind, one of KINDS, and the value that was given."""
-
-    kind: str
-    value: float
-
-    @property
-    def asked(self) -> str:
-        """The option as it was given."""
-        return f"--{self.kind} {self._text('g')}"
-
-    @property
-    def strategy(self) -> str:
-        """The name its candidates carry in place of a strategy's."""
-        return f"{self.kind}_{self._text('.4g')}"
-
-    @property
-    def is_time(self) -> bool:
-        """Whether it is met by time, which has to be measured."""
-        return self.kind in ("speedup", "latency")
-
-    def _text(self, form: str) -> str:
-        return str(int(self.value)) if self.kind == "size" else format(self.value, form)
-
-
-def asked_budgets(macs: Sequence[float], limits: Constraints, kinds: Sequence[str]) -> tuple[Budget, ...]:
-    """Return the budgets that candidates are made for.
-
-    A constraint adds some where structured candidates are made: nothing else makes a network faster or smaller at will.
-    """
-    budgets = tuple(Budget("macs", fraction) for fraction in macs)
-    return (*budgets, *constraining(limits)) if "structured" in kinds else budgets
-
-
-def constraining(limits: Constraints) -> tuple[Budget, ...]:
-    """Return the budgets that constraints set."""
-    asked = (("latency", limits.latency_ms), ("speedup", limits.speedup), ("size", limits.size_bytes))
-    return tuple(Budget(kind, value) for kind, value in asked if value is not None)
-
-
-def is_budget(strategy: str) -> bool:
-    """Return whether a candidate's strategy is the name of a budget."""
-    return strategy.partition("_")[0] in KINDS
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,7 @@
-"""Runs deployed models on images and compares what they say.
+"""Runs deployed models on images and compares their answers with labels and with the dense network's answers.
 
-Agreement is the fraction of images on which two models put the same class first. The divergence is
-    KL(dense || candidate) = sum_c p_c (log p_c - log q_c),   p, q = softmax of the logits,
-in nats, the mean over images, in float64.
+Agreement is the fraction of images on which two models put the same class first. The divergence (divergences.py) is
+the mean over images.
 """
 
 from __future__ import annotations
@@ -10,25 +9,78 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import onnxruntime
 
-from mm_edge.arrays import Array, Float32Array, Float64Array, IntArray
+from mm_edge.arrays import Float32Array, IntArray
 from mm_edge.errors import JobError, ModelError
 from mm_edge.load.weights import first_line
+from mm_edge.quality.divergences import divergence_per_row, log_softmax
 from mm_edge.runtime import in_order
+
+__all__ = [
+    "Evaluation",
+    "Judgement",
+    "Reference",
+    "compare_logits",
+    "divergence_per_row",
+    "judge",
+    "log_softmax",
+    "open_session",
+    "run_onnx",
+]
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `count` images say of a model; None where there was nothing to compare with."""
+    """How a model did on `count` images; None where there was nothing to compare with."""
 
     accuracy_top1: float | None
     agreement_top1: float | None
     kl_to_dense: float | None
     count: int
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the dense network answers on the validation images.
+
+    Attributes:
+        labels: the labels of the images (n,); None without any.
+        logits: its answers (n, classes); None where there are none to compare with.
+        accuracy: its own top-1 accuracy.
+    """
+
+    labels: IntArray | None = None
+    logits: Float32Array | None = None
+    accuracy: float | None = None
+
+
+class Judgement(TypedDict):
+    """The fields of a candidate that validation images decide."""
+
+    accuracy_top1: float | None
+    accuracy_drop: float | None
+    agreement_top1: float | None
+    kl_to_dense: float | None
+
+
+def judge(logits: Float32Array, reference: Reference) -> Judgement:
+    """Compare a candidate's answers (n, classes) on the validation images with the labels and the dense network's."""
+    found = compare_logits(logits, reference.labels, reference.logits)
+    return {
+        "accuracy_top1": found.accuracy_top1,
+        "accuracy_drop": _drop(reference.accuracy, found.accuracy_top1),
+        "agreement_top1": found.agreement_top1,
+        "kl_to_dense": found.kl_to_dense,
+    }
+
+
+def _drop(dense: float | None, accuracy: float | None) -> float | None:
+    """Return by how many points of 100 the accuracy is below the dense network's."""
+    return None if dense is None or accuracy is None else 100 * (dense - accuracy)
 
 
 def run_onnx(
@@ -87,20 +139,8 @@ def compare_logits(logits: Float32Array, labels: IntArray | None, dense_logits: 
     return Evaluation(accuracy, agreement, divergence, len(logits))
 
 
-def divergence_per_row(dense: Float32Array, candidate: Float32Array) -> Float64Array:
-    """Return KL(dense || candidate) of every row of two sets of finite logits (n, classes), in nats."""
-    log_p, log_q = log_softmax(dense), log_softmax(candidate)
-    return np.asarray((np.exp(log_p) * (log_p - log_q)).sum(axis=1))
-
-
-def log_softmax(logits: Array) -> Float64Array:
-    """Return the logarithm of the softmax of every row (n, classes)."""
-    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
-    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)), dtype=np.float64)
-
-
 def open_session(model: Path | bytes) -> Any:
-    """Return an ONNX Runtime session of one thread on the CPU: images run side by side (parallel.py).
+    """Return an ONNX Runtime session of one thread on the CPU: images run side by side (runtime.py).
 
     Raises:
         ModelError: ONNX Runtime cannot load the model.

@@ -39,7 +39,7 @@ _HEADER = (
 
 def write_markdown(report: Report) -> str:
     """Return the whole report as one Markdown document."""
-    controls = any(c.is_control for c in report.candidates)
+    controls = any(report.is_control(c) for c in report.candidates)
     sections = [
         f"# {_escape(report.model.name)} on {_escape(str(report.target.get('name', 'unknown target')))}",
         _escape(write_headline(report)),
@@ -78,16 +78,16 @@ def _write_table(report: Report) -> str:
         "",
     ]
     chosen = find_chosen(report)
-    rows = [_write_row(c, chosen is not None and c.id == chosen.id) for c in report.candidates]
+    rows = [_write_row(c, report.is_control(c), chosen is not None and c.id == chosen.id) for c in report.candidates]
     divider = ["---"] * 2 + ["---:"] * (len(_HEADER) - 2)
     return "\n".join(_join(cells) for cells in (_HEADER, divider, first, *rows))
 
 
-def _write_row(c: Candidate, chosen: bool) -> list[str]:
+def _write_row(c: Candidate, control: bool, chosen: bool) -> list[str]:
     parity = NOT_MEASURED if c.parity is None else f"{c.parity.max_rel_err:.1e}"
     return [
         ("\\>" if chosen else "") + ("\\*" if c.pareto else ""),
-        _escape(c.id) + (" (control)" if c.is_control else ""),
+        _escape(c.id) + (" (control)" if control else ""),
         show_percent(c.accuracy_top1),
         show_drop(c.accuracy_drop),
         show_ms(c.latency_ms.p50),

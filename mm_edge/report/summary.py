@@ -57,7 +57,7 @@ def control_sentence(report: Report) -> str | None:
 
 def _control_curve(report: Report) -> list[tuple[float, float]] | None:
     """Return (1 / speed-up, accuracy) of dense and controls, fastest first, without what is slower and no better."""
-    controls = [c for c in report.candidates if c.is_control and c.precision == "fp32"]
+    controls = [c for c in report.candidates if report.is_control(c) and c.precision == "fp32"]
     points = [(1 / c.speedup, c.accuracy_top1) for c in controls if c.speedup and c.accuracy_top1 is not None]
     if not points or report.dense.accuracy_top1 is None:
         return None
@@ -98,23 +98,23 @@ def pick_rows(report: Report) -> tuple[Candidate, ...]:
         wanted = {c.id for c in sorted(rows, key=lambda c: c.macs)[:SHORT_TABLE_ROWS]}
     if chosen is not None:
         wanted.add(chosen.id)
-    wanted |= {c.id for c in rows if c.is_control}
+    wanted |= {c.id for c in rows if report.is_control(c)}
     return tuple(c for c in rows if c.id in wanted)
 
 
-def name_rows(rows: tuple[Candidate, ...]) -> dict[str, str]:
+def name_rows(report: Report, rows: tuple[Candidate, ...]) -> dict[str, str]:
     """Return a name per candidate id: the id, without its kind and precision where all rows share them.
 
     Controls are marked.
     """
-    shared = len({(c.kind, c.precision) for c in rows if not c.is_control}) == 1
+    shared = len({(c.kind, c.precision) for c in rows if not report.is_control(c)}) == 1
     names = {}
     for c in rows:
         middle = f"/{c.kind}/{c.precision}"
         names[c.id] = c.id.replace(middle, "", 1) if shared else c.id
     if len(set(names.values())) < len(names):
         names = {c.id: c.id for c in rows}
-    return {c.id: f"{names[c.id]} (control)" if c.is_control else names[c.id] for c in rows}
+    return {c.id: f"{names[c.id]} (control)" if report.is_control(c) else names[c.id] for c in rows}
 
 
 def count_skipped(report: Report) -> list[tuple[str, int, int]]:
@@ -139,7 +139,7 @@ def _speed_sentence(report: Report, chosen: Candidate) -> str:
             f"dense speed (95 % interval; {times})."
         )
     if chosen.speedup <= 1:
-        if chosen.is_control:
+        if report.is_control(chosen):
             return f"{chosen.id} is no faster than dense ({chosen.speedup:.2f}x, {times})."
         return f"Pruning brought no speed-up: {chosen.id} runs at {chosen.speedup:.2f}x the dense speed ({times})."
     return f"{chosen.id} is {chosen.speedup:.2f}x faster than dense ({times})."

@@ -53,7 +53,7 @@ def _fill_table_(
     table.add_column("candidate", no_wrap=True)
     for title in titles:
         table.add_column(title, justify="right", overflow="fold", min_width=_FIGURE_COLUMNS)
-    names, chosen = name_rows(rows), find_chosen(report)
+    names, chosen = name_rows(report, rows), find_chosen(report)
     table.add_row("", "dense", *(figures[0][title] for title in titles))
     for c, cells in zip(rows, figures[1:], strict=True):
         is_chosen = chosen is not None and c.id == chosen.id

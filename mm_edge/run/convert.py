@@ -7,27 +7,16 @@ calibration images, judged on the rest of them, and evaluated on validation imag
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-from mm_edge.arrays import Float32Array
 from mm_edge.bench.target import Target
-from mm_edge.errors import UsageError
-from mm_edge.formats.quantize import QuantReport, convert_fp16, quantise, scheme_for
+from mm_edge.formats.precisions import PRECISIONS, CalibrationImages, QuantReport
 from mm_edge.records import Candidate
 from mm_edge.run.make import Workbench, evaluate_artifact
 
 CALIBRATION_IMAGES = 100
 HELD_BACK_IMAGES = 64
-PRECISIONS = ("fp32", "int8", "fp16")
-
-
-@dataclass(frozen=True)
-class CalibrationImages:
-    """Images (N, C, H, W) to find value ranges on, and others to judge by."""
-
-    ranges: Float32Array
-    held_back: Float32Array
 
 
 def check_precisions(precisions: tuple[str, ...], target: Target, has_data: bool) -> None:
@@ -36,15 +25,9 @@ def check_precisions(precisions: tuple[str, ...], target: Target, has_data: bool
     Raises:
         UsageError: with the reason and what to use instead.
     """
-    if "int8" in precisions:
-        scheme_for(target)
-        if not has_data:
-            raise UsageError("--precision int8 needs calibration images; give --data PATH")
-    if "fp16" in precisions and "fp16" not in target.data_types:
-        raise UsageError(
-            f"--precision fp16 is not for {target.name}: {target.sources['data_types']}; use fp32"
-            + (" or int8" if "int8" in target.data_types else "")
-        )
+    for name, precision in PRECISIONS.items():
+        if name in precisions:
+            precision.check(target, has_data)
 
 
 def convert_candidate(
@@ -67,7 +50,9 @@ def convert_candidate(
     out = (
         source.with_name(source.name.replace("fp32", precision)) if "fp32" in source.name else _named(source, precision)
     )
-    report = _convert(source, out, precision, target, images, bench.threads, advance)
+    convert = PRECISIONS[precision].convert
+    assert convert is not None
+    report = convert(source, out, target, images, bench.threads, advance)
     evaluation = evaluate_artifact(bench, out)
     return replace(
         candidate,
@@ -86,21 +71,6 @@ def _rename(candidate: str, precision: str) -> str:
     if "fp32" in candidate:
         return candidate.replace("fp32", precision)
     return candidate.replace("dense", f"dense/{precision}", 1)
-
-
-def _convert(
-    source: Path,
-    out: Path,
-    precision: str,
-    target: Target,
-    images: CalibrationImages | None,
-    threads: int,
-    advance: Callable[[int, int], None] | None,
-) -> QuantReport:
-    if precision == "fp16":
-        return convert_fp16(source, out, target)
-    assert images is not None
-    return quantise(source, out, target, [images.ranges], images.held_back, threads=threads, advance=advance)
 
 
 def _recovered(before: str | None, report: QuantReport) -> str | None:

@@ -18,7 +18,6 @@ from mm_edge.errors import UsageError
 from mm_edge.graph.compact import AxisMask, mask_tensors
 from mm_edge.load.data import ImageSet
 from mm_edge.load.models import LoadedModel
-from mm_edge.plan.budgets import is_budget
 from mm_edge.plan.plans import ChannelPlan, Plan, WeightPlan
 from mm_edge.progress import Advance
 from mm_edge.quality.evaluation import compare_logits, run_onnx
@@ -60,7 +59,7 @@ def worth_training(candidates: Sequence[Candidate], dense: DenseRow) -> list[Can
         return list(candidates)
     budgets: dict[tuple[str, bool], list[Candidate]] = {}
     for row in candidates:
-        if is_budget(row.strategy):
+        if row.is_budget:
             budgets.setdefault((row.strategy, row.is_pruned), []).append(row)
     best = {max(rows, key=quality).id for rows in budgets.values()}
     # Rows of one budget differ by a hair in MACs, so that all of them may be on the front.

@@ -19,10 +19,9 @@ from mm_edge.graph.axes import Axis
 from mm_edge.graph.sizes import InputSizes, SizedNetwork
 from mm_edge.load.data import DataSplits
 from mm_edge.load.models import LoadedModel
-from mm_edge.plan.budgets import Budget, asked_budgets
 from mm_edge.plan.strategies import STRATEGIES
 from mm_edge.progress import Stages
-from mm_edge.records import Constraints
+from mm_edge.records import Budget, Constraints, asked_budgets
 from mm_edge.recover.closed_form.branches import MeasuredBranch
 from mm_edge.recover.closed_form.context import RecoveryContext
 from mm_edge.recover.closed_form.sensitivity import Sensitivity

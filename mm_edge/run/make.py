@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import numpy as np
 import onnx
@@ -36,7 +36,7 @@ from mm_edge.plan.counts import count_macs, count_parameters
 from mm_edge.plan.masks import measure_sparsity
 from mm_edge.plan.n_m import reduced_axes, require_pattern
 from mm_edge.plan.plans import PATTERN, ChannelPlan, Plan, WeightPlan
-from mm_edge.quality.evaluation import compare_logits, run_onnx
+from mm_edge.quality.evaluation import Judgement, Reference, judge, run_onnx
 from mm_edge.quality.parity import Run, compare, onnx_runner, require, torch_runner
 from mm_edge.records import Candidate, InputSpec, Layer, Parity, candidate_id, file_name
 from mm_edge.recover.closed_form.batchnorm import has_batch_norm, reestimate_batch_norm_
@@ -248,34 +248,12 @@ def read_masked_state(structure: Structure, plan: Plan, path: Path) -> tuple[Pla
     return replace(plan, keep=keep), tensors
 
 
-class Judgement(TypedDict):
-    """The fields of a candidate that validation images decide."""
-
-    accuracy_top1: float | None
-    accuracy_drop: float | None
-    agreement_top1: float | None
-    kl_to_dense: float | None
-
-
 def evaluate_artifact(bench: Workbench, artifact: Path) -> Judgement:
     """Return what the validation images say of a model file; None throughout without any."""
     if bench.images.validation is None:
         return {"accuracy_top1": None, "accuracy_drop": None, "agreement_top1": None, "kl_to_dense": None}
     logits = run_onnx(artifact, bench.images.validation(), bench.threads)
-    return judge_logits(logits, bench.images.labels, bench.images.dense_logits, bench.dense_accuracy)
-
-
-def judge_logits(
-    logits: Float32Array, labels: IntArray | None, dense_logits: Float32Array | None, dense: float | None
-) -> Judgement:
-    """Return what answers (n, classes) to the validation images say; `dense` is the dense model's own accuracy."""
-    found = compare_logits(logits, labels, dense_logits)
-    return {
-        "accuracy_top1": found.accuracy_top1,
-        "accuracy_drop": _drop(dense, found.accuracy_top1),
-        "agreement_top1": found.agreement_top1,
-        "kl_to_dense": found.kl_to_dense,
-    }
+    return judge(logits, Reference(bench.images.labels, bench.images.dense_logits, bench.dense_accuracy))
 
 
 def _solve(bench: Workbench, plan: Plan, walk_again: bool) -> tuple[Plan, Arrays, str | None]:
@@ -361,7 +339,3 @@ def _parameter_count(bench: Workbench, tensors: Arrays, plan: Plan, keep: Keep) 
         elif name in tensors:
             total += tensors[name].size
     return total
-
-
-def _drop(dense: float | None, accuracy: float | None) -> float | None:
-    return None if dense is None or accuracy is None else 100 * (dense - accuracy)

@@ -26,10 +26,10 @@ from mm_edge.bench.session import (
 )
 from mm_edge.bench.target import Target, matches_this_machine
 from mm_edge.bench.transport import Transport
-from mm_edge.quality.evaluation import compare_logits
+from mm_edge.quality.evaluation import Reference, compare_logits, judge
 from mm_edge.records import Candidate, DenseRow, Latency
 from mm_edge.run.job import Job
-from mm_edge.run.make import Benches, Images, bench_of, judge_logits
+from mm_edge.run.make import Benches, Images, bench_of
 from mm_edge.select import mark_pareto
 from mm_edge.store import hash_file
 
@@ -131,7 +131,7 @@ def judge_on_device(
         for index, row in enumerate(candidates):
             assert row.artifact is not None
             logits = _device_logits(job, job.folder / row.artifact, pieces[row.input_shape[-1]], fingerprint)
-            rows.append(replace(row, **judge_logits(logits, bench.images.labels, reference, own)))
+            rows.append(replace(row, **judge(logits, Reference(bench.images.labels, reference, own))))
             moved.append(abs((rows[-1].accuracy_top1 or 0.0) - (row.accuracy_top1 or 0.0)))
             advance(index + 1, len(candidates))
     note = (

@@ -20,10 +20,11 @@ from mm_edge.bench.target import Target
 from mm_edge.errors import ConstraintError, ParityError, UsageError
 from mm_edge.formats.bundle import write_bundle
 from mm_edge.formats.device_files import add_metadata_, write_model
+from mm_edge.formats.precisions import CalibrationImages
+from mm_edge.formats.registry import FormatContext
 from mm_edge.graph.export import deploy
 from mm_edge.graph.groups import Structure
 from mm_edge.load.data import DataSplits, noise_batches
-from mm_edge.plan.budgets import is_budget
 from mm_edge.plan.counts import count_parameters
 from mm_edge.plan.n_m import require_support
 from mm_edge.plan.plans import PATTERN, Plan
@@ -45,7 +46,6 @@ from mm_edge.report import write_report
 from mm_edge.run.convert import (
     CALIBRATION_IMAGES,
     HELD_BACK_IMAGES,
-    CalibrationImages,
     check_precisions,
     convert_candidate,
 )
@@ -266,12 +266,12 @@ def _walk_front(
 
 def _is_control_again(row: Candidate) -> bool:
     """Whether a row is the whole network on smaller pictures, which tuning did not better."""
-    return is_budget(row.strategy) and not row.is_pruned and row.recovered_by != "tune"
+    return row.is_budget and not row.is_pruned and row.recovered_by != "tune"
 
 
 def _is_budget(row: Candidate, plan: Plan) -> bool:
     """Whether a row is what a budget asked for: at sizes besides the dense one, the best of them by sensitivity."""
-    return is_budget(row.strategy) and (plan.side is None or row.signal == "sensitivity")
+    return row.is_budget and (plan.side is None or row.signal == "sensitivity")
 
 
 def _train_front(
@@ -489,18 +489,16 @@ def _finish(
 
 def _bundle(job: Job, bench: Workbench, row: Candidate) -> None:
     request = job.request
-    if not (request.ort or request.bake_preprocess or row.kind == "n:m"):
+    asked = {"ort": request.ort, "bake-preprocess": request.bake_preprocess}
+    formats = [name for name, wanted in asked.items() if wanted]
+    if not (formats or row.kind == "n:m"):
         return
     with job.stages.stage("files for the device"):
         write_bundle(
             job.folder,
             row,
-            job.model.input,
-            job.target,
-            bench.images.parity,
-            bench.images.parity_kind,
-            ort=request.ort,
-            baked=request.bake_preprocess,
+            FormatContext(job.model.input, job.target, bench.images.parity, bench.images.parity_kind),
+            formats,
         )
 
 

@@ -23,7 +23,7 @@ from mm_edge.graph.depth import Branch, renamed
 from mm_edge.graph.export import deploy
 from mm_edge.graph.groups import Structure
 from mm_edge.graph.widths import Counts, Ladder, group_scores, lead, select_indices
-from mm_edge.plan.budgets import Budget, Draft, Met, Ruler, counts_of, meet, words_for
+from mm_edge.plan.budgets import Draft, Met, Ruler, counts_of, meet, words_for
 from mm_edge.plan.counts import count_macs, parameter_cost
 from mm_edge.plan.latency_table import at_another_size, fit_time, measure_table
 from mm_edge.plan.plans import ChannelPlan, Plan, plan_all, plan_n_m
@@ -34,7 +34,7 @@ from mm_edge.plan.strategies import assign
 from mm_edge.plan.target_widths import make_ladders
 from mm_edge.progress import Advance
 from mm_edge.quality.evaluation import run_onnx
-from mm_edge.records import Assignment, SparsityRange, file_name
+from mm_edge.records import Assignment, Budget, SparsityRange, file_name
 from mm_edge.recover.closed_form.branches import MeasuredBranch, allocate_rest, offers
 from mm_edge.recover.closed_form.context import RecoveryContext, judge_answers
 from mm_edge.run.clock import Clock, open_clock

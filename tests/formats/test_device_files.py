@@ -17,12 +17,12 @@ from mm_edge.bench.target import load_target, resolve_host
 from mm_edge.errors import JobError, ModelError, ParityError, UsageError
 from mm_edge.formats.device_files import (
     add_metadata_,
-    convert_to_ort,
     read_metadata,
     run_images,
     stored_bytes,
     write_model,
 )
+from mm_edge.formats.ort_file import convert_to_ort
 from mm_edge.formats.preprocess import bake_preprocess
 from mm_edge.formats.sparse_file import read_stored, store_smallest
 from mm_edge.quality.parity import onnx_runner
@@ -144,7 +144,7 @@ def test_an_ort_file_for_another_machine_has_no_blocked_layout(tmp_path: Path) -
 def test_an_ort_file_that_disagrees_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = saved(tmp_path / "m.onnx")
     monkeypatch.setattr(
-        "mm_edge.formats.device_files.onnx_runner",
+        "mm_edge.formats.ort_file.onnx_runner",
         lambda file: lambda x: [out * (1.01 if file.suffix == ".ort" else 1) for out in onnx_runner(file)(x)],
     )
     with pytest.raises(ParityError, match=r"m\.ort differs"):

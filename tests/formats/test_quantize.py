@@ -13,17 +13,17 @@ from onnx import TensorProto, helper, numpy_helper
 
 from mm_edge.bench.target import load_target
 from mm_edge.errors import JobError, ModelError, UsageError
+from mm_edge.formats.fp16 import convert_fp16
 from mm_edge.formats.quantize import (
     Extremes,
     calibrate,
-    convert_fp16,
     find_sensitive_layers,
     layer_names,
     quantise,
     quantise_dynamic,
     quantise_static,
-    scheme_for,
 )
+from mm_edge.formats.schemes import scheme_for
 from mm_edge.quality.evaluation import compare_logits, run_onnx
 
 CHANNELS, CLASSES = 8, 5

@@ -308,7 +308,9 @@ def test_a_name_cannot_command_the_terminal() -> None:
 
 def control(side: int, speedup: float, accuracy: float) -> Candidate:
     row = candidate("dense", 2.0 / speedup, 100 * (0.9 - accuracy))
-    return dataclasses.replace(row, id=f"dense@{side}", signal="none", kind="dense", speedup=speedup, speedup_ci=None)
+    shape = (1, 3, side, side)
+    named = dataclasses.replace(row, id=f"dense@{side}", signal="none", kind="dense", input_shape=shape)
+    return dataclasses.replace(named, speedup=speedup, speedup_ci=None)
 
 
 def test_a_pruned_row_that_a_smaller_picture_beats_is_said_first() -> None:
