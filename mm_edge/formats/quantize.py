@@ -6,8 +6,8 @@ activations with one scale per tensor. Static scales come from calibration image
     minmax   [min over images of the image's minimum, max over images of its maximum]
     mean     the means of those: clips what only few images reach
 
-Which of the two, and which layers stay in fp32, is decided by measuring KL(fp32 || int8) on images held back from
-calibration. The order in which layers are tried is the divergence saved by leaving each alone in fp32.
+Both are tried, and the one of smaller KL(fp32 || int8) on images held back from calibration is taken. Layers that
+lower this divergence most when they alone stay in fp32 are then left in fp32, one after the other.
 
 Which types the 8-bit numbers have depends on the target (schemes.py).
 """
@@ -75,7 +75,7 @@ class Extremes:
 
 @dataclass(frozen=True)
 class Fp32Layers:
-    """Layers to leave in fp32, in the order found; `saved_kl` is what each saves when left alone."""
+    """Layers to leave in fp32, in the order found; `saved_kl` is by how much each lowers the divergence on its own."""
 
     fp32_layers: tuple[str, ...]
     kl_before: float
@@ -174,10 +174,10 @@ def find_sensitive_layers(
     one in all when it meets it.
     """
     proto = read_ready(model)
-    judge = _Judge(model, held_back, threads)
+    fp32 = _Comparison(model, held_back, threads)
 
     def divergence(left: Iterable[str]) -> float:
-        return judge.kl(_quantised(proto, ranges, scheme, tuple(left)))
+        return fp32.kl(_quantised(proto, ranges, scheme, tuple(left)))
 
     before = divergence(())
     if before <= goal_kl or most < 1:
@@ -224,21 +224,21 @@ def quantise(
     scheme = scheme_for(target)
     extremes = calibrate(model, calibration)
     proto = read_ready(model)
-    judge = _Judge(model, held_back, threads)
-    found = {way: judge.kl(_quantised(proto, extremes.ranges(way), scheme, ())) for way in ("minmax", "mean")}
-    way = min(found, key=lambda item: found[item])
-    ranges = extremes.ranges(way)
+    fp32 = _Comparison(model, held_back, threads)
+    found = {method: fp32.kl(_quantised(proto, extremes.ranges(method), scheme, ())) for method in ("minmax", "mean")}
+    method = min(found, key=lambda item: found[item])
+    ranges = extremes.ranges(method)
     sensitive = find_sensitive_layers(
         model, ranges, scheme, held_back, goal_kl=goal_kl, most=most_fp32_layers, threads=threads, advance=advance
     )
     report = quantise_static(model, out, ranges, scheme, sensitive.fp32_layers)
-    report = judge.complete(replace(report, ranges=way), out)
+    report = fp32.complete(replace(report, ranges=method), out)
     if sensitive.kl_after > goal_kl and is_mostly_linear(proto):
-        report = _dynamic_if_nearer(model, out, scheme, judge, report)
+        report = _dynamic_if_nearer(model, out, scheme, fp32, report)
     return report
 
 
-class _Judge:
+class _Comparison:
     """Compares int8 models with one fp32 model on the held-back images."""
 
     def __init__(self, model: Path, images: Float32Array, threads: int) -> None:
@@ -257,10 +257,10 @@ class _Judge:
         return replace(report, kl_to_fp32=found.kl_to_dense, agreement_top1=found.agreement_top1)
 
 
-def _dynamic_if_nearer(model: Path, out: Path, scheme: Scheme, judge: _Judge, static: QuantReport) -> QuantReport:
+def _dynamic_if_nearer(model: Path, out: Path, scheme: Scheme, fp32: _Comparison, static: QuantReport) -> QuantReport:
     other = out.with_name(f"{out.stem}.dynamic{out.suffix}")
     try:
-        dynamic = judge.complete(quantise_dynamic(model, other, scheme), other)
+        dynamic = fp32.complete(quantise_dynamic(model, other, scheme), other)
         nearer = (dynamic.kl_to_fp32 or 0.0) < (static.kl_to_fp32 if static.kl_to_fp32 is not None else float("inf"))
         if dynamic.kl_to_fp32 is None or not nearer:
             return static

@@ -1,4 +1,4 @@
-"""The report as Markdown: everything report.json says that a person would ask."""
+"""The report as Markdown: everything in report.json that a reader would ask for."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def _write_choice(report: Report) -> str:
 
 
 def _write_budgets(report: Report) -> str:
-    """Say under each budget which row won, and how the rows made for it were planned."""
+    """Write for each budget which candidate won, and how the candidates made for it were planned."""
     lines = [f"- {_escape(item.reason)}" for item in report.budgets]
     planned = [f"- {_escape(c.id)}: {_escape(c.planned_by)}" for c in report.candidates if c.planned_by is not None]
     if not lines:
@@ -135,7 +135,7 @@ def _write_warnings(report: Report) -> str:
 
 
 def _write_training(report: Report) -> str:
-    """Say of every row that was fine-tuned how long, why it ended and whose weights it has."""
+    """Write for every fine-tuned candidate how many epochs it had, why it ended and which weights it keeps."""
     rows = [row for row in report.candidates if row.epochs is not None]
     lines = [
         f"- {_escape(row.id)}: {row.epochs} epochs; {_escape(row.stopped or '')} (kept: {row.recovered_by})"

@@ -24,7 +24,7 @@ _ONLY_WHERE_WIDE = ("file", "memory")
 
 
 def print_report(report: Report, console: Console) -> None:
-    """Print `report`: dense first, then every candidate where they are few, else the Pareto rows and the chosen one."""
+    """Print `report`: dense first, then every candidate; where they are many, those that pick_rows picks."""
     rows = pick_rows(report)
     console.print(Text(_one_line(write_headline(report)), style="bold"))
     console.print()
@@ -101,5 +101,5 @@ def _print_line(console: Console, label: str, text: str) -> None:
 
 
 def _one_line(text: str) -> str:
-    """Drop control characters: names come from files, and a terminal obeys what it is sent."""
+    """Replace control characters: names come from files, and could otherwise send commands to the terminal."""
     return "".join(char if char.isprintable() else " " for char in text)

@@ -23,7 +23,7 @@ from mm_edge.graph.depth import Branch, renamed
 from mm_edge.graph.export import deploy
 from mm_edge.graph.groups import Structure
 from mm_edge.graph.widths import Counts, Ladder, group_scores, lead, select_indices
-from mm_edge.plan.budgets import Draft, Met, Ruler, counts_of, meet, words_for
+from mm_edge.plan.budgets import BudgetCheck, Draft, Met, counts_of, meet, words_for
 from mm_edge.plan.counts import count_macs, parameter_cost
 from mm_edge.plan.latency_table import at_another_size, fit_time, measure_table
 from mm_edge.plan.plans import ChannelPlan, Plan, plan_all, plan_n_m
@@ -61,7 +61,7 @@ class Rulers:
         self._job = job
         self._dense = dense
         self._clock = clock if budget.is_time else None
-        self._made: dict[int, Ruler] = {}
+        self._made: dict[int, BudgetCheck] = {}
 
     @property
     def measured(self) -> bool:
@@ -73,19 +73,19 @@ class Rulers:
         """Whether plans are drawn by measured latencies."""
         return self._time is not None
 
-    def at(self, place: Place) -> Ruler:
+    def at(self, place: Place) -> BudgetCheck:
         """Return the ruler at the input size of `place`."""
         side = place.network.side
         if side not in self._made:
             self._made[side] = self._by_bytes(place) if self.budget.kind == "size" else self._by_macs(place)
         return self._made[side]
 
-    def _by_macs(self, place: Place) -> Ruler:
+    def _by_macs(self, place: Place) -> BudgetCheck:
         structure, dense = place.network.structure, self._dense.network.structure.macs()
         whole = structure.macs() / dense
         if self._clock is None:
             check = partial(_macs_share, place, dense)
-            return Ruler(self._target(), structure.mac_cost, dense, whole, check, 1.0, COUNTED_WINDOW)
+            return BudgetCheck(self._target(), structure.mac_cost, dense, whole, check, 1.0, COUNTED_WINDOW)
         timed = partial(_timed_share, self._job, self._clock, place)
         whole = 1.0 if place.dense else timed({})
         cost = structure.mac_cost
@@ -93,14 +93,14 @@ class Rulers:
             dense_cost = self._dense.network.structure.mac_cost
             cost = self._time if place.dense else at_another_size(self._time, cost, dense_cost)
             dense = self._time.total()
-        return Ruler(self._target(), cost, dense, whole, timed, MEASURED_AIM, MEASURED_WINDOW)
+        return BudgetCheck(self._target(), cost, dense, whole, timed, MEASURED_AIM, MEASURED_WINDOW)
 
-    def _by_bytes(self, place: Place) -> Ruler:
+    def _by_bytes(self, place: Place) -> BudgetCheck:
         file = (self._job.folder / "dense.onnx").stat().st_size
         cost = parameter_cost(place.network.raw, place.network.structure)
         # Metadata is not part of what is counted here, and the same in every file but for a few names.
         check = partial(_bytes_share, place, file, file + METADATA_BYTES - _count_bytes(self._dense, {}))
-        return Ruler(self._target(), cost, cost.total(), check({}), check, 1.0, COUNTED_WINDOW)
+        return BudgetCheck(self._target(), cost, cost.total(), check({}), check, 1.0, COUNTED_WINDOW)
 
     def _target(self) -> float:
         value = self.budget.value
@@ -185,7 +185,7 @@ def ladders_at(place: Place) -> tuple[Ladder, ...]:
 
 
 def _draw_scaled(
-    place: Place, ladders: Sequence[Ladder], ranges: Mapping[str, SparsityRange], ruler: Ruler, aim: float
+    place: Place, ladders: Sequence[Ladder], ranges: Mapping[str, SparsityRange], ruler: BudgetCheck, aim: float
 ) -> Draft:
     structure = place.network.structure
     part = aim * ruler.dense / ruler.cost.total()
@@ -194,7 +194,7 @@ def _draw_scaled(
 
 
 def budget_notes(
-    structure: Structure, ladders: Sequence[Ladder], counts: Counts, met: Met, ruler: Ruler, asked: str, unit: str
+    structure: Structure, ladders: Sequence[Ladder], counts: Counts, met: Met, ruler: BudgetCheck, asked: str, unit: str
 ) -> list[str]:
     """Say so when a budget cost groups the channel multiples of the target, or was missed, and what holds the rest."""
     notes = []
@@ -290,7 +290,7 @@ def _saved(cost: Cost, branch: Branch) -> float:
 
 
 def _draw_by_sensitivity(
-    place: Place, ladders: Sequence[Ladder], removed: Sequence[Branch], ruler: Ruler, aim: float
+    place: Place, ladders: Sequence[Ladder], removed: Sequence[Branch], ruler: BudgetCheck, aim: float
 ) -> Draft:
     structure = place.network.structure
     return Draft(allocate_rest(structure, ruler.cost, place.sensitivities, removed, aim * ruler.dense, ladders))

@@ -22,7 +22,7 @@ from mm_edge.graph.costs import RunningCost
 from mm_edge.graph.export import RawGraph, raw_from_onnx
 from mm_edge.graph.groups import Structure, read_structure
 from mm_edge.load.models import LoadedModel, LoadOptions, load_model
-from mm_edge.plan.budgets import Draft, Ruler, counts_of, meet, words_for
+from mm_edge.plan.budgets import BudgetCheck, Draft, counts_of, meet, words_for
 from mm_edge.progress import Stages
 from mm_edge.records import Budget, Constraints, Report, asked_budgets
 from mm_edge.run import networks as places
@@ -66,13 +66,13 @@ def test_what_budgets_are_called() -> None:
     assert asked_budgets((0.7,), limits, ("unstructured",)) == (Budget("macs", 0.7),)
 
 
-def ruler(chain: Structure, check: Callable[[float], float], target: float, **changes: Any) -> Ruler:
+def ruler(chain: Structure, check: Callable[[float], float], target: float, **changes: Any) -> BudgetCheck:
     cost, dense = chain.mac_cost, chain.macs()
 
     def checked(keep: Keep) -> float:
         return check(cost.total(counts_of(keep)) / dense)
 
-    return replace(Ruler(target, cost, dense, 1.0, checked, 0.97, (0.95, 0.99)), **changes)
+    return replace(BudgetCheck(target, cost, dense, 1.0, checked, 0.97, (0.95, 0.99)), **changes)
 
 
 def draw(chain: Structure, asked: list[float] | None = None) -> Callable[[float], Draft]:
