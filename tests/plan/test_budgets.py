@@ -193,7 +193,7 @@ def test_time_is_measured_on_the_plan_and_corrected(
 ) -> None:
     """The clock is a law in which a third of the time never goes; the plans know it by measuring alone."""
     asked: list[float] = []
-    dense_macs = []
+    dense_macs: list[float] = []
 
     def law(clock: Clock, key: Any, raw: RawGraph, structure: Structure, keep: Keep, *, quiet: bool) -> float:
         path = tmp_path / "plan.onnx"
@@ -260,7 +260,9 @@ def test_a_latency_table_is_measured_once_and_widths_are_taken_by_it(
     slow = "layer4.0.conv1.weight"
 
     def law(clock: Clock, key: Any, raw: RawGraph, structure: Structure, keep: Keep, *, quiet: bool) -> float:
-        asked.append(materialise(raw, structure, keep).graph.initializers[slow].shape[0])
+        shape = materialise(raw, structure, keep).graph.initializers[slow].shape
+        assert shape is not None
+        asked.append(int(shape.numpy()[0]))
         return 0.1 + 0.9 * asked[-1] / max(asked)
 
     monkeypatch.setattr(Clock, "share", law)
