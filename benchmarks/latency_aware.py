@@ -48,7 +48,7 @@ from mm_edge.graph.layers import read_layers
 from mm_edge.graph.widths import AllowedWidths, lead
 from mm_edge.load.data import ImageSet, open_data
 from mm_edge.load.models import LoadOptions, load_model
-from mm_edge.plan.budgets import Draft, Ruler, counts_of, meet
+from mm_edge.plan.budgets import BudgetCheck, Draft, counts_of, meet
 from mm_edge.plan.latency_table import TimedWidth, fit_time, measure_table
 from mm_edge.plan.target_widths import allowed_widths_on
 from mm_edge.quality.evaluation import compare_logits, run_onnx
@@ -226,7 +226,7 @@ def run_row(
         whole = {group.leaf: np.ones(group.size, dtype=np.bool_) for group in structure.groups}
         return Draft({**whole, **select_by_sensitivity(sensitivities, counts)})
 
-    ruler = Ruler(share, cost, cost.total(), 1.0, timed, MEASURED_AIM, MEASURED_WINDOW)
+    ruler = BudgetCheck(share, cost, cost.total(), 1.0, timed, MEASURED_AIM, MEASURED_WINDOW)
     met = meet(draw, ruler)
     counts = counts_of(met.draft.keep)
     pruned = {leaf: kept for leaf, kept in met.draft.keep.items() if not kept.all()}

@@ -9,7 +9,7 @@ SCHEMA_VERSION history (fields are added under a raised version, never renamed):
     1  first version.
     2  Candidate: epochs, stopped.
     3  Candidate: removed_blocks. An id may end in @SIDE, an input size other than the dense model's; candidates of kind
-       "dense" named dense@SIDE are controls.
+       "dense" at another input size are controls (dense@SIDE).
     4  Candidate: planned_by. Report: budgets.
 """
 
@@ -18,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -199,13 +200,8 @@ class Candidate:
 
     @property
     def is_budget(self) -> bool:
-        """Whether a budget asked for it."""
+        """Whether it was planned to meet a budget, and not by a strategy."""
         return self.planned_by is not None
-
-    @property
-    def is_control(self) -> bool:
-        """Whether this is the dense network on pictures of another size, which pruned rows have to beat."""
-        return self.kind == "dense" and "@" in self.id
 
 
 def candidate_id(signal: str, strategy: str, kind: str, precision: str, side: int | None) -> str:
@@ -247,6 +243,47 @@ class Constraints:
 
 
 @dataclass(frozen=True)
+class Budget:
+    """One budget: its kind ("macs", "size", "speedup" or "latency") and the value that was given."""
+
+    kind: str
+    value: float
+
+    @property
+    def asked(self) -> str:
+        """The option as it was given."""
+        return f"--{self.kind} {self._text('g')}"
+
+    @property
+    def strategy(self) -> str:
+        """The name its candidates carry in place of a strategy's."""
+        return f"{self.kind}_{self._text('.4g')}"
+
+    @property
+    def is_time(self) -> bool:
+        """Whether it is met by time, which has to be measured."""
+        return self.kind in ("speedup", "latency")
+
+    def _text(self, form: str) -> str:
+        return str(int(self.value)) if self.kind == "size" else format(self.value, form)
+
+
+def asked_budgets(macs: Sequence[float], limits: Constraints, kinds: Sequence[str]) -> tuple[Budget, ...]:
+    """Return the budgets that candidates are made for.
+
+    A constraint adds some where structured candidates are made: nothing else makes a network faster or smaller at will.
+    """
+    budgets = tuple(Budget("macs", fraction) for fraction in macs)
+    return (*budgets, *constraining(limits)) if "structured" in kinds else budgets
+
+
+def constraining(limits: Constraints) -> tuple[Budget, ...]:
+    """Return the budgets that constraints set."""
+    asked = (("latency", limits.latency_ms), ("speedup", limits.speedup), ("size", limits.size_bytes))
+    return tuple(Budget(kind, value) for kind, value in asked if value is not None)
+
+
+@dataclass(frozen=True)
 class BudgetOutcome:
     """What was asked of a budget (the option), the row that won under it, or None, and the sentence that says so."""
 
@@ -281,6 +318,10 @@ class Report:
     seconds: dict[str, float]
     budgets: tuple[BudgetOutcome, ...] = ()
     schema_version: int = SCHEMA_VERSION
+
+    def is_control(self, candidate: Candidate) -> bool:
+        """Whether a candidate is the dense network on images of another size, which pruned candidates have to beat."""
+        return candidate.kind == "dense" and candidate.input_shape[-2:] != self.model.input_shape[-2:]
 
 
 def to_json(record: Any) -> Any:

@@ -19,8 +19,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 from mm_edge.errors import ConstraintError
-from mm_edge.plan.budgets import Budget, constraining
-from mm_edge.records import BudgetOutcome, Candidate, Chosen, Constraints, DenseRow
+from mm_edge.records import Budget, BudgetOutcome, Candidate, Chosen, Constraints, DenseRow, constraining
 
 FREE_DROP_POINTS = 1.0
 
@@ -137,7 +136,8 @@ def judge_budget(dense: DenseRow, candidates: Sequence[Candidate], budget: Budge
         sentence += f"; the best by {whose} is {second.id} ({_describe_quality(second)})"
     else:
         sentence += f"; no candidate by {whose} meets it"
-    controls = [c for c in fitting if c.is_control and c.accuracy_top1 is not None and quality(c) > quality(best)]
+    # The dense network at its own size is no fp32 candidate, so those of kind "dense" are controls.
+    controls = [c for c in fitting if c.kind == "dense" and c.accuracy_top1 is not None and quality(c) > quality(best)]
     if controls:
         control = max(controls, key=quality)
         sentence += f"; {control.id}, where nothing is pruned, is better than both ({_describe_quality(control)})"

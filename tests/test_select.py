@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mm_edge.errors import ConstraintError
-from mm_edge.plan.budgets import Budget
-from mm_edge.records import Candidate, Constraints, DenseRow, Latency
+from mm_edge.records import Budget, Candidate, Constraints, DenseRow, Latency
 from mm_edge.select import choose, judge_budget, mark_pareto
 
 DENSE = DenseRow(

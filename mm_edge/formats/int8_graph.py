@@ -1,7 +1,8 @@
-"""What quantising needs of a graph: made ready for it, its layers by name, and layers that stay in fp32 kept there.
+"""Graph changes around int8 quantising: preparing the graph, naming its layers, keeping some layers in fp32.
 
-Making ready changes nothing in fp32. It puts into forms with 8-bit kernels what ONNX Runtime would else compute in
-fp32 between two conversions, and separates what two layers share but must not once each has a scale of its own.
+Preparing a graph changes none of its fp32 results. Operators without 8-bit kernels are replaced by equal ones that have
+them; ONNX Runtime would otherwise convert to fp32, compute and convert back. Biases that two layers share are copied,
+since each layer gets a scale of its own.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ EXTREMES = "__extremes"  # the output that `add_extremes_` adds
 
 
 def read_ready(path: Path) -> onnx.ModelProto:
-    """Read a model and make it ready: shapes inferred, opset raised if old, every node with a name of its own.
+    """Read a model and prepare it: shapes inferred, opset raised if old, every node with a name of its own.
 
     Raises:
         ModelError: the file is not an ONNX model.
@@ -79,14 +80,16 @@ def add_extremes_(proto: onnx.ModelProto) -> tuple[str, ...]:
     one = helper.make_tensor("__one", TensorProto.INT64, [1], [1])
     graph.initializer.append(one)
     rows = []
-    for way in ("Min", "Max"):
+    for extreme in ("Min", "Max"):
         for index, name in enumerate(names):
-            scalar = f"__{way}{index}"
-            graph.node.append(helper.make_node(f"Reduce{way}", [name], [scalar], keepdims=0))
+            scalar = f"__{extreme}{index}"
+            graph.node.append(helper.make_node(f"Reduce{extreme}", [name], [scalar], keepdims=0))
             graph.node.append(helper.make_node("Reshape", [scalar, "__one"], [f"{scalar}r"]))
-        graph.node.append(helper.make_node("Concat", [f"__{way}{i}r" for i in range(len(names))], [f"__{way}"], axis=0))
-        graph.node.append(helper.make_node("Unsqueeze", [f"__{way}", "__zero"], [f"__{way}_row"]))
-        rows.append(f"__{way}_row")
+        graph.node.append(
+            helper.make_node("Concat", [f"__{extreme}{i}r" for i in range(len(names))], [f"__{extreme}"], axis=0)
+        )
+        graph.node.append(helper.make_node("Unsqueeze", [f"__{extreme}", "__zero"], [f"__{extreme}_row"]))
+        rows.append(f"__{extreme}_row")
     graph.initializer.append(helper.make_tensor("__zero", TensorProto.INT64, [1], [0]))
     graph.node.append(helper.make_node("Concat", rows, [EXTREMES], axis=0))
     graph.output.append(helper.make_tensor_value_info(EXTREMES, TensorProto.FLOAT, [2, len(names)]))
@@ -94,10 +97,10 @@ def add_extremes_(proto: onnx.ModelProto) -> tuple[str, ...]:
 
 
 def hold_in_fp32_(proto: onnx.ModelProto, names: Iterable[str]) -> None:
-    """Put a Clip to the 8-bit range, which changes nothing, between a dequantised input and a layer meant to stay fp32.
+    """Put a Clip to the 8-bit range between a dequantised input and each layer of `names`, so that it stays in fp32.
 
-    Between a dequantise and a quantise node ONNX Runtime quantises a layer's fp32 weights by itself, with one scale for
-    all channels: worse than int8 as made here, and unasked.
+    The Clip changes no value. Without it ONNX Runtime quantises the fp32 weights of a layer that stands between a
+    dequantise and a quantise node, with one scale for all channels, which is less accurate than the int8 made here.
     """
     graph = proto.graph
     made_by = {name: node for node in graph.node for name in node.output}
@@ -121,9 +124,9 @@ def hold_in_fp32_(proto: onnx.ModelProto, names: Iterable[str]) -> None:
 
 
 def free_outputs_(proto: onnx.ModelProto) -> None:
-    """Let linear layers give the graph's outputs in fp32: in 8 bits close classes tie, and ties fall differently.
+    """Remove the 8-bit rounding from outputs that linear layers give: rounding makes close classes tie.
 
-    The 8-bit kernels of Gemm and MatMul give fp32 as readily; those of convolutions do not, their outputs stay.
+    The 8-bit kernels of Gemm and MatMul can give fp32 at no cost; those of convolutions cannot, so theirs stay rounded.
     """
     graph = proto.graph
     made_by = {name: node for node in graph.node for name in node.output}

@@ -10,6 +10,7 @@ The same steps as the evaluation pipeline takes with Pillow, in the same 8-bit a
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from mm_edge.errors import UsageError
+from mm_edge.formats.device_files import write_model
 from mm_edge.records import InputSpec
 
 INPUT_NAME = "image"
@@ -51,6 +53,13 @@ def bake_preprocess(model: onnx.ModelProto, spec: InputSpec) -> onnx.ModelProto:
     graph.input.extend(inputs)
     graph.initializer.extend(steps.constants)
     return baked
+
+
+def write_baked(source: Path, folder: Path, spec: InputSpec) -> Path:
+    """Write the model in `source` with its preprocessing inside into `folder`; see bake_preprocess."""
+    path = folder / f"{source.stem}-raw-images.onnx"
+    write_model(bake_preprocess(onnx.load(source), spec), path)
+    return path
 
 
 class _Steps:

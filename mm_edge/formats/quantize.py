@@ -1,4 +1,4 @@
-"""Smaller numbers: a deployed fp32 model to int8 (static, or dynamic for transformers) or to fp16.
+"""A deployed fp32 model to int8: static, or dynamic for networks of linear layers.
 
 A tensor x is stored as q = clamp(round(x / s) + z) in 8 bits, weights with one scale per output channel and z = 0,
 activations with one scale per tensor. Static scales come from calibration images:
@@ -6,11 +6,10 @@ activations with one scale per tensor. Static scales come from calibration image
     minmax   [min over images of the image's minimum, max over images of its maximum]
     mean     the means of those: clips what only few images reach
 
-Which of the two, and which layers stay in fp32, is decided by measuring KL(fp32 || int8) on images held back from
-calibration. The order in which layers are tried is the divergence saved by leaving each alone in fp32.
+Both are tried, and the one of smaller KL(fp32 || int8) on images held back from calibration is taken. Layers that
+lower this divergence most when they alone stay in fp32 are then left in fp32, one after the other.
 
-The type of the activations belongs to the instruction set: x86 multiplies unsigned by signed bytes (without VNNI the
-sum of two products saturates 16 bits, so weights get 7 bits there), arm64 and NVIDIA signed by signed.
+Which types the 8-bit numbers have depends on the target (schemes.py).
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from onnxruntime.quantization.calibrate import TensorsData
 
 from mm_edge.arrays import Float32Array
 from mm_edge.bench.target import Target
-from mm_edge.errors import JobError, UsageError, cause_line, first_line
+from mm_edge.errors import JobError, UsageError, first_line
 from mm_edge.formats.int8_graph import (
     EXTREMES,
     WEIGHTED_OPS,
@@ -38,6 +37,8 @@ from mm_edge.formats.int8_graph import (
     read_ready,
     weighted_layers,
 )
+from mm_edge.formats.precisions import QuantReport
+from mm_edge.formats.schemes import Scheme, scheme_for
 from mm_edge.progress import Advance
 from mm_edge.quality.evaluation import compare_logits, run_onnx
 from mm_edge.runtime import open_session
@@ -53,28 +54,6 @@ GOAL_KL = 0.01
 MOST_FP32_LAYERS = 6
 # A layer stays in fp32 only if that alone saves this share of the divergence: each costs time and bytes.
 LEAST_SHARE = 0.1
-VNNI_FLAGS = frozenset({"avx512_vnni", "avx_vnni"})
-
-
-@dataclass(frozen=True)
-class Scheme:
-    """How a target wants its 8-bit numbers.
-
-    Attributes:
-        name: activations then weights, "U8S8" or "S8S8".
-        signed: whether activations are signed bytes.
-        symmetric: whether activations have zero point 0.
-        reduce_range: whether weights use 7 of their 8 bits.
-        plain_weights: whether the file keeps fp32 weights with a quantise node behind them, and fp32 biases.
-        reason: why, for the report.
-    """
-
-    name: str
-    signed: bool
-    symmetric: bool
-    reduce_range: bool
-    plain_weights: bool
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -93,50 +72,13 @@ class Extremes:
 
 
 @dataclass(frozen=True)
-class QuantReport:
-    """What was made: `precision` "int8" or "fp16", by "static", "dynamic" or "cast".
-
-    `kl_to_fp32` is on held-back images, None where none were given. `layers` counts the weighted layers in 8 bits.
-    """
-
-    precision: str
-    method: str
-    scheme: str | None
-    ranges: str | None
-    layers: int
-    fp32_layers: tuple[str, ...]
-    kl_to_fp32: float | None
-    agreement_top1: float | None
-    file_bytes: int
-    notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Sensitivity:
-    """Layers to leave in fp32, in the order found; `saved_kl` is what each saves when left alone."""
+class Fp32Layers:
+    """Layers to leave in fp32, in the order found; `saved_kl` is by how much each lowers the divergence on its own."""
 
     fp32_layers: tuple[str, ...]
     kl_before: float
     kl_after: float
     saved_kl: dict[str, float]
-
-
-def scheme_for(target: Target) -> Scheme:
-    """Return the 8-bit scheme for `target` (`host` resolved).
-
-    Raises:
-        UsageError: the target does not list int8.
-    """
-    _require(target, "int8")
-    if target.provider != Target.provider:
-        reason = f"{target.provider} multiplies signed bytes, with zero point 0 on both sides"
-        return Scheme("S8S8", True, True, False, True, reason)
-    if target.isa == "aarch64":
-        return Scheme("S8S8", True, False, False, False, "arm64 kernels multiply signed bytes")
-    if VNNI_FLAGS & set(target.features):
-        return Scheme("U8S8", False, False, False, False, "VNNI multiplies unsigned by signed bytes without saturating")
-    reason = "without VNNI the sum of two products saturates 16 bits: unsigned activations, 7-bit weights"
-    return Scheme("U8S8", False, False, True, False, reason)
 
 
 def layer_names(model: Path) -> tuple[str, ...]:
@@ -222,7 +164,7 @@ def find_sensitive_layers(
     most: int = MOST_FP32_LAYERS,
     threads: int = 1,
     advance: Advance | None = None,
-) -> Sensitivity:
+) -> Fp32Layers:
     """Return the layers, at most `most`, whose staying in fp32 brings KL to fp32 towards `goal_kl`.
 
     Greedy: in the order of what each saves alone, and only while the divergence falls. `held_back` (N, C, H, W) are
@@ -230,14 +172,14 @@ def find_sensitive_layers(
     one in all when it meets it.
     """
     proto = read_ready(model)
-    judge = _Judge(model, held_back, threads)
+    fp32 = _Comparison(model, held_back, threads)
 
     def divergence(left: Iterable[str]) -> float:
-        return judge.kl(_quantised(proto, ranges, scheme, tuple(left)))
+        return fp32.kl(_quantised(proto, ranges, scheme, tuple(left)))
 
     before = divergence(())
     if before <= goal_kl or most < 1:
-        return Sensitivity((), before, before, {})
+        return Fp32Layers((), before, before, {})
     names = tuple(weighted_layers(proto))
     saved: dict[str, float] = {}
     for index, name in enumerate(names):
@@ -253,7 +195,7 @@ def find_sensitive_layers(
         if found < after:
             kept.append(name)
             after = found
-    return Sensitivity(tuple(kept), before, after, saved)
+    return Fp32Layers(tuple(kept), before, after, saved)
 
 
 def quantise(
@@ -280,41 +222,21 @@ def quantise(
     scheme = scheme_for(target)
     extremes = calibrate(model, calibration)
     proto = read_ready(model)
-    judge = _Judge(model, held_back, threads)
-    found = {way: judge.kl(_quantised(proto, extremes.ranges(way), scheme, ())) for way in ("minmax", "mean")}
-    way = min(found, key=lambda item: found[item])
-    ranges = extremes.ranges(way)
+    fp32 = _Comparison(model, held_back, threads)
+    found = {method: fp32.kl(_quantised(proto, extremes.ranges(method), scheme, ())) for method in ("minmax", "mean")}
+    method = min(found, key=lambda item: found[item])
+    ranges = extremes.ranges(method)
     sensitive = find_sensitive_layers(
         model, ranges, scheme, held_back, goal_kl=goal_kl, most=most_fp32_layers, threads=threads, advance=advance
     )
     report = quantise_static(model, out, ranges, scheme, sensitive.fp32_layers)
-    report = judge.complete(replace(report, ranges=way), out)
+    report = fp32.complete(replace(report, ranges=method), out)
     if sensitive.kl_after > goal_kl and is_mostly_linear(proto):
-        report = _dynamic_if_nearer(model, out, scheme, judge, report)
+        report = _dynamic_if_nearer(model, out, scheme, fp32, report)
     return report
 
 
-def convert_fp16(model: Path, out: Path, target: Target) -> QuantReport:
-    """Write `model` with fp16 weights and arithmetic; inputs and outputs stay fp32.
-
-    Raises:
-        UsageError: the target does not list fp16; the message says why and what to use.
-        JobError: the conversion fails.
-    """
-    _require(target, "fp16")
-    from onnxruntime.transformers import float16  # slow to import, and needed here only
-
-    try:
-        made = float16.convert_float_to_float16(read_ready(model), keep_io_types=True)
-        content: bytes = made.SerializeToString()
-        open_session(content)
-    except Exception as error:  # the converter's exceptions have no common base
-        raise JobError(f"the model cannot be converted to fp16: {cause_line(error)}") from error
-    write_atomically(out, content)
-    return QuantReport("fp16", "cast", None, None, 0, (), None, None, len(content))
-
-
-class _Judge:
+class _Comparison:
     """Compares int8 models with one fp32 model on the held-back images."""
 
     def __init__(self, model: Path, images: Float32Array, threads: int) -> None:
@@ -333,10 +255,10 @@ class _Judge:
         return replace(report, kl_to_fp32=found.kl_to_dense, agreement_top1=found.agreement_top1)
 
 
-def _dynamic_if_nearer(model: Path, out: Path, scheme: Scheme, judge: _Judge, static: QuantReport) -> QuantReport:
+def _dynamic_if_nearer(model: Path, out: Path, scheme: Scheme, fp32: _Comparison, static: QuantReport) -> QuantReport:
     other = out.with_name(f"{out.stem}.dynamic{out.suffix}")
     try:
-        dynamic = judge.complete(quantise_dynamic(model, other, scheme), other)
+        dynamic = fp32.complete(quantise_dynamic(model, other, scheme), other)
         nearer = (dynamic.kl_to_fp32 or 0.0) < (static.kl_to_fp32 if static.kl_to_fp32 is not None else float("inf"))
         if dynamic.kl_to_fp32 is None or not nearer:
             return static
@@ -345,14 +267,6 @@ def _dynamic_if_nearer(model: Path, out: Path, scheme: Scheme, judge: _Judge, st
         return replace(dynamic, notes=(note,))
     finally:
         other.unlink(missing_ok=True)
-
-
-def _require(target: Target, precision: str) -> None:
-    if precision in target.data_types:
-        return
-    have = ", ".join(target.data_types)
-    why = target.sources.get("data_types", "the profile does not list it")
-    raise UsageError(f"{precision} gains nothing on {target.name}, which lists {have} ({why}); use one of these")
 
 
 def _quantised(

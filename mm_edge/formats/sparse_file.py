@@ -1,6 +1,6 @@
-"""Unstructured zeros on disk: the smallest form of a model that still loads, and what it is worth.
+"""Unstructured zeros on disk: the smallest form of a model that still loads, and the bytes it saves.
 
-Zeros do not make a dense kernel faster and do not make an .onnx smaller; they do compress. Three forms are tried:
+Zeros make neither a dense kernel faster nor an .onnx smaller, but they compress well. Three forms are tried:
 
     onnx     as it is
     sparse   tensors for which it is smaller as ONNX sparse initialisers: a value of 4 bytes and an index of 8 for each

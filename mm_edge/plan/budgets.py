@@ -1,4 +1,4 @@
-"""What a budget is, and how widths are found that meet it.
+"""How widths are found that meet a budget.
 
 `--macs`, `--size`, `--speedup` and `--latency` all say how large a share of the dense network a candidate may cost:
 
@@ -7,87 +7,41 @@
     speedup X   1 / X of the time
     latency L   L of the dense network's milliseconds
 
-Widths are drawn so that a modelled cost comes out at an aim; then the share is checked: multiply-adds and bytes are
-counted, time is measured. Where the check misses what was asked, the aim moves along the line through the unpruned
-network (m0, s0) and the draft (m, s), modelled and checked, and widths are drawn anew, CORRECTIONS times at most:
+Widths are first chosen so that their modelled share of the dense cost equals an aim. Their actual share is then
+checked: multiply-adds and bytes are counted, time is measured. Where the actual share is not what was asked for, the
+aim is corrected and widths are chosen again, at most CORRECTIONS times. The correction takes the actual share to be a
+linear function of the modelled one, through the unpruned network (m0, s0) and the widths just tried (m, s):
 
     aim' = m0 - (s0 - goal) (m0 - m) / (s0 - s)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from mm_edge.graph.axes import Axis, Keep
 from mm_edge.graph.costs import Cost
-from mm_edge.records import Constraints
+from mm_edge.records import Budget
 
-KINDS = ("macs", "size", "speedup", "latency")
 CORRECTIONS = 2
 _TOLERANCE = 1e-9
 
 
 @dataclass(frozen=True)
-class Budget:
-    """One budget: its kind, one of KINDS, and the value that was given."""
+class BudgetCheck:
+    """What one budget allows at one input size, and how widths are checked against it.
 
-    kind: str
-    value: float
-
-    @property
-    def asked(self) -> str:
-        """The option as it was given."""
-        return f"--{self.kind} {self._text('g')}"
-
-    @property
-    def strategy(self) -> str:
-        """The name its candidates carry in place of a strategy's."""
-        return f"{self.kind}_{self._text('.4g')}"
-
-    @property
-    def is_time(self) -> bool:
-        """Whether it is met by time, which has to be measured."""
-        return self.kind in ("speedup", "latency")
-
-    def _text(self, form: str) -> str:
-        return str(int(self.value)) if self.kind == "size" else format(self.value, form)
-
-
-def asked_budgets(macs: Sequence[float], limits: Constraints, kinds: Sequence[str]) -> tuple[Budget, ...]:
-    """Return the budgets that candidates are made for.
-
-    A constraint adds some where structured candidates are made: nothing else makes a network faster or smaller at will.
-    """
-    budgets = tuple(Budget("macs", fraction) for fraction in macs)
-    return (*budgets, *constraining(limits)) if "structured" in kinds else budgets
-
-
-def constraining(limits: Constraints) -> tuple[Budget, ...]:
-    """Return the budgets that constraints set."""
-    asked = (("latency", limits.latency_ms), ("speedup", limits.speedup), ("size", limits.size_bytes))
-    return tuple(Budget(kind, value) for kind, value in asked if value is not None)
-
-
-def is_budget(strategy: str) -> bool:
-    """Return whether a candidate's strategy is the name of a budget."""
-    return strategy.partition("_")[0] in KINDS
-
-
-@dataclass(frozen=True)
-class Ruler:
-    """How the plans of one budget are drawn and checked at one input size.
-
-    All shares are of the dense network at its own size.
+    All shares are of the cost of the dense network at its own size.
 
     Attributes:
         target: the largest share that meets the budget.
-        cost: what plans are drawn by.
+        cost: the modelled cost, which widths are chosen by.
         dense: the cost of the dense network at its own size.
         whole: the checked share of the unpruned network at this size.
-        check: the share of what is kept.
-        aim: the part of `target` that plans are drawn for.
-        window: the parts of `target` between which a plan is not corrected.
+        check: returns the actual share of what is kept, counted or measured.
+        aim: the part of `target` that is aimed at.
+        window: the parts of `target` between which widths are not corrected.
     """
 
     target: float
@@ -105,7 +59,7 @@ class Ruler:
 
 @dataclass(frozen=True)
 class Draft:
-    """A plan on its way: what stays, and the sparsities it was drawn from, if any."""
+    """Widths tried for a budget: the indices that stay, and the sparsities they come from, if any."""
 
     keep: Keep
     sparsity: dict[str, float] = field(default_factory=dict)
@@ -113,39 +67,39 @@ class Draft:
 
 @dataclass(frozen=True)
 class Met:
-    """The draft that came nearest to a budget, the share it was checked to have, and how often it was corrected."""
+    """The draft chosen for a budget, its actual share, and how many corrections were made before it."""
 
     draft: Draft
     share: float
     corrections: int
 
-    def fits(self, ruler: Ruler) -> bool:
-        """Return whether it meets the budget."""
-        return self.share <= ruler.target * (1 + _TOLERANCE)
+    def fits(self, limit: BudgetCheck) -> bool:
+        """Return whether it meets the limit."""
+        return self.share <= limit.target * (1 + _TOLERANCE)
 
 
-def meet(draw: Callable[[float], Draft], ruler: Ruler) -> Met:
-    """Return what `draw` (from a modelled share to a draft) gives under the budget; see the top of the file.
+def meet(draw: Callable[[float], Draft], limit: BudgetCheck) -> Met:
+    """Return the draft chosen for a budget; `draw` makes a draft for a modelled share. See the top of the file.
 
-    Of several drafts that meet it the dearest is taken, and where none does the cheapest.
+    Of several drafts that meet the budget the one of largest share is taken; where none does, the one of smallest.
     """
-    goal = ruler.aim * ruler.target
-    start = (ruler.model(), ruler.whole)
+    goal = limit.aim * limit.target
+    start = (limit.model(), limit.whole)
     aim = goal * start[0] / start[1]
     tried: list[Met] = []
     while len(tried) <= CORRECTIONS:
         draft = draw(aim)
         if any(counts_of(draft.keep) == counts_of(item.draft.keep) for item in tried):
             break
-        tried.append(Met(draft, ruler.check(draft.keep), len(tried)))
-        share, modelled = tried[-1].share, ruler.model(draft.keep)
-        low, high = (part * ruler.target for part in ruler.window)
+        tried.append(Met(draft, limit.check(draft.keep), len(tried)))
+        share, modelled = tried[-1].share, limit.model(draft.keep)
+        low, high = (part * limit.target for part in limit.window)
         if low <= share <= high * (1 + _TOLERANCE) or share >= start[1] or modelled >= start[0]:
             break
         aim = start[0] - (start[1] - goal) * (start[0] - modelled) / (start[1] - share)
         if aim <= 0:
             break
-    fitting = [item for item in tried if item.fits(ruler)]
+    fitting = [item for item in tried if item.fits(limit)]
     return max(fitting, key=lambda item: item.share) if fitting else min(tried, key=lambda item: item.share)
 
 
@@ -155,7 +109,7 @@ def counts_of(keep: Keep) -> dict[Axis, int]:
 
 
 def words_for(budget: Budget, met: Met, *, measured: bool, by_table: bool) -> str:
-    """Return how a plan came to meet its budget, for the report."""
+    """Return how the cost of a plan was modelled and checked, for the report."""
     corrected = {0: "", 1: ", corrected once", 2: ", corrected twice"}[met.corrections]
     if not budget.is_time:
         return f"{'bytes of the file' if budget.kind == 'size' else 'multiply-adds'}, counted{corrected}"

@@ -1,17 +1,17 @@
-"""A model of time on one device, fitted to a table: how long the network takes when one group alone is narrowed.
+"""A model of time on one device, fitted to a table of measurements in which one group alone is narrowed.
 
     share(g, c)     the time with group g at c indices and all others whole, as a share of the dense network's
     time(counts) =  1 - sum_n t_n (1 - w_n(counts) / w_n)            w_n: multiply-adds of node n, dense
 
-t_n >= 0, the share of the time that falls with the work of node n, is what the table says and, where it says little,
-what the multiply-adds p_n = w_n / sum w say:
+t_n >= 0 is the share of the time that falls with the work of node n. It is fitted to the table, and drawn towards the
+node's share of the multiply-adds, p_n = w_n / sum w, which decides where the table holds little information:
 
     min_t  sum_(g, c) [1 - share(g, c) - sum_n t_n (1 - w_n(g, c) / w_n)]^2 / noise^2  +  sum_n (t_n - a p_n)^2 / s_n^2
 
-with a the part of the time that falls with multiply-adds at all, fitted alone before, and s_n = a (p_n + 1 / N): a node
-of few multiply-adds may take long all the same, as depthwise convolutions do. The noise is what the fit leaves, found
-by fitting a few times: a table that a busy machine made says little, and the model stays near multiply-adds. What is
-left of the time, 1 - sum t, never falls.
+where a is the part of the time that falls with multiply-adds, fitted first on its own, and s_n = a (p_n + 1 / N), wide
+enough for nodes that take long for their few multiply-adds, as depthwise convolutions do. The noise is the residual of
+the fit; fit and noise are found in turn, FITS times. On a busy machine the noise is large, and the model stays near the
+multiply-adds. The rest of the time, 1 - sum t, does not depend on widths.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from mm_edge.progress import Advance
 
 # The widths each group is timed at.
 PARTS = (0.5, 0.25)
-# How far a short measurement strays at least, as a share of the dense network's time.
+# The least noise that is assumed of a short measurement, as a share of the dense network's time.
 LEAST_NOISE = 0.003
 FITS = 4
 SWEEPS = 1000

@@ -1,4 +1,4 @@
-"""Phase 3: masks. Per layer the lowest-scored weights go, exactly as many as the sparsity asks for.
+"""Masks on single weights: in every layer the lowest scores are pruned, exactly as many as the sparsity asks for.
 
     pruned(l) = floor(rho(l) n(l) + 1/2),  lowest scores first, ties by index
 

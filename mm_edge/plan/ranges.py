@@ -1,4 +1,4 @@
-"""Phase 1: the sparsity a layer may have, [lo, hi], from rules or from baseline rankings, then constraints (E4, E5).
+"""The sparsity a layer may have, [lo, hi], from rules or from baseline rankings, then constraints (E4, E5).
 
     observed (E4)   for b in {MAG |w|, SNIP |w g|, GraSP w (H g)}, t in {0.70, 0.80, 0.90}:
                     prune the lowest t of all weights together; s(b, t, l) = share of layer l that went

@@ -1,4 +1,4 @@
-"""Phase 2: ten strategies, each a sparsity per layer inside its range (E6 and its neighbours).
+"""Ten strategies, each a sparsity per layer inside its range (E6 and its neighbours).
 
     at(a) = lo + a (hi - lo)
 
@@ -51,22 +51,22 @@ def max_aggressive(spot: Spot) -> float:
 
 
 def balanced(spot: Spot) -> float:
-    """Half way."""
+    """The middle."""
     return 0.5
 
 
 def lower_30th(spot: Spot) -> float:
-    """30 % of the way."""
+    """30 % of the range above its low end."""
     return 0.3
 
 
 def upper_70th(spot: Spot) -> float:
-    """70 % of the way."""
+    """70 % of the range above its low end."""
     return 0.7
 
 
 def upper_90th(spot: Spot) -> float:
-    """90 % of the way."""
+    """90 % of the range above its low end."""
     return 0.9
 
 
@@ -81,7 +81,7 @@ def classifier_heavy(spot: Spot) -> float:
 
 
 def feature_heavy(spot: Spot) -> float:
-    """The high end for feature extractors in the last two thirds, half way elsewhere."""
+    """The high end for feature extractors in the last two thirds, the middle elsewhere."""
     return 1.0 if spot.extracts and spot.depth >= 1 / 3 else 0.5
 
 

@@ -1,8 +1,7 @@
-"""Runs deployed models on images and compares what they say.
+"""Runs deployed models on images and compares their answers with labels and with the dense network's answers.
 
-Agreement is the fraction of images on which two models put the same class first. The divergence is
-    KL(dense || candidate) = sum_c p_c (log p_c - log q_c),   p, q = softmax of the logits,
-in nats, the mean over images, in float64.
+Agreement is the fraction of images on which two models put the same class first. The divergence (divergences.py) is
+the mean over images.
 """
 
 from __future__ import annotations
@@ -14,14 +13,27 @@ from typing import TypedDict
 
 import numpy as np
 
-from mm_edge.arrays import Array, Float32Array, Float64Array, IntArray
+from mm_edge.arrays import Float32Array, IntArray
 from mm_edge.errors import JobError, first_line
+from mm_edge.quality.divergences import divergence_per_row, log_softmax
 from mm_edge.runtime import describe, in_order, open_session
+
+__all__ = [
+    "Evaluation",
+    "Judgement",
+    "Reference",
+    "compare_logits",
+    "divergence_per_row",
+    "judge",
+    "log_softmax",
+    "open_session",
+    "run_onnx",
+]
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `count` images say of a model; None where there was nothing to compare with."""
+    """How a model did on `count` images; None where there was nothing to compare with."""
 
     accuracy_top1: float | None
     agreement_top1: float | None
@@ -31,12 +43,12 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Reference:
-    """What the dense network answers on the validation images; None throughout without any.
+    """What the dense network answers on the validation images.
 
     Attributes:
-        labels: the images' labels (n,).
-        logits: the dense network's answers (n, classes).
-        accuracy: the share of images whose label it puts first.
+        labels: the labels of the images (n,); None without any.
+        logits: its answers (n, classes); None where there are none to compare with.
+        accuracy: its own top-1 accuracy.
     """
 
     labels: IntArray | None = None
@@ -53,10 +65,8 @@ class Judgement(TypedDict):
     kl_to_dense: float | None
 
 
-def judge(logits: Float32Array | None, reference: Reference) -> Judgement:
-    """Return what answers (n, classes) to the validation images say; None throughout without answers."""
-    if logits is None:
-        return {"accuracy_top1": None, "accuracy_drop": None, "agreement_top1": None, "kl_to_dense": None}
+def judge(logits: Float32Array, reference: Reference) -> Judgement:
+    """Compare a candidate's answers (n, classes) on the validation images with the labels and the dense network's."""
     found = compare_logits(logits, reference.labels, reference.logits)
     return {
         "accuracy_top1": found.accuracy_top1,
@@ -67,6 +77,7 @@ def judge(logits: Float32Array | None, reference: Reference) -> Judgement:
 
 
 def _drop(dense: float | None, accuracy: float | None) -> float | None:
+    """Return by how many points of 100 the accuracy is below the dense network's."""
     return None if dense is None or accuracy is None else 100 * (dense - accuracy)
 
 
@@ -124,18 +135,6 @@ def compare_logits(logits: Float32Array, labels: IntArray | None, dense_logits: 
     # Rounding can leave -1e-17 for equal logits.
     divergence = max(0.0, float(divergence_per_row(dense_logits, logits).mean())) if usable else None
     return Evaluation(accuracy, agreement, divergence, len(logits))
-
-
-def divergence_per_row(dense: Float32Array, candidate: Float32Array) -> Float64Array:
-    """Return KL(dense || candidate) of every row of two sets of finite logits (n, classes), in nats."""
-    log_p, log_q = log_softmax(dense), log_softmax(candidate)
-    return np.asarray((np.exp(log_p) * (log_p - log_q)).sum(axis=1))
-
-
-def log_softmax(logits: Array) -> Float64Array:
-    """Return the logarithm of the softmax of every row (n, classes)."""
-    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
-    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)), dtype=np.float64)
 
 
 def _pieces(images: Float32Array, fixed: int | None) -> Iterator[tuple[Float32Array, int]]:

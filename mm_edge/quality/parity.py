@@ -42,7 +42,7 @@ def compare(run: Run, reference: Run, inputs: Float32Array, kind: str) -> Parity
             raise ParityError(f"outputs have the shapes {shapes}, the masked model's {wanted}")
         for got, want in zip(outputs, expected, strict=True):
             error, scale = float(np.abs(got - want).max()), float(np.abs(want).max())
-            # np.maximum, not max: what is no number must stay so and fail.
+            # np.maximum keeps NaN, which must fail the check; max would drop it.
             abs_err = float(np.maximum(abs_err, error))
             rel_err = float(np.maximum(rel_err, error / max(scale, 1e-30)))
         agreed += _same_answer(outputs[0], expected[0])

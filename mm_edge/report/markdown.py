@@ -1,4 +1,4 @@
-"""The report as Markdown: everything report.json says that a person would ask."""
+"""The report as Markdown: everything in report.json that a reader would ask for."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _HEADER = (
 
 def write_markdown(report: Report) -> str:
     """Return the whole report as one Markdown document."""
-    controls = any(c.is_control for c in report.candidates)
+    controls = any(report.is_control(c) for c in report.candidates)
     sections = [
         f"# {_escape(report.model.name)} on {_escape(str(report.target.get('name', 'unknown target')))}",
         _escape(write_headline(report)),
@@ -78,16 +78,16 @@ def _write_table(report: Report) -> str:
         "",
     ]
     chosen = find_chosen(report)
-    rows = [_write_row(c, chosen is not None and c.id == chosen.id) for c in report.candidates]
+    rows = [_write_row(c, report.is_control(c), chosen is not None and c.id == chosen.id) for c in report.candidates]
     divider = ["---"] * 2 + ["---:"] * (len(_HEADER) - 2)
     return "\n".join(_join(cells) for cells in (_HEADER, divider, first, *rows))
 
 
-def _write_row(c: Candidate, chosen: bool) -> list[str]:
+def _write_row(c: Candidate, control: bool, chosen: bool) -> list[str]:
     parity = NOT_MEASURED if c.parity is None else f"{c.parity.max_rel_err:.1e}"
     return [
         ("\\>" if chosen else "") + ("\\*" if c.pareto else ""),
-        _escape(c.id) + (" (control)" if c.is_control else ""),
+        _escape(c.id) + (" (control)" if control else ""),
         show_percent(c.accuracy_top1),
         show_drop(c.accuracy_drop),
         show_ms(c.latency_ms.p50),
@@ -119,7 +119,7 @@ def _write_choice(report: Report) -> str:
 
 
 def _write_budgets(report: Report) -> str:
-    """Say under each budget which row won, and how the rows made for it were planned."""
+    """Write for each budget which candidate won, and how the candidates made for it were planned."""
     lines = [f"- {_escape(item.reason)}" for item in report.budgets]
     planned = [f"- {_escape(c.id)}: {_escape(c.planned_by)}" for c in report.candidates if c.planned_by is not None]
     if not lines:
@@ -135,7 +135,7 @@ def _write_warnings(report: Report) -> str:
 
 
 def _write_training(report: Report) -> str:
-    """Say of every row that was fine-tuned how long, why it ended and whose weights it has."""
+    """Write for every fine-tuned candidate how many epochs it had, why it ended and which weights it keeps."""
     rows = [row for row in report.candidates if row.epochs is not None]
     lines = [
         f"- {_escape(row.id)}: {row.epochs} epochs; {_escape(row.stopped or '')} (kept: {row.recovered_by})"

@@ -1,11 +1,11 @@
-"""What a report comes down to: its headline, the rows worth a place on the screen, and what kept its width.
+"""A report in short: its headline, the candidates that a short table shows, and the groups that keep their width.
 
-Pruned rows are held against the controls, the dense network on pictures of other sizes. With t = 1 / speed-up, and
+Pruned candidates are compared with the controls, the dense network on images of other sizes. With t = 1 / speed-up, and
 a(t) the accuracy that dense and controls reach in that time (linear between them, the best of what is faster beyond),
 
-    margin(row) = accuracy(row) - a(t(row))
+    margin(c) = accuracy(c) - a(t(c))
 
-Rows faster than every control have a margin only where they are at least as accurate as the fastest.
+Candidates faster than every control have a margin only where they are at least as accurate as the fastest.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ def write_headline(report: Report) -> str:
 
 
 def control_sentence(report: Report) -> str | None:
-    """Return what to say when nothing pruned beats the dense network on pictures of other sizes; None where it does.
+    """Return the sentence for a report in which nothing pruned beats the controls; None where something does.
 
-    None too where there is nothing to compare: no control, no accuracy or no measured speed.
+    Also None where there is nothing to compare: no control, no accuracy or no measured speed.
     """
     curve = _control_curve(report)
     rows = [c for c in report.candidates if c.is_pruned and c.precision == "fp32"]
@@ -56,8 +56,8 @@ def control_sentence(report: Report) -> str | None:
 
 
 def _control_curve(report: Report) -> list[tuple[float, float]] | None:
-    """Return (1 / speed-up, accuracy) of dense and controls, fastest first, without what is slower and no better."""
-    controls = [c for c in report.candidates if c.is_control and c.precision == "fp32"]
+    """Return (1 / speed-up, accuracy) of dense and controls, fastest first, leaving out the slower and no better."""
+    controls = [c for c in report.candidates if report.is_control(c) and c.precision == "fp32"]
     points = [(1 / c.speedup, c.accuracy_top1) for c in controls if c.speedup and c.accuracy_top1 is not None]
     if not points or report.dense.accuracy_top1 is None:
         return None
@@ -81,10 +81,10 @@ def _margin(curve: list[tuple[float, float]], c: Candidate) -> float | None:
 
 
 def pick_rows(report: Report) -> tuple[Candidate, ...]:
-    """Return all candidates where they are few; else controls, Pareto rows and the chosen one, in their order.
+    """Return all candidates where they are few; else controls, those on the front and the chosen one, in their order.
 
-    Where no row is marked (accuracy was not measured), those of fewest MACs stand in. Of strategies that coincide the
-    first stands for all.
+    Where none is on the front (accuracy was not measured), those of fewest MACs take their place. Of strategies that
+    coincide only the first is listed.
     """
     first: dict[str, Candidate] = {}
     for c in report.candidates:
@@ -98,23 +98,23 @@ def pick_rows(report: Report) -> tuple[Candidate, ...]:
         wanted = {c.id for c in sorted(rows, key=lambda c: c.macs)[:SHORT_TABLE_ROWS]}
     if chosen is not None:
         wanted.add(chosen.id)
-    wanted |= {c.id for c in rows if c.is_control}
+    wanted |= {c.id for c in rows if report.is_control(c)}
     return tuple(c for c in rows if c.id in wanted)
 
 
-def name_rows(rows: tuple[Candidate, ...]) -> dict[str, str]:
-    """Return a name per candidate id: the id, without its kind and precision where all rows share them.
+def name_rows(report: Report, rows: tuple[Candidate, ...]) -> dict[str, str]:
+    """Return a name per candidate id: the id, without its kind and precision where all candidates share them.
 
     Controls are marked.
     """
-    shared = len({(c.kind, c.precision) for c in rows if not c.is_control}) == 1
+    shared = len({(c.kind, c.precision) for c in rows if not report.is_control(c)}) == 1
     names = {}
     for c in rows:
         middle = f"/{c.kind}/{c.precision}"
         names[c.id] = c.id.replace(middle, "", 1) if shared else c.id
     if len(set(names.values())) < len(names):
         names = {c.id: c.id for c in rows}
-    return {c.id: f"{names[c.id]} (control)" if c.is_control else names[c.id] for c in rows}
+    return {c.id: f"{names[c.id]} (control)" if report.is_control(c) else names[c.id] for c in rows}
 
 
 def count_skipped(report: Report) -> list[tuple[str, int, int]]:
@@ -139,7 +139,7 @@ def _speed_sentence(report: Report, chosen: Candidate) -> str:
             f"dense speed (95 % interval; {times})."
         )
     if chosen.speedup <= 1:
-        if chosen.is_control:
+        if report.is_control(chosen):
             return f"{chosen.id} is no faster than dense ({chosen.speedup:.2f}x, {times})."
         return f"Pruning brought no speed-up: {chosen.id} runs at {chosen.speedup:.2f}x the dense speed ({times})."
     return f"{chosen.id} is {chosen.speedup:.2f}x faster than dense ({times})."

@@ -24,7 +24,7 @@ _ONLY_WHERE_WIDE = ("file", "memory")
 
 
 def print_report(report: Report, console: Console) -> None:
-    """Print `report`: dense first, then every candidate where they are few, else the Pareto rows and the chosen one."""
+    """Print `report`: dense first, then every candidate; where they are many, those that pick_rows picks."""
     rows = pick_rows(report)
     console.print(Text(_one_line(write_headline(report)), style="bold"))
     console.print()
@@ -53,7 +53,7 @@ def _fill_table_(
     table.add_column("candidate", no_wrap=True)
     for title in titles:
         table.add_column(title, justify="right", overflow="fold", min_width=_FIGURE_COLUMNS)
-    names, chosen = name_rows(rows), find_chosen(report)
+    names, chosen = name_rows(report, rows), find_chosen(report)
     table.add_row("", "dense", *(figures[0][title] for title in titles))
     for c, cells in zip(rows, figures[1:], strict=True):
         is_chosen = chosen is not None and c.id == chosen.id
@@ -101,5 +101,5 @@ def _print_line(console: Console, label: str, text: str) -> None:
 
 
 def _one_line(text: str) -> str:
-    """Drop control characters: names come from files, and a terminal obeys what it is sent."""
+    """Replace control characters: names come from files, and could otherwise send commands to the terminal."""
     return "".join(char if char.isprintable() else " " for char in text)

@@ -1,4 +1,4 @@
-"""How figures are put in print: percent for fractions, units in words, `not measured` for what is None."""
+"""How figures are written: percent for fractions, units in words, `not measured` for what is None."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from mm_edge.errors import ConstraintError
 from mm_edge.formats.bundle import write_bundle
+from mm_edge.formats.registry import FormatContext
 from mm_edge.graph.groups import Structure
 from mm_edge.quality.evaluation import compare_logits, run_onnx
 from mm_edge.records import Candidate, Chosen, DenseRow, Report, SkippedGroup, candidate_id, from_json, to_json
@@ -118,9 +119,6 @@ def _write_bundle(job: Job, network: Network, candidate: Candidate) -> None:
         write_bundle(
             job.folder,
             candidate,
-            network.spec,
-            job.target,
-            images.parity,
-            images.parity_kind,
-            formats=job.request.formats,
+            FormatContext(network.spec, job.target, images.parity, images.parity_kind),
+            job.request.formats,
         )

@@ -14,8 +14,8 @@ from mm_edge.bench.target import Target
 from mm_edge.bench.transport import Transport
 from mm_edge.load.data import DataSplits
 from mm_edge.load.models import LoadedModel
-from mm_edge.plan.budgets import Budget, asked_budgets
 from mm_edge.progress import Stages
+from mm_edge.records import Budget, asked_budgets
 from mm_edge.run.recoveries import RECOVERIES, Recovery
 from mm_edge.run.request import Request
 from mm_edge.store import RunStore

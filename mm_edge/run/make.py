@@ -43,6 +43,8 @@ from mm_edge.run.recoveries import RECOVERIES, Recovery
 from mm_edge.runtime import release_memory
 from mm_edge.store import write_atomically
 
+NOT_JUDGED: Judgement = {"accuracy_top1": None, "accuracy_drop": None, "agreement_top1": None, "kl_to_dense": None}
+
 
 @dataclass(frozen=True)
 class MakeSettings:
@@ -243,7 +245,7 @@ def _check(network: Network, settings: MakeSettings, artifact: Path, reference: 
 def judge_artifact(network: Network, settings: MakeSettings, artifact: Path) -> Judgement:
     """Return what the validation images say of a model file; None throughout without any."""
     if network.images.validation is None:
-        return judge(None, settings.reference)
+        return NOT_JUDGED
     return judge(run_onnx(artifact, network.images.validation(), settings.threads), settings.reference)
 
 

@@ -23,7 +23,7 @@ from mm_edge.graph.deploy import deploy
 from mm_edge.graph.depth import Branch, renamed
 from mm_edge.graph.groups import Structure
 from mm_edge.graph.widths import AllowedWidths, Counts, group_scores, lead, select_indices
-from mm_edge.plan.budgets import Budget, Draft, Met, Ruler, counts_of, meet, words_for
+from mm_edge.plan.budgets import BudgetCheck, Draft, Met, counts_of, meet, words_for
 from mm_edge.plan.counts import count_macs, parameter_cost
 from mm_edge.plan.latency_table import at_another_size, fit_time, measure_table
 from mm_edge.plan.plans import ChannelPlan, Plan, plan_all, plan_n_m
@@ -33,7 +33,7 @@ from mm_edge.plan.scores import Scores
 from mm_edge.plan.strategies import assign
 from mm_edge.progress import Advance
 from mm_edge.quality.evaluation import run_onnx
-from mm_edge.records import Assignment, SparsityRange
+from mm_edge.records import Assignment, Budget, SparsityRange
 from mm_edge.recover.closed_form.branches import MeasuredBranch, allocate_rest, offers
 from mm_edge.recover.closed_form.context import RecoveryContext, judge_answers
 from mm_edge.run.clock import Clock, open_clock
@@ -62,7 +62,7 @@ class BudgetMeasures:
         self._job = job
         self._dense = dense
         self._clock = clock if budget.is_time else None
-        self._made: dict[int | None, Ruler] = {}
+        self._made: dict[int | None, BudgetCheck] = {}
 
     @property
     def measured(self) -> bool:
@@ -74,19 +74,19 @@ class BudgetMeasures:
         """Whether plans are drawn by measured latencies."""
         return self._time is not None
 
-    def at(self, network: Network) -> Ruler:
+    def at(self, network: Network) -> BudgetCheck:
         """Return how plans are drawn and checked at `network`."""
         if network.side not in self._made:
             by_bytes = self.budget.kind == "size"
             self._made[network.side] = self._by_bytes(network) if by_bytes else self._by_macs(network)
         return self._made[network.side]
 
-    def _by_macs(self, network: Network) -> Ruler:
+    def _by_macs(self, network: Network) -> BudgetCheck:
         structure, dense = network.structure, self._dense.structure.macs()
         if self._clock is None:
             check = partial(_macs_share, network, dense)
             whole = structure.macs() / dense
-            return Ruler(self._target(), structure.mac_cost, dense, whole, check, 1.0, COUNTED_WINDOW)
+            return BudgetCheck(self._target(), structure.mac_cost, dense, whole, check, 1.0, COUNTED_WINDOW)
         timed = partial(_timed_share, self._job, self._clock, network)
         whole = 1.0 if network.is_dense_size else timed({})
         cost = structure.mac_cost
@@ -94,14 +94,14 @@ class BudgetMeasures:
             dense_cost = self._dense.structure.mac_cost
             cost = self._time if network.is_dense_size else at_another_size(self._time, cost, dense_cost)
             dense = self._time.total()
-        return Ruler(self._target(), cost, dense, whole, timed, MEASURED_AIM, MEASURED_WINDOW)
+        return BudgetCheck(self._target(), cost, dense, whole, timed, MEASURED_AIM, MEASURED_WINDOW)
 
-    def _by_bytes(self, network: Network) -> Ruler:
+    def _by_bytes(self, network: Network) -> BudgetCheck:
         file = (self._job.folder / "dense.onnx").stat().st_size
         cost = parameter_cost(network.raw, network.structure)
         # Metadata is not part of what is counted here, and the same in every file but for a few names.
         check = partial(_bytes_share, network, file, file + METADATA_BYTES - _count_bytes(self._dense, {}))
-        return Ruler(self._target(), cost, cost.total(), check({}), check, 1.0, COUNTED_WINDOW)
+        return BudgetCheck(self._target(), cost, cost.total(), check({}), check, 1.0, COUNTED_WINDOW)
 
     def _target(self) -> float:
         value = self.budget.value
@@ -152,11 +152,11 @@ def plan_scaled(
     """Return a plan per signal and size that meets the budget; none where the unpruned network is within it."""
     plans: list[Plan] = []
     for network in networks_for(measures.budget, networks):
-        ruler = measures.at(network)
-        if ruler.whole <= ruler.target:
+        check = measures.at(network)
+        if check.whole <= check.target:
             continue
         allowed = network.allowed_widths(job)
-        met = meet(partial(_draw_scaled, network, allowed, ranges, ruler), ruler)
+        met = meet(partial(_draw_scaled, network, allowed, ranges, check), check)
         counts, words = counts_of(met.draft.keep), _words(measures, met)
         for signal in scores:
             keep = select_indices(counts, group_scores(network.structure, scores[signal]))
@@ -165,7 +165,7 @@ def plan_scaled(
         where = "" if network.is_dense_size else f" at {network.side} px"
         asked = f"{measures.budget.asked}{where}"
         unit = _UNITS[measures.budget.kind]
-        job.note(*budget_notes(network.structure, allowed, counts, met, ruler, asked, unit))
+        job.note(*budget_notes(network.structure, allowed, counts, met, check, asked, unit))
     return plans
 
 
@@ -177,10 +177,14 @@ def _words(measures: BudgetMeasures, met: Met) -> str:
 
 
 def _draw_scaled(
-    network: Network, allowed: Sequence[AllowedWidths], ranges: Mapping[str, SparsityRange], ruler: Ruler, aim: float
+    network: Network,
+    allowed: Sequence[AllowedWidths],
+    ranges: Mapping[str, SparsityRange],
+    check: BudgetCheck,
+    aim: float,
 ) -> Draft:
-    part = aim * ruler.dense / ruler.cost.total()
-    sparsity, counts = plan_budget(network.structure, network.layers, allowed, ranges, part, ruler.cost)
+    part = aim * check.dense / check.cost.total()
+    sparsity, counts = plan_budget(network.structure, network.layers, allowed, ranges, part, check.cost)
     return Draft(lead(network.structure, counts), sparsity)
 
 
@@ -189,7 +193,7 @@ def budget_notes(
     allowed: Sequence[AllowedWidths],
     counts: Counts,
     met: Met,
-    ruler: Ruler,
+    check: BudgetCheck,
     asked: str,
     unit: str,
 ) -> list[str]:
@@ -201,10 +205,10 @@ def budget_notes(
             f"{asked}: {finer} of {len(allowed)} groups have widths between the target's multiples, "
             "which alone miss the budget by more than 3 %: expect less speed than the MACs say"
         )
-    if not met.fits(ruler) or met.share < ruler.window[0] * ruler.target:
+    if not met.fits(check) or met.share < check.window[0] * check.target:
         held = sorted(structure.pinned, key=lambda item: -item.size * len(item.tensors))[:3]
         pins = "; ".join(f"{item.id}: {item.reason}" for item in held)
-        reached = met.share / ruler.whole
+        reached = met.share / check.whole
         found = f"the nearest the widths reach is {reached:.3f} of the dense {unit} there"
         notes.append(f"{asked}: {found} (pinned: {pins})")
     return notes
@@ -264,8 +268,8 @@ def plan_by_sensitivity(job: Job, measures: BudgetMeasures, networks: Networks) 
 def _is_within(measures: BudgetMeasures, network: Network) -> bool:
     if measures.budget.kind == "size":
         return False
-    ruler = measures.at(network)
-    return ruler.whole <= ruler.target
+    check = measures.at(network)
+    return check.whole <= check.target
 
 
 def _plan_whole(measures: BudgetMeasures, networks: Sequence[Network]) -> list[Plan]:
@@ -284,13 +288,13 @@ def _spend(
     job: Job, measures: BudgetMeasures, network: Network, measured: Sequence[MeasuredBranch], advance: Advance
 ) -> list[_Rival]:
     """Return one plan per set of removed blocks."""
-    ruler, allowed = measures.at(network), network.allowed_widths(job)
+    check, allowed = measures.at(network), network.allowed_widths(job)
     here = {item.branch.id: renamed(item.branch, network.leaves) for item in measured}
-    sets = offers(measured, lambda branch: _saved(ruler.cost, here[branch.id]))
+    sets = offers(measured, lambda branch: _saved(check.cost, here[branch.id]))
     rivals: list[_Rival] = []
     for removed in sets:
         branches = [here[item.id] for item in removed]
-        met = meet(partial(_draw_by_sensitivity, network, allowed, branches, ruler), ruler)
+        met = meet(partial(_draw_by_sensitivity, network, allowed, branches, check), check)
         assignment = Assignment("sensitivity", (measures.budget.strategy,), {})
         plan = ChannelPlan(
             assignment,
@@ -310,10 +314,10 @@ def _saved(cost: Cost, branch: Branch) -> float:
 
 
 def _draw_by_sensitivity(
-    network: Network, allowed: Sequence[AllowedWidths], removed: Sequence[Branch], ruler: Ruler, aim: float
+    network: Network, allowed: Sequence[AllowedWidths], removed: Sequence[Branch], check: BudgetCheck, aim: float
 ) -> Draft:
-    dense = aim * ruler.dense
-    return Draft(allocate_rest(network.structure, ruler.cost, network.sensitivities, removed, dense, allowed))
+    dense = aim * check.dense
+    return Draft(allocate_rest(network.structure, check.cost, network.sensitivities, removed, dense, allowed))
 
 
 def _divergence(job: Job, dense: Network, network: Network, plan: ChannelPlan | None) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -13,16 +14,17 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 from timm.data import create_transform
 
+from mm_edge.arrays import Array
 from mm_edge.bench.target import load_target, resolve_host
 from mm_edge.errors import JobError, ModelError, ParityError, UsageError
 from mm_edge.formats.device_files import (
     add_metadata_,
-    convert_to_ort,
     read_metadata,
     run_images,
     stored_bytes,
     write_model,
 )
+from mm_edge.formats.ort_file import convert_to_ort
 from mm_edge.formats.preprocess import bake_preprocess
 from mm_edge.formats.sparse_file import read_stored, store_smallest
 from mm_edge.quality.parity import onnx_runner
@@ -83,11 +85,12 @@ def pipeline(image: np.ndarray, spec: InputSpec) -> np.ndarray:
         spec.shape, interpolation=spec.interpolation, crop_pct=spec.crop_pct, is_training=False, normalize=False
     )
     picture = Image.fromarray(image[:, :, 0]) if image.shape[2] == 1 else Image.fromarray(image)
-    return transform(picture).numpy()
+    pixels: Array = transform(picture).numpy()
+    return pixels
 
 
 def normalised(pixels: np.ndarray, spec: InputSpec) -> np.ndarray:
-    mean, std = (np.float32(values).reshape(-1, 1, 1) for values in (spec.mean, spec.std))
+    mean, std = (np.array(values, np.float32).reshape(-1, 1, 1) for values in (spec.mean, spec.std))
     return ((pixels.astype(np.float32) / np.float32(255) - mean) / std)[None]
 
 
@@ -144,7 +147,7 @@ def test_an_ort_file_for_another_machine_has_no_blocked_layout(tmp_path: Path) -
 def test_an_ort_file_that_disagrees_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = saved(tmp_path / "m.onnx")
     monkeypatch.setattr(
-        "mm_edge.formats.device_files.onnx_runner",
+        "mm_edge.formats.ort_file.onnx_runner",
         lambda file: lambda x: [out * (1.01 if file.suffix == ".ort" else 1) for out in onnx_runner(file)(x)],
     )
     with pytest.raises(ParityError, match=r"m\.ort differs"):
@@ -189,7 +192,7 @@ def test_baked_preprocessing_is_the_pipelines(
     baked.graph.output.append(helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 3, SIDE, SIDE]))
     answer, seen = run_images(saved(tmp_path / "b.onnx", baked))(photograph(*size))
     expected = normalised(pipeline(photograph(*size), spec), spec)
-    levels = np.abs(seen - expected) * np.float32(spec.std).reshape(1, -1, 1, 1) * 255
+    levels = np.abs(seen - expected) * np.array(spec.std, np.float32).reshape(1, -1, 1, 1) * 255
     # Pillow and ONNX Runtime round their weights to 22 bits differently, which moves values that lie half-way.
     assert levels.max() < 2.5 and levels.mean() < 0.1
     reference = onnx_runner(saved(tmp_path / "m.onnx", model))(expected)[0]
@@ -221,7 +224,7 @@ def test_the_model_given_is_not_changed(tmp_path: Path) -> None:
         ({"shape": (3, 32, 32)}, r"needs an fp32 input of shape \[1, 3, 32, 32\]; this model has \[1, 3, 24, 24\]"),
     ],
 )
-def test_what_cannot_be_baked_is_refused(change: dict, message: str) -> None:
+def test_what_cannot_be_baked_is_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match="--bake-preprocess " + message):
         bake_preprocess(network(), dataclasses.replace(SPEC, **change))
 

@@ -11,25 +11,26 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from mm_edge.arrays import Array, Float32Array
 from mm_edge.bench.target import load_target
 from mm_edge.errors import JobError, ModelError, UsageError
+from mm_edge.formats.fp16 import convert_fp16
 from mm_edge.formats.quantize import (
     Extremes,
     calibrate,
-    convert_fp16,
     find_sensitive_layers,
     layer_names,
     quantise,
     quantise_dynamic,
     quantise_static,
-    scheme_for,
 )
+from mm_edge.formats.schemes import scheme_for
 from mm_edge.quality.evaluation import compare_logits, run_onnx
 
 CHANNELS, CLASSES = 8, 5
 
 
-def images(count: int, seed: int = 0) -> np.ndarray:
+def images(count: int, seed: int = 0) -> Float32Array:
     return np.random.default_rng(seed).standard_normal((count, 3, 8, 8), dtype=np.float32)
 
 
@@ -76,7 +77,7 @@ def linear_net(path: Path) -> Path:
     return save(path, nodes, weights, [1, 3, 8, 8], 20)
 
 
-def save(path: Path, nodes: list, weights: dict, shape: list[int], opset: int) -> Path:
+def save(path: Path, nodes: list[onnx.NodeProto], weights: dict[str, Array], shape: list[int], opset: int) -> Path:
     graph = helper.make_graph(
         nodes,
         "net",
@@ -109,7 +110,7 @@ VNNI, PLAIN, ARM, GPU = "x86_64-avx512-vnni", "x86_64-avx2", "raspberry-pi-4", "
         ("raspberry-pi-5", ("S8S8", True, False, False, False)),
     ],
 )
-def test_scheme_follows_the_instruction_set(target: str, expected: tuple) -> None:
+def test_scheme_follows_the_instruction_set(target: str, expected: tuple[str | bool, ...]) -> None:
     assert dataclasses.astuple(scheme_for(load_target(target)))[:5] == expected
 
 
@@ -157,7 +158,7 @@ def test_extremes_are_those_of_each_image(tmp_path: Path) -> None:
 
 
 def test_ranges_by_hand() -> None:
-    extremes = Extremes(("t",), np.float32([[-1.0], [-3.0]]), np.float32([[2.0], [4.0]]))
+    extremes = Extremes(("t",), np.array([[-1.0], [-3.0]], np.float32), np.array([[2.0], [4.0]], np.float32))
     assert extremes.ranges("minmax") == {"t": (-3.0, 4.0)}
     assert extremes.ranges("mean") == {"t": (-2.0, 3.0)}
 
@@ -273,7 +274,7 @@ def test_dynamic_quantises_gemm_as_well(tmp_path: Path) -> None:
 def test_quantise_takes_dynamic_where_static_loses(tmp_path: Path) -> None:
     model = linear_net(tmp_path / "m.onnx")
     # Calibrated on images a hundred times fainter than those it is judged on, static clips nearly everything.
-    faint, bright = images(8) / 100, images(16, 5)
+    faint, bright = np.divide(images(8), 100, dtype=np.float32), images(16, 5)
     report = quantise(model, tmp_path / "q.onnx", load_target(VNNI), [faint], bright, most_fp32_layers=0)
     assert report.method == "dynamic" and report.kl_to_fp32 is not None and report.kl_to_fp32 < 0.02
     assert "static int8 diverges by" in report.notes[0]
@@ -327,7 +328,7 @@ def padded_net(path: Path, sizes: list[int], value: float = 0.0) -> Path:
     save(path, nodes, {"w": rng.standard_normal((CLASSES, 3, 3, 3))}, [1, 3, 8, 8], 20)
     model = onnx.load(path)
     model.graph.initializer.append(numpy_helper.from_array(np.array(sizes), "sizes"))
-    model.graph.initializer.append(numpy_helper.from_array(np.float32(value), "value"))
+    model.graph.initializer.append(numpy_helper.from_array(np.array(value, np.float32), "value"))
     model.graph.initializer.append(numpy_helper.from_array(np.array([2, 3]), "axes"))
     onnx.save(onnx.shape_inference.infer_shapes(model), path)
     return path

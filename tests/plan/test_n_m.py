@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from mm_edge.arrays import BoolArray
 from mm_edge.bench.target import load_target
 from mm_edge.errors import ParityError, UsageError
 from mm_edge.graph.deploy import deploy
@@ -53,11 +55,15 @@ class Net(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = torch.relu(self.norm(self.wide(torch.relu(self.conv(x)))))
         x = self.same(torch.relu(self.mix(x.flatten(2).transpose(1, 2))))
-        return self.head(x.mean(1))
+        answer: torch.Tensor = self.head(x.mean(1))
+        return answer
+
+
+Exported = tuple[Net, RawGraph, tuple[Layer, ...]]
 
 
 @pytest.fixture(scope="module")
-def net() -> tuple[Net, RawGraph, tuple[Layer, ...]]:
+def net() -> Exported:
     torch.manual_seed(0)
     module = Net().eval()
     raw = export_raw(module, torch.zeros(1, 3, 4, 4))
@@ -70,10 +76,11 @@ def projected(module: Net, raw: RawGraph, layers: tuple[Layer, ...]) -> Projecti
     return project(layers, scores, sparsity, reduced_axes(raw.model), TWO_FOUR, least_channels=8)
 
 
-def exported(raw: RawGraph, masks: dict) -> ir.Model:
+def exported(raw: RawGraph, masks: Mapping[str, BoolArray]) -> ir.Model:
     model = raw.model.clone()
     for name, mask in masks.items():
         value = model.graph.initializers[name]
+        assert value.const_value is not None
         value.const_value = ir.tensor(np.where(mask, value.const_value.numpy(), np.float32(0)), name=name)
     return deploy(model)
 
@@ -81,14 +88,14 @@ def exported(raw: RawGraph, masks: dict) -> ir.Model:
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(0, 5), min_size=4, max_size=4), st.integers(1, 3))
 def test_the_kept_pattern_is_the_best_of_all(values: list[int], n: int) -> None:
-    score = np.float32(values).reshape(1, 4)
+    score = np.array(values, np.float32).reshape(1, 4)
     mask = project_mask(score, Pattern(n, 4), axis=1)
     best = max(sum(values[i] for i in chosen) for chosen in itertools.combinations(range(4), n))
     assert mask.sum() == n and score[mask].sum() == best
 
 
 def test_by_hand_with_ties_to_the_lower_index() -> None:
-    score = np.float32([[1, 4, 4, 4, 9, 0, 0, 0]])
+    score = np.array([[1, 4, 4, 4, 9, 0, 0, 0]], np.float32)
     assert project_mask(score, TWO_FOUR, 1).tolist() == [[False, True, True, False, True, True, False, False]]
 
 
@@ -101,12 +108,12 @@ def test_convolutions_are_grouped_along_input_channels_at_each_kernel_position()
 
 
 def test_a_short_last_group_counts_as_filled_with_zeros() -> None:
-    mask = project_mask(np.float32([[5, 1, 2, 3, 7, 8, 9], [0, 0, 0, 0, 0, 0, 1]]), TWO_FOUR, 1)
+    mask = project_mask(np.array([[5, 1, 2, 3, 7, 8, 9], [0, 0, 0, 0, 0, 0, 1]], np.float32), TWO_FOUR, 1)
     assert mask[0].tolist() == [True, False, False, True, False, True, True]
     assert mask[1].tolist()[4:] == [True, False, True]
 
 
-def test_reduced_axes_of_a_torch_network(net: tuple) -> None:
+def test_reduced_axes_of_a_torch_network(net: Exported) -> None:
     _, raw, _ = net
     axes = reduced_axes(raw.model)
     assert {axes[f"{name}.weight"] for name in ("conv", "wide", "mix", "same", "head")} == {1}
@@ -120,7 +127,7 @@ def test_reduced_axis_of_a_matmul_that_is_stored_transposed() -> None:
     assert reduced_axes(ir.Model(graph, ir_version=10)) == {"w": 0}
 
 
-def test_layers_take_the_pattern_or_say_why_not(net: tuple) -> None:
+def test_layers_take_the_pattern_or_say_why_not(net: Exported) -> None:
     module, raw, layers = net
     result = projected(module, raw, layers)
     assert set(result.masks) == {"wide.weight", "mix.weight", "same.weight"}
@@ -144,7 +151,7 @@ def test_layers_take_the_pattern_or_say_why_not(net: tuple) -> None:
         ("linear", (512, 510), 0.5, "510 inputs are no multiple of 4"),
     ],
 )
-def test_reasons(kind: str, shape: tuple, rho: float, reason: str) -> None:
+def test_reasons(kind: str, shape: tuple[int, ...], rho: float, reason: str) -> None:
     layer = Layer("w", kind, "mlp", shape, 0, 0, 1)
     result = project([layer], {"w": np.zeros(shape, np.float32)}, {"w": rho}, {"w": 1}, TWO_FOUR)
     assert result.dense == {"w": reason} and not result.masks
@@ -156,7 +163,7 @@ def test_a_layer_whose_axis_is_unknown_stays_dense() -> None:
     assert result.dense["w"].startswith("its weight is reshaped before it is used")
 
 
-def test_exported_weights_follow_the_pattern(net: tuple, tmp_path: Path) -> None:
+def test_exported_weights_follow_the_pattern(net: Exported, tmp_path: Path) -> None:
     module, raw, layers = net
     result = projected(module, raw, layers)
     model = exported(raw, result.masks)
@@ -170,7 +177,7 @@ def test_exported_weights_follow_the_pattern(net: tuple, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("fqn", ["wide.weight", "mix.weight"])
-def test_a_broken_artifact_fails(net: tuple, fqn: str) -> None:
+def test_a_broken_artifact_fails(net: Exported, fqn: str) -> None:
     module, raw, layers = net
     result = projected(module, raw, layers)
     broken = {name: mask.copy() for name, mask in result.masks.items()}
@@ -186,7 +193,7 @@ def test_a_broken_artifact_fails(net: tuple, fqn: str) -> None:
     )
 
 
-def test_an_artifact_without_the_zeros_fails(net: tuple) -> None:
+def test_an_artifact_without_the_zeros_fails(net: Exported) -> None:
     module, raw, layers = net
     result = projected(module, raw, layers)
     found = {v.fqn: v.groups for v in check_pattern(exported(raw, {}), result.masks, reduced_axes(raw.model), TWO_FOUR)}
@@ -208,9 +215,11 @@ def test_compensation_is_the_least_squares_answer_within_the_pattern() -> None:
 
 
 def test_a_strong_ridge_leaves_the_masked_weight() -> None:
-    weight = np.float32([[1, 2, 3, 4]])
+    weight = np.array([[1, 2, 3, 4]], np.float32)
     mask = np.array([[False, False, True, True]])
-    np.testing.assert_allclose(compensate(weight, np.ones((4, 4)), mask, ridge=1e9), [[0, 0, 3, 4]], atol=1e-6)
+    np.testing.assert_allclose(
+        compensate(weight, np.ones((4, 4)), mask, ridge=1e9), np.array([[0, 0, 3, 4]]), atol=1e-6
+    )
 
 
 def test_refused_where_no_kernel_exists() -> None:

@@ -54,7 +54,8 @@ class Noisy(nn.Module):
         if "bias" not in self.cache:
             self.cache["bias"] = self.table * 2
         x = torch.tanh(self.norm(self.first(x))).mean((2, 3)) + self.cache["bias"]
-        return self.last(self.drop(x))
+        answer: Tensor = self.last(self.drop(x))
+        return answer
 
 
 def test_signals_by_hand() -> None:
@@ -150,7 +151,7 @@ def test_hessian_product_agrees_with_double_backward() -> None:
     names = ["0.weight", "2.weight"]
     chosen = [dict(net.named_parameters())[name] for name in names]
     grads = torch.autograd.grad(functional.cross_entropy(net(x), y), chosen, create_graph=True)
-    exact = torch.autograd.grad(sum((g * g.detach()).sum() for g in grads), chosen)
+    exact = torch.autograd.grad(torch.stack([(g * g.detach()).sum() for g in grads]).sum(), chosen)
     found = hessian_gradient_products(net, [(x[:8], y[:8]), (x[8:], y[8:])], names)
     for name, value in zip(names, exact, strict=True):
         np.testing.assert_allclose(found[name], value.numpy(), rtol=0.02, atol=2e-3 * float(value.abs().max()))

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 from tiny_graphs import noise, tiny
 from torch import nn
 
 from mm_edge.errors import ParityError
-from mm_edge.quality.parity import compare, onnx_runner, require, torch_runner
+from mm_edge.quality.parity import Run, compare, onnx_runner, require, torch_runner
 from mm_edge.records import Parity, ParityInputs
 
 ZEROS = np.zeros((2, 1), np.float32)
 
 
-def always(*outputs: list[float]):
-    return lambda inputs: [np.float32([output]) for output in outputs]
+def always(*outputs: list[float]) -> Run:
+    return lambda inputs: [np.array([output], np.float32) for output in outputs]
 
 
 def test_the_error_is_relative_to_the_reference_s_largest_magnitude() -> None:
@@ -31,9 +34,9 @@ def test_every_output_counts_on_its_own_scale_and_the_worst_input_decides() -> N
     assert parity.max_rel_err == pytest.approx(0.1, rel=1e-4)
 
     def second_only(inputs: np.ndarray) -> list[np.ndarray]:
-        return [np.float32([[2.0 if inputs[0, 0] else 1.0]])]
+        return [np.array([[2.0 if inputs[0, 0] else 1.0]], np.float32)]
 
-    parity = compare(second_only, always([1.0]), np.float32([[0], [1]]), "images")
+    parity = compare(second_only, always([1.0]), np.array([[0], [1]], np.float32), "images")
     assert parity.max_rel_err == 1.0
 
 
@@ -70,14 +73,14 @@ def test_require_names_the_artifact_and_both_figures() -> None:
         require(Parity(1.0, 1e-5, 0.5, ParityInputs(8, "noise")), "a")
 
 
-def test_runners_of_a_graph_a_file_and_a_module_agree(tmp_path) -> None:
+def test_runners_of_a_graph_a_file_and_a_module_agree(tmp_path: Path) -> None:
     raw = tiny("float[1,3] x", "y = Gemm<transB=1>(x, w, b)", {"w": (4, 3), "b": (4,)})
     layer = nn.Linear(3, 4)
     with torch.no_grad():
         for parameter, name in ((layer.weight, "w"), (layer.bias, "b")):
-            parameter.copy_(torch.from_numpy(raw.model.graph.initializers[name].const_value.numpy().copy()))
-    import onnx_ir as ir
-
+            value = raw.model.graph.initializers[name].const_value
+            assert value is not None
+            parameter.copy_(torch.from_numpy(value.numpy().copy()))
     ir.save(raw.model, tmp_path / "a.onnx")
     inputs = noise(raw)
     for run in (onnx_runner(raw.model), onnx_runner(tmp_path / "a.onnx")):

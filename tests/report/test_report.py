@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -159,8 +160,9 @@ def test_a_figure_that_is_no_number_is_a_defect_and_writes_nothing(tmp_path: Pat
     broken = make_report(dataclasses.replace(FAST, kl_to_dense=float("nan")))
     with pytest.raises(ValueError, match=r"^Report\.candidates\[0\]\.kl_to_dense is not a finite number"):
         write_report(broken, tmp_path)
+    not_whole: Any = 1.5
     with pytest.raises(ValueError, match=r"^Report\.model\.macs: expected int"):
-        write_report(make_report(FAST, model=dataclasses.replace(broken.model, macs=1.5)), tmp_path)
+        write_report(make_report(FAST, model=dataclasses.replace(broken.model, macs=not_whole)), tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -308,7 +310,9 @@ def test_a_name_cannot_command_the_terminal() -> None:
 
 def control(side: int, speedup: float, accuracy: float) -> Candidate:
     row = candidate("dense", 2.0 / speedup, 100 * (0.9 - accuracy))
-    return dataclasses.replace(row, id=f"dense@{side}", signal="none", kind="dense", speedup=speedup, speedup_ci=None)
+    shape = (1, 3, side, side)
+    named = dataclasses.replace(row, id=f"dense@{side}", signal="none", kind="dense", input_shape=shape)
+    return dataclasses.replace(named, speedup=speedup, speedup_ci=None)
 
 
 def test_a_pruned_row_that_a_smaller_picture_beats_is_said_first() -> None:

@@ -165,6 +165,7 @@ def row(
         input_shape=(3, 8, 8),
         accuracy_top1=accuracy,
         kl_to_dense=0.1,
+        planned_by="multiply-adds, counted" if strategy.startswith("macs") else None,
     )
 
 
