@@ -25,7 +25,7 @@ from mm_edge.plan.scores import SIGNALS, parse_signals
 from mm_edge.plan.strategies import STRATEGIES, parse_strategies
 from mm_edge.progress import Stages
 from mm_edge.records import Constraints, Report
-from mm_edge.recover.closed_form.recovery import SELECTIONS
+from mm_edge.recover.closed_form.structured import SELECTIONS
 from mm_edge.run.convert import PRECISIONS
 from mm_edge.run.finetune import require_trainable
 from mm_edge.run.job import FROM_MOMENTS, Job, Request

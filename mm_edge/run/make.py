@@ -55,8 +55,8 @@ from mm_edge.records import Assignment, Candidate, InputSpec, Layer, Parity, Spa
 from mm_edge.recover.closed_form.batchnorm import has_batch_norm, reestimate_batch_norm_
 from mm_edge.recover.closed_form.context import RecoveryContext
 from mm_edge.recover.closed_form.pattern import recover_pattern
-from mm_edge.recover.closed_form.recovery import Recovered, recover_closed_form
 from mm_edge.recover.closed_form.sensitivity import Sensitivity
+from mm_edge.recover.closed_form.structured import Recovered, recover_closed_form
 from mm_edge.runtime import release_memory
 from mm_edge.store import write_atomically
 

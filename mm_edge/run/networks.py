@@ -100,7 +100,15 @@ def _dense_moments(job: Job, network: SizedNetwork, most: int = CLOSED_FORM_IMAG
     also = tuple(reduced_axes(network.raw.model)) if pattern else ()
     images = recovery_images(job.data)[:most]
     with job.stages.stage("dense moments") as advance:
-        return build_context(network.raw, network.structure, images, also=also, threads=cores(), progress=advance)
+        return build_context(
+            network.raw,
+            network.structure,
+            images,
+            also=also,
+            threads=cores(),
+            progress=advance,
+            module=job.model.module,
+        )
 
 
 def _sensitivities(job: Job, network: SizedNetwork, recovery: RecoveryContext | None) -> dict[Axis, Sensitivity]:

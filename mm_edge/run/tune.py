@@ -10,7 +10,6 @@ from dataclasses import replace
 from mm_edge.progress import Advance
 from mm_edge.records import Candidate
 from mm_edge.recover.training.adapt import tune_for
-from mm_edge.recover.training.distil import Sized
 from mm_edge.run.make import Plan, Workbench, read_masked_state, save_trained
 
 
@@ -27,13 +26,9 @@ def tune_candidate(
     assert row.masked_state_dict is not None
     plan, start = read_masked_state(bench.structure, plan, bench.folder / row.masked_state_dict)
     assert plan.keep is not None
-    found = tune_for(_sized(bench), _sized(given), plan.keep, start, seed=seed, progress=advance)
+    assert bench.recovery is not None and given.recovery is not None
+    found = tune_for(bench.recovery, given.recovery, plan.keep, start, seed=seed, progress=advance)
     if not found.better:
         return replace(row, stopped=found.note)
     made = save_trained(bench, plan, found.tensors, "tune", f"{plan.file_name}-tuned")
     return replace(made, stopped=found.note)
-
-
-def _sized(bench: Workbench) -> Sized:
-    assert bench.recovery is not None and bench.module is not None
-    return Sized(bench.recovery, bench.module)
