@@ -1,4 +1,4 @@
-"""Tuning for a smaller input: taken over from the size given, then taught by the dense network on larger pictures."""
+"""Tuning for a smaller input: tuned at the given size, taken over, then distilled from larger pictures."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_what_is_no_better_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class _Unpooled(nn.Module):
-    """Classes from every place of the map, averaged: what the last layer reads has another shape at another size."""
+    """Classes at every position of the map, averaged: what the last layer reads has another shape at another size."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -122,7 +122,7 @@ def test_what_differs_in_shape_is_not_compared(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("name", ["plain", "vit"])
-def test_a_row_at_another_size_is_tuned_where_given_then_taught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_candidate_is_tuned_at_the_given_size_then_distilled(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(name)
     own, keep = _smaller(case)
     start = _masked(own, keep)
@@ -140,7 +140,7 @@ def test_a_row_at_another_size_is_tuned_where_given_then_taught(name: str, monke
     assert neither.tensors is start
 
 
-def test_a_whole_network_is_taught_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_whole_network_is_distilled_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(adapt, "tune")
     case = Case("plain")
     own, keep = _smaller(case)
@@ -149,7 +149,7 @@ def test_a_whole_network_is_taught_alone(monkeypatch: pytest.MonkeyPatch) -> Non
     assert found.better and found.note.startswith("distilled 80 steps")
 
 
-def test_at_the_size_given_nothing_is_taught() -> None:
+def test_at_the_given_size_nothing_is_distilled() -> None:
     case = Case("plain")
     found = tune_for(case.context, case.context, case.keep, _masked(case.context, case.keep))
     assert found.better and "distilled" not in found.note
@@ -161,7 +161,9 @@ def test_without_a_module_nothing_can_be_trained() -> None:
         tune_for(context, context, {}, {})
 
 
-def test_what_was_tuned_elsewhere_is_taken_where_it_is_better_and_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_tuned_is_taken_over_where_it_is_better_and_fits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     case = Case("plain")
     start = _masked(case.context, case.keep)
     tuned = tune(case.context, case.keep, start)

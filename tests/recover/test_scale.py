@@ -1,4 +1,4 @@
-"""Answers compared up to their scale: the scale is the best, the layer that takes it the right one, what is written so.
+"""Answers compared up to their scale: the best scale is found, and the right layer takes it.
 
 `found` answers are multiplied by s; the last layer's weight and bias take s.
 """
@@ -104,7 +104,7 @@ def test_it_stays_within_its_bounds() -> None:
 @pytest.mark.parametrize("classes", [10, 1000])
 @pytest.mark.parametrize("sure", [0.02, 0.5, 0.7, 0.98])
 def test_answers_that_all_turn_sure_at_one_scale(gap: float, classes: int, sure: float) -> None:
-    """Where the slope is a steep step, Newton's method alone goes to and fro."""
+    """The slope is a steep step here, so that Newton's method alone jumps between two points."""
     found = np.zeros((4, classes), np.float32)
     found[:, 0] = gap
     wanted = np.zeros((4, classes), np.float32)
@@ -262,7 +262,7 @@ def test_a_graph_of_as_many_indices_is_made_of_another(plain: Case) -> None:
 
 
 def test_selections_are_judged_by_their_own_constants_where_a_block_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a removed block leaves is a constant of the channels it is added to: another selection, another constant."""
+    """A removed block leaves a constant whose channels are those of the sum, so it differs between selections."""
     torch.manual_seed(0)
     module = Residual().eval()
     randomise_(module)

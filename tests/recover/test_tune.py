@@ -1,4 +1,4 @@
-"""Block-wise tuning on small networks: parts of a module run alone, masks hold, it is kept only where better."""
+"""Block-wise tuning on small networks: parts of a module run alone, masks hold, only what is better is accepted."""
 
 from __future__ import annotations
 

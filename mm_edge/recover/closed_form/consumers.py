@@ -22,6 +22,7 @@ from mm_edge.arrays import Array, Float32Array, Float64Array, IntArray
 from mm_edge.graph.export import RawGraph
 from mm_edge.graph.partial import RunnableGraph
 
+# Operators that move values and do not change them.
 MOVES = frozenset("Transpose Reshape Squeeze Unsqueeze Flatten Identity Dropout".split())
 
 

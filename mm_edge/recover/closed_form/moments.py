@@ -29,6 +29,7 @@ from mm_edge.recover.closed_form.consumers import (
 
 POSITIONS = 49
 WIDEST = 8192
+# Rows are multiplied in blocks of at least so many, and all accumulators of one pass together take so much memory.
 ROWS = 1024
 ACCUMULATOR_BYTES = 3 << 29
 
@@ -61,6 +62,11 @@ class Accumulator:
         self._rows: list[tuple[Float32Array, Float32Array | None]] = []
         self._waiting = 0
         self._sums: dict[str, Any] = {}
+
+    @property
+    def empty(self) -> bool:
+        """Whether no row was added."""
+        return not (self.count or self._waiting)
 
     def add(self, inputs: Float32Array, wanted: Float32Array | None = None) -> None:
         """Add rows of inputs (n, G, K) and of wanted outputs (n, O)."""
@@ -153,7 +159,7 @@ def collect_dense(
                 kept[item.node].append(_at(values, paths[item.node].result, paths[item.node].index[where]))
             if advance is not None:
                 advance(number * len(numbers) + done + 1, len(parts) * len(numbers))
-        moments |= {node: sums[node].finish() for node in sums if sums[node].count or sums[node]._waiting}
+        moments |= {node: sums[node].finish() for node in sums if not sums[node].empty}
         results |= {node: np.stack(rows) for node, rows in kept.items()}
     return DenseMoments(moments, results)
 

@@ -106,16 +106,16 @@ def batches(traced: Traced, state: Values, images: Float32Array, wanted: Sequenc
 def crops(
     sizes: Sequence[Float32Array], generator: torch.Generator, *, smallest: float, whole: float
 ) -> Iterator[tuple[Tensor, ...]]:
-    """Yield CROPS pictures in batches: parts of images, flipped half of the time, every second one mixed with another.
+    """Yield CROPS random crops of images in batches, half of them mirrored, every second one mixed with another crop.
 
     Args:
-        sizes: the same images (N, C, H, W) at one or several sizes; parts are taken from the first.
+        sizes: the same images (N, C, H, W) at one or several sizes; crops are taken from the first.
         generator: of every random choice.
-        smallest: the least share of an image's area that is taken.
-        whole: how many of the pictures are whole images.
+        smallest: the least share of an image's area that a crop has, in (0, 1].
+        whole: the share of the crops that are whole images, in [0, 1].
 
     Yields:
-        the same pictures at each of the sizes, (BATCH, C, H, W).
+        The same crops at each of the sizes, (BATCH, C, H, W).
     """
     count = len(sizes[0])
     rounds = [torch.randperm(count, generator=generator) for _ in range(-(-CROPS // count))]

@@ -196,9 +196,9 @@ def finetune(
         raise UsageError(f"--recover finetune has {images.places} calibration images; give at least 2")
     checkpoints = checkpoints or Checkpoints()
     _, height, width = spec.shape
-    plan = _make_plan(images.places, height * width, settings)
+    batching = _make_batching(images.places, height * width, settings)
     with _own_randomness():
-        run = _Run(student, spec, settings, plan, choose_device())
+        run = _Run(student, spec, settings, batching, choose_device())
         kept = checkpoints.load()
         if kept is None:
             run.judge_(judge)
@@ -247,13 +247,13 @@ def rate(step: int, steps: int, settings: Settings) -> float:
 
 
 @dataclass(frozen=True)
-class _Plan:
+class _Batching:
     """How the images are divided into steps of `batch` images, and a step into parts of `at_once` images.
 
     The gradients of a step's parts are added up.
     """
 
-    places: int
+    images: int
     batch: int
     at_once: int
     epochs: int
@@ -261,7 +261,7 @@ class _Plan:
 
     @property
     def steps_per_epoch(self) -> int:
-        return self.places // self.batch
+        return self.images // self.batch
 
     @property
     def steps(self) -> int:
@@ -274,14 +274,14 @@ class _Plan:
     def order(self, epoch: int) -> npt.NDArray[np.intp]:
         """Return the numbers of an epoch's images in order; those that fill no whole batch are left out."""
         generator = np.random.default_rng((self.seed, epoch))
-        return generator.permutation(self.places)[: self.steps_per_epoch * self.batch]
+        return generator.permutation(self.images)[: self.steps_per_epoch * self.batch]
 
 
-def _make_plan(places: int, pixels: int, settings: Settings) -> _Plan:
-    batch = min(settings.batch, places)
+def _make_batching(images: int, pixels: int, settings: Settings) -> _Batching:
+    batch = min(settings.batch, images)
     # The parts have nearly the same size, so that none has too few images for its BatchNorm statistics.
     parts = -(-batch // max(LEAST_AT_ONCE, PIXELS_AT_ONCE // pixels))
-    return _Plan(places, batch, -(-batch // parts), settings.epochs, settings.seed)
+    return _Batching(images, batch, -(-batch // parts), settings.epochs, settings.seed)
 
 
 def _train_(
@@ -293,7 +293,7 @@ def _train_(
     tell: Callable[[str], None] | None,
 ) -> None:
     """Run the steps that are left, or fewer if training stops early."""
-    plan, settings = run.plan, run.settings
+    batching, settings = run.batching, run.settings
     if run.stopped:
         return
     parts = iter(_load_parts(images, run))
@@ -301,10 +301,10 @@ def _train_(
     while not run.stopped:
         # Mixing and dropout then draw the same numbers in a run that was killed and is resumed at this step.
         _seed_all(settings.seed, 1, run.step)
-        run.update_([next(parts) for _ in range(plan.parts)])
+        run.update_([next(parts) for _ in range(batching.parts)])
         if advance is not None:
-            advance(run.step, plan.steps)
-        if run.step % plan.steps_per_epoch == 0:
+            advance(run.step, batching.steps)
+        if run.step % batching.steps_per_epoch == 0:
             run.judge_(judge)
             if tell is not None:
                 tell(run.describe())
@@ -318,9 +318,9 @@ class _Run:
     """The state of a run. Together with the seed it determines everything that follows."""
 
     def __init__(
-        self, student: Student, spec: InputSpec, settings: Settings, plan: _Plan, device: torch.device
+        self, student: Student, spec: InputSpec, settings: Settings, batching: _Batching, device: torch.device
     ) -> None:
-        self.spec, self.settings, self.plan, self.device = spec, settings, plan, device
+        self.spec, self.settings, self.batching, self.device = spec, settings, batching, device
         self.step = 0
         self._student = student
         # Convolutions train a fifth faster in channels last on a CPU; on mps that layout has given wrong results.
@@ -351,7 +351,7 @@ class _Run:
     def stopped(self) -> str | None:
         """Why the run is over; None while it is not."""
         epochs = len(self._history) - 1
-        if epochs >= self.plan.epochs:
+        if epochs >= self.batching.epochs:
             return f"all {epochs} epochs done" if epochs != 1 else "the one epoch done"
         waited = epochs - self._best_epoch
         if self._history[-1] is not None and waited >= self.settings.patience:
@@ -382,7 +382,7 @@ class _Run:
             (loss * (len(images) / total)).backward()  # type: ignore[no-untyped-call]
         # A torch.optim.lr_scheduler would be one more state to store; the rate follows from the step alone.
         for group in self._optimiser.param_groups:
-            group["lr"] = rate(self.step, self.plan.steps, self.settings)
+            group["lr"] = rate(self.step, self.batching.steps, self.settings)
         if read:
             nn.utils.clip_grad_norm_(self._named.values(), 1.0)
             self._optimiser.step()
@@ -420,10 +420,10 @@ class _Run:
     def _follow_(self) -> None:
         """Move the averaged weights toward the trained ones; integers, such as counts of batches, are copied.
 
-        torch's AveragedModel rounds the integers instead and overwrites the average at its first update. timm's
-        ModelEmaV3 moves a tied tensor once for each of its names.
+        timm's ModelEmaV3 gives the same bits, except that it moves a tied tensor once for each of its names. torch's
+        AveragedModel does not: it averages integers too, and its first update overwrites the average.
         """
-        decay = min(1 - 1 / max(1.0, self.plan.steps / 20), (1 + self.step) / (10 + self.step))
+        decay = min(1 - 1 / max(1.0, self.batching.steps / 20), (1 + self.step) / (10 + self.step))
         for name, tensor in self._module.state_dict().items():
             if tensor.is_floating_point():
                 self._average[name].lerp_(tensor, 1 - decay)
@@ -567,17 +567,17 @@ class _Augmented(Dataset[Sample | None]):
 class _Order:
     """Yields the keys of the images of every part, from the step `first` on."""
 
-    def __init__(self, plan: _Plan, first: int) -> None:
-        self._plan, self._first = plan, first
+    def __init__(self, batching: _Batching, first: int) -> None:
+        self._batching, self._first = batching, first
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        plan = self._plan
-        for epoch in range(self._first // plan.steps_per_epoch, plan.epochs):
-            batches = plan.order(epoch).reshape(plan.steps_per_epoch, plan.batch)
-            done = self._first % plan.steps_per_epoch if epoch == self._first // plan.steps_per_epoch else 0
+        batching = self._batching
+        for epoch in range(self._first // batching.steps_per_epoch, batching.epochs):
+            batches = batching.order(epoch).reshape(batching.steps_per_epoch, batching.batch)
+            done = self._first % batching.steps_per_epoch if epoch == self._first // batching.steps_per_epoch else 0
             for batch in batches[done:]:
-                for start in range(0, plan.batch, plan.at_once):
-                    yield [(epoch, int(number)) for number in batch[start : start + plan.at_once]]
+                for start in range(0, batching.batch, batching.at_once):
+                    yield [(epoch, int(number)) for number in batch[start : start + batching.at_once]]
 
 
 def _load_parts(images: ImageSet, run: _Run) -> Any:
@@ -585,7 +585,7 @@ def _load_parts(images: ImageSet, run: _Run) -> Any:
     workers = 0 if run.device.type == "cpu" else min(WORKERS, os.cpu_count() or 1)
     return DataLoader(
         _Augmented(images, run.spec, run.settings.seed, DECODED_BYTES // max(1, workers)),
-        batch_sampler=_Order(run.plan, run.step),
+        batch_sampler=_Order(run.batching, run.step),
         collate_fn=partial(_stack, run.spec),
         num_workers=workers,
     )
