@@ -63,8 +63,8 @@ class Walked:
 def walk(context: RecoveryContext, keep: Keep, screened: Arrays, progress: Advance | None = None) -> Walked:
     """Walk a candidate from its `screened` tensors (dense-shaped, masked) on.
 
-    On the held-back images the result is never worse than the start. After every choice is made, the same choices are
-    solved again on all images, because the held-back ones are a fifth of them.
+    On the held-back images, what is solved without them is never worse than the start. Once every choice is made, the
+    same choices are solved again on all images, because the held-back ones are a fifth of them.
 
     Args:
         context: of the dense network.

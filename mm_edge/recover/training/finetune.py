@@ -370,7 +370,7 @@ class _Run:
         """Return a line of text about the last epoch."""
         score = self._history[-1]
         said = "" if score is None or score.accuracy is None else f", validation top-1 {score.accuracy:.2%}"
-        return f"epoch {len(self._history) - 1} of {self.plan.epochs}{said}"
+        return f"epoch {len(self._history) - 1} of {self.batching.epochs}{said}"
 
     def update_(self, parts: list[tuple[Tensor, Tensor] | None]) -> None:
         """Do one step on `parts`, each of images (n, C, H, W) and labels (n,), or None if it could not be read."""
