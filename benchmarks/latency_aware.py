@@ -53,7 +53,6 @@ from mm_edge.plan.latency_table import TimedWidth, fit_time, measure_table
 from mm_edge.plan.target_widths import allowed_widths_on
 from mm_edge.quality.evaluation import compare_logits, run_onnx
 from mm_edge.recover.closed_form.context import RecoveryContext, build_context
-from mm_edge.recover.closed_form.recovery import recover_closed_form
 from mm_edge.recover.closed_form.sensitivity import (
     Sensitivity,
     allocate,
@@ -62,6 +61,7 @@ from mm_edge.recover.closed_form.sensitivity import (
     select_by_sensitivity,
     to_arrays,
 )
+from mm_edge.recover.closed_form.structured import recover_closed_form
 from mm_edge.run.clock import Clock, open_clock
 from mm_edge.run.plan import MEASURED_AIM, MEASURED_WINDOW
 from mm_edge.runtime import cores

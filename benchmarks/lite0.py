@@ -53,7 +53,6 @@ from mm_edge.quality.evaluation import compare_logits, run_onnx
 from mm_edge.recover.closed_form.branches import allocate_rest, measure_branches, offers
 from mm_edge.recover.closed_form.context import RecoveryContext, build_context
 from mm_edge.recover.training.adapt import tune_for
-from mm_edge.recover.training.distil import Sized
 from mm_edge.run.job import recovery_images
 from mm_edge.run.make import recover_keep
 from mm_edge.runtime import cores
@@ -134,7 +133,7 @@ class Seed:
     def context(self, at: At) -> RecoveryContext:
         if at.side not in self.contexts:
             images = recovery_images(at.data)
-            self.contexts[at.side] = build_context(at.raw, at.structure, images, threads=cores())
+            self.contexts[at.side] = build_context(at.raw, at.structure, images, threads=cores(), module=at.module)
         return self.contexts[at.side]
 
     def lacks(self, kind: str, side: int, fraction: float) -> bool:
@@ -191,8 +190,7 @@ class Seed:
         self.record(kind, fraction, at, keep, found.tensors, more)
         if fraction in self.options.tune:
             started = time.monotonic()
-            given = Sized(self.context(self.full), self.full.module)
-            tuned = tune_for(Sized(context, at.module), given, keep, found.fitted, seed=self.seed)
+            tuned = tune_for(context, self.context(self.full), keep, found.fitted, seed=self.seed)
             more = {"tune_seconds": round(time.monotonic() - started, 1), "note": tuned.note}
             tensors = tuned.tensors if tuned.better else found.tensors
             self.record(f"{kind}-tuned", fraction, at, keep, tensors, more)

@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from mm_edge.arrays import Arrays
-from mm_edge.graph.axes import Keep
+from mm_edge.arrays import Arrays, BoolArray
+from mm_edge.graph.axes import Axis, Keep
 from mm_edge.graph.compact import materialise
 from mm_edge.graph.export import RawGraph, export_raw
 from mm_edge.graph.groups import Structure, read_structure
@@ -29,10 +29,11 @@ class Plain(nn.Module):
         self.conv3, self.bn3 = nn.Conv2d(16, 16, 1, bias=False), nn.BatchNorm2d(16)
         self.head = nn.Linear(16, 10)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         x = self.bn1(self.conv1(self.bn(self.stem(x)).relu())).relu()
         x = x + self.bn3(self.conv3(self.bn2(self.conv2(x)).relu()))
-        return self.head(x.mean((2, 3)))
+        found: Tensor = self.head(x.mean((2, 3)))
+        return found
 
 
 class Depthwise(nn.Module):
@@ -46,11 +47,12 @@ class Depthwise(nn.Module):
         self.project, self.bn3 = nn.Conv2d(32, 8, 1, bias=False), nn.BatchNorm2d(8)
         self.head = nn.Linear(8, 10)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         act = nn.functional.relu6
         x = self.bn(self.stem(x))
         x = x + self.bn3(self.project(act(self.bn2(self.dw(act(self.bn1(self.expand(x))))))))
-        return self.head(x.mean((2, 3)))
+        found: Tensor = self.head(x.mean((2, 3)))
+        return found
 
 
 class Grouped(nn.Module):
@@ -63,14 +65,18 @@ class Grouped(nn.Module):
         self.conv3 = nn.Conv2d(16, 12, 1)
         self.head = nn.Linear(12, 10)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.conv3(self.conv2(self.conv1(x).relu()).relu()).relu().mean((2, 3)))
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.head(self.conv3(self.conv2(self.conv1(x).relu()).relu()).relu().mean((2, 3)))
+        return found
 
 
 def small_vit() -> nn.Module:
     from timm.models.vision_transformer import VisionTransformer
 
-    return VisionTransformer(img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=4, num_classes=10)
+    network: nn.Module = VisionTransformer(
+        img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=4, num_classes=10
+    )
+    return network
 
 
 def _scrambled(module: nn.Module) -> nn.Module:
@@ -78,6 +84,7 @@ def _scrambled(module: nn.Module) -> nn.Module:
     generator = torch.Generator().manual_seed(1)
     for part in module.modules():
         if isinstance(part, nn.BatchNorm2d):
+            assert part.running_mean is not None and part.running_var is not None
             part.running_mean.copy_(0.2 * torch.randn(part.num_features, generator=generator))
             part.running_var.copy_(0.2 + torch.rand(part.num_features, generator=generator))
             part.weight.data.copy_(0.5 + torch.rand(part.num_features, generator=generator))
@@ -94,15 +101,17 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
 
 
 class Case:
+    """One of the BUILDERS with random images, and three quarters of every group's indices to keep."""
+
     def __init__(self, name: str) -> None:
         torch.manual_seed(0)
         self.module = _scrambled(BUILDERS[name]())
         self.images = np.random.default_rng(0).standard_normal((60, 3, 16, 16), dtype=np.float32)
         self.raw: RawGraph = export_raw(self.module, torch.zeros(1, 3, 16, 16))
         self.structure: Structure = read_structure(self.raw)
-        self.context: RecoveryContext = build_context(self.raw, self.structure, self.images)
+        self.context: RecoveryContext = build_context(self.raw, self.structure, self.images, module=self.module)
         self.counts = {group.leaf: max(1, (3 * group.size) // 4) for group in self.structure.groups}
-        self.keep = {}
+        self.keep: dict[Axis, BoolArray] = {}
         for group in self.structure.groups:
             mask = np.ones(group.size, dtype=np.bool_)
             mask[np.random.default_rng(group.size).permutation(group.size)[self.counts[group.leaf] :]] = False
@@ -111,6 +120,6 @@ class Case:
 
 def kl_as_it_is(context: RecoveryContext, keep: Keep, tensors: Arrays) -> float:
     """Return KL(dense || network) on held-back images of the network as it would be written, its answers not scaled."""
-    network = RunnableGraph(materialise(context.raw, context.structure, keep, tensors))
-    found = answers(network, Frontier(network, context.images, context.held_back), context.held_back)
+    graph = RunnableGraph(materialise(context.raw, context.structure, keep, tensors))
+    found = answers(graph, Frontier(graph, context.images, context.held_back), context.held_back)
     return float(divergence_per_row(context.logits, found).mean())

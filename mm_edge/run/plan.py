@@ -35,7 +35,8 @@ from mm_edge.progress import Advance
 from mm_edge.quality.evaluation import run_onnx
 from mm_edge.records import Assignment, Budget, SparsityRange
 from mm_edge.recover.closed_form.branches import MeasuredBranch, allocate_rest, offers
-from mm_edge.recover.closed_form.context import RecoveryContext, judge_answers
+from mm_edge.recover.closed_form.context import RecoveryContext
+from mm_edge.recover.closed_form.judging import judge_answers
 from mm_edge.run.clock import Clock, open_clock
 from mm_edge.run.closed_form import recover_keep
 from mm_edge.run.job import Job

@@ -24,8 +24,8 @@ from mm_edge.plan.counts import count_macs
 from mm_edge.quality.parity import compare, onnx_runner
 from mm_edge.recover.closed_form.branches import MeasuredBranch, allocate_rest, empty, measure_branches, offers
 from mm_edge.recover.closed_form.context import build_context
-from mm_edge.recover.closed_form.recovery import recover_closed_form
 from mm_edge.recover.closed_form.sensitivity import measure_sensitivities
+from mm_edge.recover.closed_form.structured import recover_closed_form
 
 
 @pytest.fixture(scope="module")

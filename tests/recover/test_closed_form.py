@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from recovery_cases import BUILDERS, Case, kl_as_it_is
+from recovery_cases import BUILDERS, Case, Plain, kl_as_it_is
 from torch import nn
+from torch.optim.swa_utils import update_bn
 
+from mm_edge.arrays import Float64Array
 from mm_edge.errors import UsageError
 from mm_edge.graph.compact import mask_tensors, masked_model, materialise
 from mm_edge.graph.export import export_raw
@@ -15,10 +17,11 @@ from mm_edge.graph.groups import read_structure
 from mm_edge.graph.partial import Frontier, RunnableGraph
 from mm_edge.graph.widths import allowed_widths
 from mm_edge.quality.parity import compare, onnx_runner, require
-from mm_edge.recover.closed_form.consumers import read_branch, read_consumers
-from mm_edge.recover.closed_form.context import build_context, divergence
+from mm_edge.recover.closed_form.batchnorm import has_batch_norm, reestimate_batch_norm_
+from mm_edge.recover.closed_form.consumers import Shift, read_consumers, read_product_path
+from mm_edge.recover.closed_form.context import build_context
+from mm_edge.recover.closed_form.judging import divergence
 from mm_edge.recover.closed_form.moments import Moments
-from mm_edge.recover.closed_form.recovery import recover_closed_form
 from mm_edge.recover.closed_form.sensitivity import (
     allocate,
     from_arrays,
@@ -27,6 +30,7 @@ from mm_edge.recover.closed_form.sensitivity import (
     to_arrays,
 )
 from mm_edge.recover.closed_form.solve import fit, screen
+from mm_edge.recover.closed_form.structured import recover_closed_form
 
 
 @pytest.fixture(scope="module", params=list(BUILDERS))
@@ -64,10 +68,11 @@ def test_tensors_fit_the_module(case: Case) -> None:
 def test_recovery_beats_masking_and_the_walk_beats_screening_held_back(case: Case) -> None:
     masks = mask_tensors(case.structure, case.keep)
     pruned = RunnableGraph(masked_model(case.raw, masks))
-    frontier = Frontier(case.context.network, case.images, case.context.held_back)
+    frontier = Frontier(case.context.graph, case.images, case.context.held_back)
     before = divergence(case.context, pruned, frontier)
     screened = recover_closed_form(case.context, case.keep, case.counts, select="signal", walked=False)
     walked = recover_closed_form(case.context, case.keep, case.counts, select="signal")
+    assert walked.kl_held_back is not None and screened.kl_held_back is not None
     assert walked.kl_held_back <= screened.kl_held_back < before
     assert {leaf: kept.tolist() for leaf, kept in walked.keep.items()} == {
         leaf: kept.tolist() for leaf, kept in case.keep.items()
@@ -99,10 +104,11 @@ def test_nothing_pruned_nothing_changes(plain: Case) -> None:
 
 def test_a_duplicated_input_channel_is_recovered_exactly() -> None:
     torch.manual_seed(0)
-    module = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 5)).eval()
+    first, second = nn.Linear(12, 8), nn.Linear(8, 5)
+    module = nn.Sequential(nn.Flatten(), first, nn.ReLU(), second).eval()
     with torch.no_grad():
-        module[1].weight[7] = module[1].weight[2]
-        module[1].bias[7] = module[1].bias[2]
+        first.weight[7] = first.weight[2]
+        first.bias[7] = first.bias[2]
     raw = export_raw(module, torch.zeros(1, 3, 2, 2))
     structure = read_structure(raw)
     images = np.random.default_rng(0).standard_normal((400, 3, 2, 2), dtype=np.float32)
@@ -111,11 +117,11 @@ def test_a_duplicated_input_channel_is_recovered_exactly() -> None:
     keep = np.ones(8, dtype=np.bool_)
     keep[7] = False
     tensors = screen(context, {group.leaf: keep}, {"3.weight": 1e-7})
-    expected = module[3].weight.detach().numpy().copy()
+    expected = second.weight.detach().numpy().copy()
     expected[:, 2] += expected[:, 7]
     expected[:, 7] = 0
     np.testing.assert_allclose(tensors["3.weight"], expected, atol=1e-4)
-    np.testing.assert_allclose(tensors["3.bias"], module[3].bias.detach().numpy(), atol=1e-4)
+    np.testing.assert_allclose(tensors["3.bias"], second.bias.detach().numpy(), atol=1e-4)
     found = recover_closed_form(context, {}, {group.leaf: 7}, select="obs")
     assert not (found.keep[group.leaf][2] and found.keep[group.leaf][7])
 
@@ -141,10 +147,10 @@ def test_an_infinite_ridge_moves_the_mean_only() -> None:
     np.testing.assert_allclose(shift[0], [1.0, -2.0])
 
 
-def _moments(inputs: np.ndarray, outputs: np.ndarray) -> Moments:
+def _moments(inputs: Float64Array, outputs: Float64Array) -> Moments:
     h, y = inputs - inputs.mean(0), outputs - outputs.mean(0)
-    second = [(part / len(h))[None] for part in (h.T @ h, h.T @ y)]
-    return Moments(inputs.mean(0)[None], *second, outputs.mean(0)[None], outputs.var(0)[None])
+    covariance, cross = ((part / len(h))[None] for part in (h.T @ h, h.T @ y))
+    return Moments(inputs.mean(0)[None], covariance, cross, outputs.mean(0)[None], outputs.var(0)[None])
 
 
 @pytest.mark.parametrize("ridge", [0.01, np.inf])
@@ -168,23 +174,38 @@ def test_the_gain_is_bounded() -> None:
     np.testing.assert_allclose(solved, 2 * weight)
 
 
-def test_branches_are_followed_to_the_residual_addition(plain: Case) -> None:
-    network = plain.context.network
-    by_weight = {item.weight: item for item in read_consumers(plain.raw, network)}
-    branch = read_branch(network, by_weight["conv3.weight"])
-    assert branch.skip is not None
+def test_products_are_followed_to_the_residual_addition(plain: Case) -> None:
+    graph = plain.context.graph
+    by_weight = {item.weight: item for item in read_consumers(plain.raw, graph)}
+    path = read_product_path(graph, by_weight["conv3.weight"])
+    assert path.skip is not None and isinstance(plain.module, Plain)
     bn = plain.module.bn3
-    scale = (bn.weight / (bn.running_var + bn.eps).sqrt()).detach().numpy()
-    np.testing.assert_allclose(branch.scale, scale, rtol=1e-5)
-    np.testing.assert_allclose(
-        branch.offset,
-        (bn.bias - bn.running_mean * bn.weight / (bn.running_var + bn.eps).sqrt()).detach(),
-        rtol=1e-5,
-        atol=1e-6,
-    )
-    assert read_branch(network, by_weight["conv2.weight"]).skip is None
-    assert by_weight["conv3.weight"].shift.tensor == "bn3.running_mean"
-    assert by_weight["head.weight"].shift.tensor == "head.bias"
+    assert bn.running_mean is not None and bn.running_var is not None
+    scale = (bn.weight / (bn.running_var + bn.eps).sqrt()).detach()
+    np.testing.assert_allclose(path.scale, scale, rtol=1e-5)
+    np.testing.assert_allclose(path.offset, (bn.bias - bn.running_mean * scale).detach(), rtol=1e-5, atol=1e-6)
+    assert read_product_path(graph, by_weight["conv2.weight"]).skip is None
+    assert by_weight["conv3.weight"].shift == Shift("bn3.running_mean", -1.0)
+    assert by_weight["head.weight"].shift == Shift("head.bias", 1.0)
+
+
+def test_batch_norm_is_re_estimated_as_torch_does() -> None:
+    batches = torch.randn(4, 8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    ours, torchs = Case("plain").module, Case("plain").module
+    assert has_batch_norm(ours) and not has_batch_norm(nn.Linear(2, 2))
+    reestimate_batch_norm_(ours, [*batches, batches[0, :1]])  # one image alone is left out
+    update_bn(batches, torchs)
+    for name, tensor in torchs.state_dict().items():
+        np.testing.assert_array_equal(ours.state_dict()[name].numpy(), tensor.numpy(), err_msg=name)
+
+
+def test_dropout_is_off_while_batch_norm_is_re_estimated() -> None:
+    batches = torch.randn(4, 8, 6, generator=torch.Generator().manual_seed(0))
+    norm, alone = nn.BatchNorm1d(6), nn.BatchNorm1d(6)
+    reestimate_batch_norm_(nn.Sequential(nn.Dropout(0.5), norm), batches)
+    reestimate_batch_norm_(alone, batches)
+    for name, tensor in alone.state_dict().items():
+        np.testing.assert_array_equal(norm.state_dict()[name].numpy(), tensor.numpy(), err_msg=name)
 
 
 def test_an_unknown_selection_is_refused(plain: Case) -> None:
@@ -210,6 +231,6 @@ def test_allocation_meets_the_budget_with_the_measured_costs(case: Case) -> None
     stored = from_arrays(case.structure, to_arrays(case.structure, measured))
     assert list(stored) == list(measured)
     assert allocate(case.structure.mac_cost, stored, 0.7 * case.structure.macs(), allowed) == counts
-    kept, again = select_by_sensitivity(measured, counts), select_by_sensitivity(stored, counts)
-    assert all(np.array_equal(mask, again[leaf]) for leaf, mask in kept.items())
+    first, again = select_by_sensitivity(measured, counts), select_by_sensitivity(stored, counts)
+    assert all(np.array_equal(mask, again[leaf]) for leaf, mask in first.items())
     assert [item.points for item in stored.values()] == [item.points for item in measured.values()]

@@ -15,6 +15,7 @@ import torch
 from tiny_job import CLASSES, write_images
 from torch import nn
 
+from mm_edge.arrays import Arrays
 from mm_edge.errors import UsageError
 from mm_edge.graph.axes import Keep
 from mm_edge.graph.compact import mask_tensors, materialise
@@ -28,7 +29,6 @@ from mm_edge.records import InputSpec
 from mm_edge.recover.closed_form.batchnorm import reestimate_batch_norm_
 from mm_edge.recover.training import finetune as module_under_test
 from mm_edge.recover.training.finetune import (
-    Arrays,
     Checkpoints,
     FineTuned,
     Score,
@@ -54,12 +54,14 @@ class Net(nn.Module):
         self.stem, self.bn = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
         self.conv1, self.bn1 = nn.Conv2d(8, 16, 3, stride=2, padding=1), nn.BatchNorm2d(16)
         self.conv2, self.bn2 = nn.Conv2d(16, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
-        self.drop, self.head = nn.Dropout(0.2), nn.Linear(16, CLASSES)
+        self.drop: nn.Module = nn.Dropout(0.2)
+        self.head = nn.Linear(16, CLASSES)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.bn1(self.conv1(self.bn(self.stem(x)).relu())).relu()
         x = x + self.bn2(self.conv2(x)).relu()
-        return self.head(self.drop(x.mean((2, 3))))
+        found: torch.Tensor = self.head(self.drop(x.mean((2, 3))))
+        return found
 
 
 class Dropless(Net):
@@ -78,7 +80,8 @@ class Normless(nn.Module):
         self.conv, self.head = nn.Conv2d(3, 8, 3, stride=2), nn.Linear(8, CLASSES)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.conv(x).relu().mean((2, 3)))
+        found: torch.Tensor = self.head(self.conv(x).relu().mean((2, 3)))
+        return found
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +96,7 @@ def make(kind: Callable[[], nn.Module] = Net) -> nn.Module:
     with torch.no_grad():
         for part in network.modules():
             if isinstance(part, nn.BatchNorm2d):
+                assert part.running_mean is not None and part.running_var is not None
                 part.running_mean.uniform_(-0.2, 0.2)
                 part.running_var.uniform_(0.5, 1.5)
     return network.eval()
@@ -225,6 +229,13 @@ class Killed(Exception):
     pass
 
 
+def stored_in(store: RunStore) -> Checkpoints:
+    return Checkpoints(
+        load=lambda: store.load_arrays("unfinished", {"a": 1}),
+        save=lambda arrays: store.save_arrays("unfinished", {"a": 1}, arrays),
+    )
+
+
 @pytest.mark.parametrize("how", ["masks of weights", "channels in bfloat16"])
 def test_killed_anywhere_and_resumed_equals_unbroken_bit_for_bit(
     images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
@@ -241,11 +252,7 @@ def test_killed_anywhere_and_resumed_equals_unbroken_bit_for_bit(
     unbroken = run(student, images, judge=judge)
     assert unbroken.tensors is not None
     for last in range(1, 6):
-        store = RunStore(tmp_path / f"run{last}")
-        checkpoints = Checkpoints(
-            load=lambda store=store: store.load_arrays("unfinished", {"a": 1}),
-            save=lambda arrays, store=store: store.save_arrays("unfinished", {"a": 1}, arrays),
-        )
+        checkpoints = stored_in(RunStore(tmp_path / f"run{last}"))
 
         def kill(done: int, total: int, last: int = last) -> None:
             assert total == 6

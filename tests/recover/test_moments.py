@@ -9,7 +9,7 @@ from torch import nn
 
 from mm_edge.graph.export import export_raw
 from mm_edge.graph.partial import Frontier, RunnableGraph, narrowest
-from mm_edge.recover.closed_form.consumers import columns, count_positions, input_of, read_consumers
+from mm_edge.recover.closed_form.consumers import Consumer, columns, count_positions, input_of, read_consumers
 from mm_edge.recover.closed_form.moments import Accumulator, collect_dense, sample_positions
 
 CONVOLUTIONS = {
@@ -24,33 +24,34 @@ CONVOLUTIONS = {
 }
 
 
-def _network(module: nn.Module, shape: tuple[int, ...]) -> tuple[RunnableGraph, tuple]:
+def _graph(module: nn.Module, shape: tuple[int, ...]) -> tuple[RunnableGraph, tuple[Consumer, ...]]:
     raw = export_raw(module.eval(), torch.zeros(1, *shape))
-    network = RunnableGraph(raw.model.clone())
-    return network, read_consumers(raw, network)
+    graph = RunnableGraph(raw.model.clone())
+    return graph, read_consumers(raw, graph)
 
 
 @pytest.mark.parametrize("name", list(CONVOLUTIONS))
 def test_weights_times_columns_are_the_convolution(name: str) -> None:
     module = CONVOLUTIONS[name]
-    network, (consumer,) = _network(module, (4, 9, 7))
+    graph, (consumer,) = _graph(module, (4, 9, 7))
     image = torch.randn(1, 4, 9, 7, generator=torch.Generator().manual_seed(0))
+    assert module.bias is not None
     with torch.no_grad():
         expected = module(image).numpy() - module.bias.detach().numpy()[:, None, None]
-    total = count_positions(network, consumer)
+    total = count_positions(graph, consumer)
     assert total == expected[0, 0].size
     read = columns(image.numpy(), consumer, np.arange(total))
-    blocks = consumer.matrix(network.arrays[consumer.weight])
+    blocks = consumer.matrix(graph.arrays[consumer.weight])
     found = np.einsum("pgk,gok->pgo", read, blocks).reshape(total, -1)
     np.testing.assert_allclose(found, expected[0].reshape(expected.shape[1], -1).T, atol=1e-5)
     np.testing.assert_array_equal(
-        consumer.weight_of(blocks, network.arrays[consumer.weight]), module.weight.detach().numpy()
+        consumer.weight_of(blocks, graph.arrays[consumer.weight]), module.weight.detach().numpy()
     )
 
 
 def test_linear_layers_on_tokens_are_read_by_token() -> None:
     module = nn.Sequential(nn.Flatten(2), nn.Linear(6, 5), nn.GELU(), nn.Linear(5, 3, bias=False))
-    _, (first, second) = _network(module, (4, 2, 3))
+    _, (first, second) = _graph(module, (4, 2, 3))
     assert (first.weight, second.weight) == ("1.weight", "3.weight")
     assert first.shift is not None and first.shift.tensor == "1.bias"
     assert second.shift is None
@@ -70,43 +71,44 @@ def test_accumulated_moments_are_the_covariance() -> None:
         both = np.concatenate([inputs[:, group], wanted[:, 4 * group : 4 * group + 4]], axis=1)
         expected = np.cov(both.T, bias=True)
         np.testing.assert_allclose(found.covariance[group], expected[:5, :5], atol=2e-5)
+        assert found.cross is not None
         np.testing.assert_allclose(found.cross[group], expected[:5, 5:], atol=2e-5)
         np.testing.assert_allclose(found.mean[group], inputs[:, group].mean(axis=0), atol=1e-5)
 
 
 def test_sampled_positions_are_the_same_each_time_and_differ_between_images() -> None:
-    network, (consumer,) = _network(nn.Conv2d(4, 6, 1), (4, 20, 20))
-    first = sample_positions(network, consumer, 3)
+    graph, (consumer,) = _graph(nn.Conv2d(4, 6, 1), (4, 20, 20))
+    first = sample_positions(graph, consumer, 3)
     assert len(set(first.tolist())) == 49
-    np.testing.assert_array_equal(first, sample_positions(network, consumer, 3))
-    assert set(first.tolist()) != set(sample_positions(network, consumer, 4).tolist())
+    np.testing.assert_array_equal(first, sample_positions(graph, consumer, 3))
+    assert set(first.tolist()) != set(sample_positions(graph, consumer, 4).tolist())
 
 
 def test_running_in_parts_equals_running_whole() -> None:
     module = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 5))
-    network, consumers = _network(module, (3, 8, 8))
+    graph, consumers = _graph(module, (3, 8, 8))
     images = np.random.default_rng(0).standard_normal((6, 3, 8, 8), dtype=np.float32)
-    (output,) = network.outputs
-    frontier = Frontier(network, images, (1, 3, 4))
+    (output,) = graph.outputs
+    frontier = Frontier(graph, images, (1, 3, 4))
     for consumer in consumers[1:]:
-        at = network.position(consumer.node)
-        frontier.advance_(network, narrowest(network, frontier.position, at))
+        at = graph.position(consumer.node)
+        frontier.advance_(graph, narrowest(graph, frontier.position, at))
     assert frontier.position > 0
     with torch.no_grad():
         expected = module(torch.from_numpy(images)).numpy()
-    for number, values in frontier.run(network, (output,), (4, 1)):
+    for number, values in frontier.run(graph, (output,), (4, 1)):
         np.testing.assert_allclose(values[output][0], expected[number], atol=1e-5)
 
 
 def test_dense_moments_pair_inputs_with_what_follows() -> None:
     module = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1))
-    network, consumers = _network(module, (3, 6, 6))
+    graph, consumers = _graph(module, (3, 6, 6))
     images = np.random.default_rng(0).standard_normal((5, 3, 6, 6), dtype=np.float32)
-    dense = collect_dense(network, consumers, Frontier(network, images, range(5)), (0, 2, 4))
+    dense = collect_dense(graph, consumers, Frontier(graph, images, range(5)), (0, 2, 4))
     last = consumers[-1]
     with torch.no_grad():
         hidden = module[1](module[0](torch.from_numpy(images[[0, 2, 4]]))).permute(0, 2, 3, 1).reshape(-1, 8).numpy()
         answers = module(torch.from_numpy(images[[0, 2, 4]])).permute(0, 2, 3, 1).reshape(3, 16, 4).numpy()
     np.testing.assert_allclose(dense.moments[last.node].covariance[0], np.cov(hidden.T, bias=True), atol=1e-5)
     np.testing.assert_allclose(dense.results[last.node], answers, atol=1e-5)
-    assert input_of(network, last) in network.made_at
+    assert input_of(graph, last) in graph.made_at

@@ -1,4 +1,4 @@
-"""2:4 masks made good in closed form: the pattern holds, and what the images say of the result."""
+"""Recovery under 2:4 masks in closed form: the pattern holds, and the divergence falls."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import pytest
 import torch
 from torch import nn
 
-from mm_edge.arrays import BoolArray
+from mm_edge.arrays import Arrays, BoolArray
 from mm_edge.graph.compact import materialise
 from mm_edge.graph.export import export_raw
 from mm_edge.graph.groups import read_structure
 from mm_edge.graph.partial import Frontier, RunnableGraph
 from mm_edge.plan.n_m import parse_pattern, project_mask, reduced_axes
-from mm_edge.recover.closed_form.context import RecoveryContext, build_context, divergence
+from mm_edge.recover.closed_form.context import RecoveryContext, build_context
+from mm_edge.recover.closed_form.judging import divergence
 from mm_edge.recover.closed_form.pattern import recover_pattern
 
 
@@ -29,7 +30,8 @@ class Net(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.body(self.norm(self.stem(x)).relu()).relu()
-        return self.head(self.hidden(x.mean((2, 3))).relu())
+        found: torch.Tensor = self.head(self.hidden(x.mean((2, 3))).relu())
+        return found
 
 
 @pytest.fixture(scope="module")
@@ -42,13 +44,13 @@ def context() -> RecoveryContext:
 
 def two_of_four(context: RecoveryContext) -> dict[str, BoolArray]:
     axes = reduced_axes(context.raw.model)
-    arrays = {name: context.network.arrays[name] for name in axes if name != "stem.weight"}
+    arrays = {name: context.graph.arrays[name] for name in axes if name != "stem.weight"}
     return {name: project_mask(np.abs(array), parse_pattern("2:4"), axes[name]) for name, array in arrays.items()}
 
 
-def kl(context: RecoveryContext, tensors: dict[str, np.ndarray]) -> float:
-    network = RunnableGraph(materialise(context.raw, context.structure, {}, tensors))
-    return divergence(context, network, Frontier(context.network, context.images, context.held_back))
+def kl(context: RecoveryContext, tensors: Arrays) -> float:
+    graph = RunnableGraph(materialise(context.raw, context.structure, {}, tensors))
+    return divergence(context, graph, Frontier(context.graph, context.images, context.held_back))
 
 
 def test_it_keeps_the_pattern_and_most_of_the_answers(context: RecoveryContext) -> None:
@@ -58,7 +60,7 @@ def test_it_keeps_the_pattern_and_most_of_the_answers(context: RecoveryContext) 
     assert set(masks) == {"body.weight", "hidden.weight", "head.weight"}
     for name, mask in masks.items():
         assert not found.tensors[name][~mask].any()
-    masked = {name: np.where(mask, context.network.arrays[name], 0) for name, mask in masks.items()}
+    masked = {name: np.where(mask, context.graph.arrays[name], 0) for name, mask in masks.items()}
     assert kl(context, found.tensors) < 0.5 * kl(context, masked)
     assert {"body.bias", "head.bias"} <= set(found.tensors)
 

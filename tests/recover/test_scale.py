@@ -1,4 +1,4 @@
-"""Answers compared up to their scale: the scale is the best, the layer that takes it the right one, what is written so.
+"""Answers compared up to their scale: the best scale is found, and the right layer takes it.
 
 `found` answers are multiplied by s; the last layer's weight and bias take s.
 """
@@ -14,30 +14,29 @@ from recovery_cases import Case, kl_as_it_is
 from residual_net import Residual, randomise_
 from tiny_graphs import noise, random_keep, tiny
 
-from mm_edge.arrays import Arrays
+from mm_edge.arrays import Array, Arrays, Float32Array
+from mm_edge.graph.axes import Keep
 from mm_edge.graph.compact import compact_arrays, mask_tensors, materialise
 from mm_edge.graph.depth import find_branches
 from mm_edge.graph.export import RawGraph, export_raw
 from mm_edge.graph.groups import read_structure
 from mm_edge.graph.partial import Frontier, RunnableGraph
 from mm_edge.quality.evaluation import divergence_per_row
-from mm_edge.recover.closed_form import recovery as closed_form
+from mm_edge.recover.closed_form import structured
 from mm_edge.recover.closed_form.branches import empty
 from mm_edge.recover.closed_form.consumers import read_consumers
-from mm_edge.recover.closed_form.context import (
+from mm_edge.recover.closed_form.context import RecoveryContext, _answering, build_context, pruned_graph
+from mm_edge.recover.closed_form.judging import (
     SCALES,
     Judged,
-    RecoveryContext,
-    _answering,
     best_scale,
-    build_context,
+    divergences,
     judge,
     judge_answers,
-    pruned_network,
     rescale,
 )
 from mm_edge.recover.closed_form.pattern import recover_pattern
-from mm_edge.recover.closed_form.recovery import recover_closed_form
+from mm_edge.recover.closed_form.structured import recover_closed_form
 
 
 @pytest.fixture(scope="module")
@@ -47,19 +46,25 @@ def plain() -> Case:
 
 @pytest.fixture(scope="module")
 def less_sure(plain: Case) -> RecoveryContext:
-    """The context of a place where the network is twice as sure of its answers as the one to come near to."""
-    return replace(plain.context, logits=plain.context.logits / 2)
+    """A context in which the network's answers should be half as large as they are."""
+    return replace(plain.context, logits=halved(plain.context.logits))
+
+
+def halved(logits: Float32Array) -> Float32Array:
+    return np.divide(logits, np.float32(2))
 
 
 # ---- the scale
 
 
-def answers(rows: int = 40, classes: int = 12, seed: int = 0) -> np.ndarray:
-    return 3 * np.random.default_rng(seed).standard_normal((rows, classes)).astype(np.float32)
+def answers(rows: int = 40, classes: int = 12, seed: int = 0) -> Float32Array:
+    drawn = np.random.default_rng(seed).standard_normal((rows, classes)).astype(np.float32)
+    return np.multiply(drawn, np.float32(3))
 
 
-def kl(wanted: np.ndarray, found: np.ndarray, scale: float) -> float:
-    return float(divergence_per_row(wanted, scale * found.astype(np.float64)).mean())
+def kl(wanted: Float32Array, found: Float32Array, scale: float) -> float:
+    scaled: Array = scale * found.astype(np.float64)
+    return float(divergence_per_row(wanted, scaled).mean())
 
 
 @pytest.mark.parametrize("scale", [0.25, 0.5, 0.9, 1.7, 4.0])
@@ -90,8 +95,8 @@ def test_no_other_scale_diverges_less(seed: int) -> None:
 
 def test_it_stays_within_its_bounds() -> None:
     wanted = answers()
-    assert best_scale(wanted, wanted * 100) == SCALES[0]
-    assert best_scale(wanted, wanted / 100) == SCALES[1]
+    assert best_scale(wanted, np.multiply(wanted, np.float32(100))) == SCALES[0]
+    assert best_scale(wanted, np.divide(wanted, np.float32(100))) == SCALES[1]
     assert best_scale(wanted, -wanted) == SCALES[0]
 
 
@@ -99,7 +104,7 @@ def test_it_stays_within_its_bounds() -> None:
 @pytest.mark.parametrize("classes", [10, 1000])
 @pytest.mark.parametrize("sure", [0.02, 0.5, 0.7, 0.98])
 def test_answers_that_all_turn_sure_at_one_scale(gap: float, classes: int, sure: float) -> None:
-    """Where the slope is a steep step, Newton's method alone goes to and fro."""
+    """The slope is a steep step here, so that Newton's method alone jumps between two points."""
     found = np.zeros((4, classes), np.float32)
     found[:, 0] = gap
     wanted = np.zeros((4, classes), np.float32)
@@ -116,8 +121,14 @@ def test_answers_that_are_not_finite_are_infinitely_far(plain: Case) -> None:
     assert judge_answers(plain.context, found).scale == 1.0
 
 
+def test_an_images_divergence_is_the_mean_over_its_positions() -> None:
+    dense, found = answers(12).reshape(3, 4, 12), answers(12, seed=1).reshape(3, 4, 12)
+    expected = [kl(image, other, 1.0) for image, other in zip(dense, found, strict=True)]
+    np.testing.assert_allclose(divergences(dense, found), expected)
+
+
 def test_without_a_layer_to_take_it_nothing_is_scaled(plain: Case) -> None:
-    twice = 2 * plain.context.logits
+    twice = np.multiply(plain.context.logits, np.float32(2))
     unable = replace(plain.context, answering=())
     assert judge_answers(plain.context, twice).mean == pytest.approx(0, abs=1e-6)
     assert judge_answers(plain.context, twice).scale == pytest.approx(0.5, rel=1e-3)
@@ -128,7 +139,8 @@ def test_without_a_layer_to_take_it_nothing_is_scaled(plain: Case) -> None:
 
 # ---- the layer that makes the answers
 
-LAST = {
+Sketch = tuple[str, dict[str, tuple[int, ...]], Arrays]  # a graph's body, the shapes of its weights, its constants
+LAST: dict[str, Sketch] = {
     "bias in the product": ("y = Gemm<transB=1>(f, w, b)", {"w": (5, 12), "b": (5,)}, {}),
     "no bias": ("y = MatMul(f, w)", {"w": (12, 5)}, {}),
     "bias added": ("m = MatMul(f, w) y = Add(m, b)", {"w": (12, 5), "b": (5,)}, {}),
@@ -137,7 +149,7 @@ LAST = {
     "convolution": ("p = GlobalAveragePool(x) c = Conv(p, w, b) y = Flatten(c)", {"w": (5, 3, 1, 1), "b": (5,)}, {}),
     "a second output": ("y = Gemm(f, w, b) z = Softmax(y)", {"w": (12, 5), "b": (5,)}, {}),
 }
-NONE = {
+NONE: dict[str, Sketch] = {
     "softmax": ("m = Gemm(f, w, b) y = Softmax(m)", {"w": (12, 5), "b": (5,)}, {}),
     "answers second": ("y = Relu(f) z = Gemm(y, w, b)", {"w": (12, 5), "b": (5,)}, {}),
     "scaled": ("m = Gemm(f, w, b) y = Mul(m, c)", {"w": (12, 5), "b": (5,)}, {"c": np.full(5, 2, np.float32)}),
@@ -148,11 +160,11 @@ NONE = {
 }
 
 
-def graph_of(body: str, weights: dict[str, tuple[int, ...]], constants: dict[str, np.ndarray]) -> RawGraph:
+def graph_of(body: str, weights: dict[str, tuple[int, ...]], constants: Arrays) -> RawGraph:
     return tiny("float[1,3,2,2] x", f"f = Flatten(x) {body}", weights, constants)
 
 
-def outputs_of(network: RunnableGraph, image: np.ndarray) -> dict[str, np.ndarray]:
+def outputs_of(network: RunnableGraph, image: Array) -> Arrays:
     return network.open(network.inputs, network.outputs).run({network.inputs[0]: image})
 
 
@@ -183,7 +195,7 @@ def test_rescaled_tensors_stay_masked_and_keep_their_type(plain: Case) -> None:
     assert tensors["head.bias"].all() and set(tensors) == {"head.bias"}
     assert found["head.bias"].dtype == np.float16 and (found["head.bias"] == 0.5).all()
     mask = mask_tensors(plain.structure, plain.keep)["head.weight"].dense()
-    np.testing.assert_array_equal(found["head.weight"], np.where(mask, 0.5 * context.network.arrays["head.weight"], 0))
+    np.testing.assert_array_equal(found["head.weight"], np.where(mask, 0.5 * context.graph.arrays["head.weight"], 0))
     assert rescale(context, plain.keep, tensors, 1.0001) is tensors
 
 
@@ -196,7 +208,7 @@ def test_a_network_twice_too_sure_is_rescaled_and_nothing_else(plain: Case, less
     for tensors in (found.tensors, found.fitted):
         assert set(tensors) == {"head.weight", "head.bias"}
         for name, array in tensors.items():
-            np.testing.assert_allclose(array, plain.context.network.arrays[name] / 2, rtol=2e-3)
+            np.testing.assert_allclose(array, plain.context.graph.arrays[name] / 2, rtol=2e-3)
 
 
 @pytest.mark.parametrize("walked", [False, True])
@@ -204,20 +216,21 @@ def test_the_divergence_said_is_that_of_what_is_written(plain: Case, less_sure: 
     found = recover_closed_form(less_sure, plain.keep, plain.counts, walked=walked)
     assert kl_as_it_is(less_sure, found.keep, found.fitted) == pytest.approx(found.kl_held_back, rel=1e-3)
     sure = recover_closed_form(replace(less_sure, answering=()), plain.keep, plain.counts, walked=walked)
+    assert found.kl_held_back is not None and sure.kl_held_back is not None
     assert found.kl_held_back < 0.5 * sure.kl_held_back
     for name, mask in mask_tensors(plain.structure, found.keep).items():
         assert not found.tensors[name][~mask.dense()].any(), name
 
 
 def test_a_pattern_is_rescaled_and_holds(plain: Case, less_sure: RecoveryContext) -> None:
-    masks = {"conv2.weight": np.indices(plain.context.network.arrays["conv2.weight"].shape).sum(axis=0) % 2 == 0}
+    masks = {"conv2.weight": np.indices(plain.context.graph.arrays["conv2.weight"].shape).sum(axis=0) % 2 == 0}
     found = recover_pattern(less_sure, masks)
     assert found.layers == 1
     assert not found.tensors["conv2.weight"][~masks["conv2.weight"]].any()
-    network = pruned_network(less_sure, {}, found.tensors)
+    network = pruned_graph(less_sure, {}, found.tensors)
     judged = judge(less_sure, network, Frontier(network, plain.images, less_sure.held_back))
     assert judged.scale == pytest.approx(1, abs=2e-3)
-    np.testing.assert_array_less(np.abs(found.tensors["head.bias"]), np.abs(plain.context.network.arrays["head.bias"]))
+    np.testing.assert_array_less(np.abs(found.tensors["head.bias"]), np.abs(plain.context.graph.arrays["head.bias"]))
 
 
 # ---- one graph with other weights
@@ -244,11 +257,12 @@ def test_a_graph_of_as_many_indices_is_made_of_another(plain: Case) -> None:
     for name, array in made.arrays.items():
         np.testing.assert_array_equal(held.arrays[name], array)
     image = plain.images[:1]
-    np.testing.assert_array_equal(*(next(iter(outputs_of(item, image).values())) for item in (held, made)))
+    first_of_held, first_of_made = (next(iter(outputs_of(item, image).values())) for item in (held, made))
+    np.testing.assert_array_equal(first_of_held, first_of_made)
 
 
 def test_selections_are_judged_by_their_own_constants_where_a_block_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a removed block leaves is a constant of the channels it is added to: another selection, another constant."""
+    """A removed block leaves a constant whose channels are those of the sum, so it differs between selections."""
     torch.manual_seed(0)
     module = Residual().eval()
     randomise_(module)
@@ -256,16 +270,17 @@ def test_selections_are_judged_by_their_own_constants_where_a_block_is_gone(monk
     structure = read_structure(raw)
     images = np.random.default_rng(0).standard_normal((40, 3, 8, 8), dtype=np.float32)
     context = build_context(raw, structure, images)
-    keep = random_keep(structure, 0.6)
-    keep |= empty(structure, find_branches(raw.model, structure)[:1])
-    seen: list[tuple[RunnableGraph, dict[str, np.ndarray]]] = []
+    keep = {**random_keep(structure, 0.6), **empty(structure, find_branches(raw.model, structure)[:1])}
+    seen: list[tuple[RunnableGraph, Arrays]] = []
 
-    def watched(context: RecoveryContext, chosen: closed_form.Keep, tensors: Arrays, like: RunnableGraph | None = None):
-        network = pruned_network(context, chosen, tensors, like)
+    def watched(
+        context: RecoveryContext, chosen: Keep, tensors: Arrays, like: RunnableGraph | None = None
+    ) -> RunnableGraph:
+        network = pruned_graph(context, chosen, tensors, like)
         seen.append((network, RunnableGraph(materialise(raw, structure, chosen, tensors)).arrays))
         return network
 
-    monkeypatch.setattr(closed_form, "pruned_network", watched)
+    monkeypatch.setattr(structured, "pruned_graph", watched)
     counts = {leaf: int(kept.sum()) for leaf, kept in keep.items() if kept.any()}
     recover_closed_form(context, keep, counts)
     assert len(seen) > 4, "no selection was tried besides the first ones"

@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from mm_edge.arrays import Float64Array, IntArray
 from mm_edge.recover.closed_form.surgeon import Surgeon, damped, order_of
 
 
-def _problem(outputs: int = 5, inputs: int = 12) -> tuple[np.ndarray, np.ndarray]:
+def _problem(outputs: int = 5, inputs: int = 12) -> tuple[Float64Array, Float64Array]:
     generator = np.random.default_rng(0)
     mixing = generator.standard_normal((inputs, inputs))
     return generator.standard_normal((outputs, inputs)), mixing @ mixing.T / inputs
@@ -30,7 +31,7 @@ def test_downdating_equals_inverting_anew(per_index: int) -> None:
         assert surgeon.errors()[index] == np.inf
 
 
-def _error_without(weight: np.ndarray, gram: np.ndarray, columns: np.ndarray, gone: list[int]) -> float:
+def _error_without(weight: Float64Array, gram: Float64Array, columns: IntArray, gone: list[int]) -> float:
     """Return min over W' on the kept columns of tr((W - W') gram (W - W')^T): the Schur complement."""
     removed = columns[gone].reshape(-1)
     kept = np.setdiff1d(np.arange(len(gram)), removed)

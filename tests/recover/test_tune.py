@@ -1,4 +1,4 @@
-"""Block-wise tuning on small networks: parts of a module run alone, masks hold, it is kept only where better."""
+"""Block-wise tuning on small networks: parts of a module run alone, masks hold, only what is better is accepted."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ import timm
 import torch
 from recovery_cases import BUILDERS, Case, kl_as_it_is
 
+from mm_edge.arrays import Arrays
 from mm_edge.graph.compact import apply_mask, mask_tensors, masked_model, materialise
 from mm_edge.quality.parity import compare, onnx_runner, require
 from mm_edge.recover.training import descent
 from mm_edge.recover.training import tune as module_under_test
+from mm_edge.recover.training.acceptance import mirrored
 from mm_edge.recover.training.descent import crops
-from mm_edge.recover.training.judging import mirrored
 from mm_edge.recover.training.traced import Traced
 from mm_edge.recover.training.tune import find_span, tune
 
@@ -32,14 +33,15 @@ def case(request: pytest.FixtureRequest) -> Case:
     return Case(request.param)
 
 
-def _masked(case: Case) -> dict[str, np.ndarray]:
+def _masked(case: Case) -> Arrays:
     masks = mask_tensors(case.structure, case.keep)
-    return {name: apply_mask(case.context.network.arrays[name], mask) for name, mask in masks.items()}
+    return {name: apply_mask(case.context.graph.arrays[name], mask) for name, mask in masks.items()}
 
 
 def _in_place() -> torch.nn.Module:
     torch.manual_seed(0)
-    return timm.create_model("test_resnet", num_classes=3).eval()
+    network: torch.nn.Module = timm.create_model("test_resnet", num_classes=3)
+    return network.eval()
 
 
 @pytest.mark.parametrize("name", [*BUILDERS, "in place"])
@@ -60,14 +62,14 @@ def test_any_cut_leads_to_the_same_answer(name: str) -> None:
 
 def test_tuning_brings_masked_weights_nearer_to_dense_and_masks_hold(case: Case) -> None:
     start = _masked(case)
-    found = tune(case.context, case.module, case.keep, start)
+    found = tune(case.context, case.keep, start)
     assert found.better and found.kl_held_back < found.kl_before
     views = mirrored(case.context)
     assert kl_as_it_is(views, case.keep, found.tensors) == pytest.approx(found.kl_held_back, rel=1e-3)
     assert kl_as_it_is(views, case.keep, start) >= found.kl_before > 0
     assert found.note.startswith("tuned ")
     masks = mask_tensors(case.structure, case.keep)
-    changed = [name for name, array in found.tensors.items() if not np.array_equal(array, start.get(name))]
+    changed = [name for name, array in found.tensors.items() if name not in start or (array != start[name]).any()]
     assert changed
     for name, mask in masks.items():
         assert not found.tensors[name][~mask.dense()].any(), name
@@ -80,12 +82,12 @@ def test_tuning_brings_masked_weights_nearer_to_dense_and_masks_hold(case: Case)
 def test_the_same_seed_gives_the_same_weights() -> None:
     case = Case("plain")
     told: list[tuple[int, int]] = []
-    first = tune(case.context, case.module, case.keep, _masked(case), seed=3)
+    first = tune(case.context, case.keep, _masked(case), seed=3)
 
     def tell(done: int, total: int) -> None:
         told.append((done, total))
 
-    second = tune(case.context, case.module, case.keep, _masked(case), seed=3, progress=tell)
+    second = tune(case.context, case.keep, _masked(case), seed=3, progress=tell)
     for name, array in first.tensors.items():
         np.testing.assert_array_equal(second.tensors[name], array)
     assert told == [(done, 66) for done in range(1, 67)]  # six batches to cache, sixty steps
@@ -95,7 +97,7 @@ def test_what_is_no_better_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module_under_test, "RATE", 30.0)
     case = Case("plain")
     start = _masked(case)
-    found = tune(case.context, case.module, case.keep, start)
+    found = tune(case.context, case.keep, start)
     assert not found.better
     assert found.tensors is start
     assert found.kl_held_back == found.kl_before
@@ -116,7 +118,7 @@ def test_what_judges_is_mirrored_and_answered_by_the_dense_network() -> None:
 
 def test_nothing_pruned_nothing_is_tuned() -> None:
     case = Case("plain")
-    found = tune(case.context, case.module, {}, {})
+    found = tune(case.context, {}, {})
     assert (found.better, found.note) == (False, "tuning dropped: no layer of its reach reads what was pruned")
 
 
@@ -128,7 +130,7 @@ def test_the_tail_is_frozen_and_the_start_is_cached(monkeypatch: pytest.MonkeyPa
     assert span is not None
     assert traced.size(span.targets[-1]) == 8 * 16 * 16
     assert traced.readers["bn.bias"][0] < span.start <= traced.readers["expand.weight"][0]
-    found = tune(case.context, case.module, keep, {})
+    found = tune(case.context, keep, {})
     assert not {"stem.weight", "bn.weight", "bn.bias"} & set(found.tensors)
     for name in {"head.weight", "head.bias"} & set(found.tensors):  # at most rescaled
         dense = case.module.state_dict()[name].numpy()
@@ -138,7 +140,7 @@ def test_the_tail_is_frozen_and_the_start_is_cached(monkeypatch: pytest.MonkeyPa
     assert find_span(case.context, traced, keep) is None
 
 
-def test_dear_early_maps_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_early_layers_with_large_maps_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case("depthwise")
     traced = Traced(case.module, (3, 16, 16), 2)
     assert traced.work(0, 2) == 2 * 8 * 16 * 16  # stem and its BatchNorm

@@ -20,11 +20,12 @@ from mm_edge.graph.axes import Keep
 from mm_edge.load.models import LoadOptions, load_model
 from mm_edge.progress import Stages
 from mm_edge.records import Candidate, Report
-from mm_edge.recover.closed_form.context import Judged, RecoveryContext
-from mm_edge.recover.closed_form.recovery import Recovered
-from mm_edge.recover.training import adapt, descent, distil, judging
+from mm_edge.recover.closed_form.context import RecoveryContext
+from mm_edge.recover.closed_form.judging import Judged
+from mm_edge.recover.closed_form.structured import Recovered
+from mm_edge.recover.training import acceptance, adapt, descent, distil
 from mm_edge.recover.training import tune as module_under_test
-from mm_edge.recover.training.judging import Tuned
+from mm_edge.recover.training.acceptance import Tuned
 from mm_edge.recover.training.tune import tune
 from mm_edge.run import closed_form
 from mm_edge.run.closed_form import recover_keep
@@ -47,7 +48,7 @@ def run(files: Path, out: Path, rate: float, monkeypatch: pytest.MonkeyPatch, **
 def _let_tuning_win(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make held-back images call every later state the better one: the closed form leaves little on so small a net."""
     asked = count()
-    monkeypatch.setattr(judging, "is_better", lambda new, old: True)
+    monkeypatch.setattr(acceptance, "is_better", lambda new, old: True)
     monkeypatch.setattr(
         module_under_test, "judge_answers", lambda context, logits: Judged(np.array([1 / (1 + next(asked))]), 1.0)
     )
@@ -97,7 +98,7 @@ def test_what_is_tuned_was_not_solved_for_the_images_that_judge_it(
             walked.append(found)
         return found
 
-    def tune_(context: RecoveryContext, module: object, keep: Keep, start: Arrays, **more: Any) -> Tuned:
+    def tune_(context: RecoveryContext, keep: Keep, start: Arrays, **more: Any) -> Tuned:
         given.append(start)
         return Tuned(start, 1.0, 1.0, False, "not tried")
 
@@ -153,7 +154,7 @@ def test_the_whole_network_within_a_budget_is_taught_the_answers_to_larger_pictu
 def test_the_whole_network_that_was_not_bettered_is_the_control_alone(
     files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(judging, "is_better", lambda new, old: False)
+    monkeypatch.setattr(acceptance, "is_better", lambda new, old: False)
     report = run(files, tmp_path, 4e-3, monkeypatch, macs=(0.7,), input_sizes=(SIDE, 24))
     at_24 = [row for row in report.candidates if row.input_shape[-1] == 24]
     assert [row.id for row in at_24 if not row.is_pruned] == ["dense@24"]

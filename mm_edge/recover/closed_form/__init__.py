@@ -1,1 +1,1 @@
-"""Recovery without training (E9)."""
+"""Recovery without training (E9 in docs/method.md)."""

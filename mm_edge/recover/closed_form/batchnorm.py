@@ -2,8 +2,11 @@
 
     mean = sum_b mean_b / B,   var = sum_b var_b / B          over B batches (PyTorch's cumulative average)
 
-Pruning changes what every BatchNorm reads; its old statistics then shift and scale the features wrongly. Weights
+Pruning changes what every BatchNorm reads, so that its old statistics shift and scale the features wrongly. Weights
 are not touched, so masks hold.
+
+torch.optim.swa_utils.update_bn computes the same averages, but it puts the whole module into training mode: dropout
+and stochastic depth would then disturb the statistics.
 """
 
 from __future__ import annotations
@@ -23,7 +26,8 @@ def has_batch_norm(module: nn.Module) -> bool:
 def reestimate_batch_norm_(module: nn.Module, batches: Iterable[Tensor]) -> None:
     """Replace the running statistics of `module`, in place, by those of `batches` (N, C, H, W).
 
-    A batch of one image is left out: it has no variance at 1x1 positions. The module ends in eval mode.
+    A batch of one image is left out, because it has no variance where a map has one position. The module is left in
+    eval mode.
     """
     norms = [part for part in module.modules() if isinstance(part, _BatchNorm) and part.running_mean is not None]
     momenta = [part.momentum for part in norms]

@@ -1,9 +1,11 @@
-"""What removing a residual branch whole costs, and which to offer beside width under a budget.
+"""What removing a whole residual branch costs, and which branches to offer for removal under a budget.
 
-One branch after the other is removed alone, screened by the closed form (its constant becomes the branch's mean, what
-follows is re-solved), and run on the held-back images: KL(b). Branches are offered in the order of KL by what removing
-them saves of the budget's cost: none, the cheapest, the two cheapest, ...; how many a budget takes is decided on the
-screened whole.
+Each branch is removed alone, the network without it is screened by the closed form (a constant takes the branch's
+place, and what follows is solved again), and the held-back images give its divergence d(b). Branches are ranked by
+
+    d(b) / saved(b),      saved(b) the part of the budget's cost that removing b saves
+
+and offered as sets: none, the first, the first two, ... The caller screens a candidate for each set and takes the best.
 """
 
 from __future__ import annotations
@@ -20,10 +22,12 @@ from mm_edge.graph.groups import Structure
 from mm_edge.graph.partial import Frontier, narrowest
 from mm_edge.graph.widths import AllowedWidths, Counts
 from mm_edge.progress import Advance
-from mm_edge.recover.closed_form.context import RecoveryContext, divergence, pruned_network
+from mm_edge.recover.closed_form.context import RecoveryContext, pruned_graph
+from mm_edge.recover.closed_form.judging import divergence
 from mm_edge.recover.closed_form.sensitivity import HOPELESS, Sensitivity, allocate, select_by_sensitivity
 from mm_edge.recover.closed_form.solve import screen
 
+# The most branches that one candidate loses.
 MOST_REMOVED = 3
 
 
@@ -36,7 +40,7 @@ class MeasuredBranch:
 
 
 def empty(structure: Structure, branches: Iterable[Branch]) -> Keep:
-    """Return the keep that removes `branches`."""
+    """Return the indices that stay of the groups in `branches` when these are removed: none of each."""
     leaves = [leaf for branch in branches for leaf in branch.leaves]
     return {leaf: np.zeros(structure.table.size(leaf), dtype=np.bool_) for leaf in leaves}
 
@@ -44,17 +48,18 @@ def empty(structure: Structure, branches: Iterable[Branch]) -> Keep:
 def measure_branches(
     context: RecoveryContext, branches: Sequence[Branch], progress: Advance | None = None
 ) -> tuple[MeasuredBranch, ...]:
-    """Return each branch with what removing it alone costs, in graph order."""
-    network = context.network
-    frontier = Frontier(network, context.images, context.held_back)
+    """Return each branch with the divergence of the network without it, in the order of `branches`.
+
+    `branches` are in graph order; `progress` is called with (branches measured, of how many).
+    """
+    graph = context.graph
+    frontier = Frontier(graph, context.images, context.held_back)
     found = []
     for done, branch in enumerate(branches):
-        first = min(at for name in branch.tensors for at in network.read_at.get(name, [len(network.nodes)]))
-        frontier.advance_(
-            network, narrowest(network, frontier.position, max(first, frontier.position)), context.threads
-        )
+        first = min(at for name in branch.tensors for at in graph.read_at.get(name, [len(graph.nodes)]))
+        frontier.advance_(graph, narrowest(graph, frontier.position, max(first, frontier.position)), context.threads)
         keep = empty(context.structure, (branch,))
-        pruned = pruned_network(context, keep, screen(context, keep))
+        pruned = pruned_graph(context, keep, screen(context, keep))
         found.append(MeasuredBranch(branch, divergence(context, pruned, frontier)))
         if progress is not None:
             progress(done + 1, len(branches))
@@ -62,9 +67,10 @@ def measure_branches(
 
 
 def offers(measured: Sequence[MeasuredBranch], saved: Callable[[Branch], float]) -> list[tuple[Branch, ...]]:
-    """Return the sets of branches to try removing, none first; see the top of the file.
+    """Return the sets of branches to try removing, the empty set first.
 
-    `saved` says what removing a branch saves; one that saves nothing is not offered.
+    `saved` returns what removing a branch saves, in the budget's units; a branch that saves nothing is not offered. The
+    sets end before the sum of their divergences exceeds HOPELESS, with at most MOST_REMOVED branches.
     """
     worth = [(item, saved(item.branch)) for item in measured]
     ranked = [item for item, gain in sorted(worth, key=lambda pair: pair[0].kl / max(pair[1], 1e-30)) if gain > 0]
@@ -86,7 +92,16 @@ def allocate_rest(
     budget: float,
     allowed: Sequence[AllowedWidths],
 ) -> Keep:
-    """Return what stays when `removed` goes and widths, by sensitivity, bring the `cost` to `budget`."""
+    """Return the indices that stay when `removed` branches and narrower groups bring the `cost` to `budget`.
+
+    Args:
+        structure: the coupled groups.
+        cost: what the budget limits.
+        sensitivities: of the groups that may become narrower.
+        removed: the branches that are removed.
+        budget: the highest cost, in the units of `cost`.
+        allowed: the allowed widths of every group.
+    """
     gone = empty(structure, removed)
     left = {leaf: item for leaf, item in sensitivities.items() if leaf not in gone}
     start: Counts = dict.fromkeys(gone, 0)

@@ -1,11 +1,13 @@
-"""Consumers: the nodes that multiply activations by one weight, and what their result is added to.
+"""Consumers: the nodes that multiply activations by one weight, and what happens to their product afterwards.
 
-A consumer computes y = W h for every position, W (O, K) in `groups` independent blocks. What follows it is, up to the
-next addition or non-linearity, affine per channel (its bias, BatchNorm, a layer scale):
+A consumer computes y = W h at every position, with W (O, K) in `groups` independent blocks. Up to the next residual
+addition or non-linearity, what follows is affine per channel (bias, BatchNorm, layer scale):
 
-    z = scale * y + offset            and, at a residual addition,           block output = z + skip
+    z = scale * y + offset,           and at a residual addition             A = z + skip
 
-so that a wanted block output A says what y should have been: y = (A - skip - offset) / scale.
+Solved for y, this says what the product should be when the sum A should be the dense network's:
+
+    y = (A - skip - offset) / scale
 """
 
 from __future__ import annotations
@@ -20,14 +22,16 @@ from mm_edge.arrays import Array, Float32Array, Float64Array, IntArray
 from mm_edge.graph.export import RawGraph
 from mm_edge.graph.partial import RunnableGraph
 
-Indices = IntArray
-
+# Operators that move values and do not change them.
 MOVES = frozenset("Transpose Reshape Squeeze Unsqueeze Flatten Identity Dropout".split())
 
 
 @dataclass(frozen=True)
 class Window:
-    """The patch a convolution reads per output position: kernel, strides, dilations, pads before and after."""
+    """The patch that a convolution reads for an output position, one number per spatial axis in every field.
+
+    `before` and `after` are the numbers of padded positions at the two ends of an axis.
+    """
 
     kernel: tuple[int, ...]
     strides: tuple[int, ...]
@@ -38,13 +42,13 @@ class Window:
 
 @dataclass(frozen=True)
 class Shift:
-    """Where a change of a consumer's mean output goes: it is added, times `sign`, to `tensor`."""
+    """The tensor that takes up a change of a consumer's mean output: `sign` times the change is added to it."""
 
     tensor: str
     sign: float
 
     def moved(self, array: Array, change: Float64Array) -> Array:
-        """Return the tensor's `array` with the `change` of the consumer's mean output in it."""
+        """Return the tensor's `array` after the consumer's mean output has changed by `change`, both (O,)."""
         return (array + self.sign * change).astype(array.dtype)
 
 
@@ -55,10 +59,10 @@ class Consumer:
     Attributes:
         node: name of the node.
         weight: name of the initialiser.
-        in_axis: the weight's axis of inputs (per group); its outputs are on the other of the first two.
-        groups: independent blocks.
-        window: of a convolution, None for a matrix product.
-        shift: where its mean may move, None where nothing holds one.
+        in_axis: the weight's axis of inputs (per group), 0 or 1; the other one of the two is the axis of outputs.
+        groups: the number of independent blocks.
+        window: the patch a convolution reads; None for a matrix product.
+        shift: the tensor that takes up a change of the mean output; None if there is none.
     """
 
     node: str
@@ -80,67 +84,70 @@ class Consumer:
 
 
 @dataclass(frozen=True)
-class Branch:
-    """What follows a consumer's product y in one network.
+class ProductPath:
+    """What happens to a consumer's product y in one graph, up to a residual addition or the end of the affine chain.
 
     Attributes:
-        result: the value that is wanted right: a residual addition, or the end of the affine chain.
-        skip: what the addition adds, None without one.
-        index: for (position, output channel) of y, where it lies in the flattened `result`.
-        scale: per output channel.
-        offset: per output channel.
+        result: name of the value at the end: the sum, or the last value that is affine in y.
+        skip: name of the value that the addition adds; None without an addition.
+        index: for every (position, output channel) of y, its index in the flattened `result`.
+        scale: factor per output channel, (O,).
+        offset: term per output channel, (O,).
     """
 
     result: str
     skip: str | None
-    index: Indices
+    index: IntArray
     scale: Float64Array
     offset: Float64Array
 
 
-def read_consumers(raw: RawGraph, network: RunnableGraph) -> tuple[Consumer, ...]:
-    """Return, in graph order, every convolution, Gemm and MatMul whose weight is a parameter read only there.
+def read_consumers(raw: RawGraph, graph: RunnableGraph) -> tuple[Consumer, ...]:
+    """Return, in graph order, every Conv, Gemm and MatMul whose weight is a parameter that nothing else reads.
 
-    Weights that pass through arithmetic first (weight standardisation) are left out: their columns cannot be solved.
+    A weight that is computed before it is used (weight standardisation) is left out: its columns cannot be solved for.
     """
     found = []
-    for node in network.nodes:
-        consumer = _consumer(raw, network, node)
+    for node in graph.nodes:
+        consumer = _consumer(raw, graph, node)
         if consumer is not None:
             found.append(consumer)
     return tuple(found)
 
 
-def read_branch(network: RunnableGraph, consumer: Consumer) -> Branch:
-    """Follow the product of `consumer` through `network` to the value that should be right."""
-    node = network.node(consumer.node)
+def read_product_path(graph: RunnableGraph, consumer: Consumer) -> ProductPath:
+    """Follow the product of `consumer` through `graph` up to the value that should equal the dense network's."""
+    node = graph.node(consumer.node)
     value = node.output[0]
-    index = _channels_last(np.arange(_count(network.shapes[value])).reshape(network.shapes[value]), consumer)
+    index = _channels_last(np.arange(_count(graph.shapes[value])).reshape(graph.shapes[value]), consumer)
     scale, offset = np.ones(index.shape[1]), np.zeros(index.shape[1])
     if len(node.input) > 2 and node.input[2]:
-        offset = offset + _vector(network, node.input[2], value, index)
+        offset = offset + _vector(graph, node.input[2], value, index)
     while True:
-        step = _follow(network, value, index)
+        step = _follow(graph, value, index)
         if step is None:
-            return Branch(value, None, index, scale, offset)
+            return ProductPath(value, None, index, scale, offset)
         following, kind, factor, term = step
         if kind == "add":
             skip = next((name for name in following.input if name != value), value)
-            return Branch(following.output[0], skip, index, scale, offset)
+            return ProductPath(following.output[0], skip, index, scale, offset)
         if kind == "move":
-            index = _moved(network, following, index)
+            index = _moved(graph, following, index)
         else:
             scale, offset = scale * factor, offset * factor + term
         value = following.output[0]
 
 
-def input_of(network: RunnableGraph, consumer: Consumer) -> str:
+def input_of(graph: RunnableGraph, consumer: Consumer) -> str:
     """Return the name of the value that `consumer` reads in `network`."""
-    return str(network.node(consumer.node).input[0])
+    return str(graph.node(consumer.node).input[0])
 
 
-def columns(data: Array, consumer: Consumer, positions: Indices) -> Float32Array:
-    """Return what `consumer` reads at some output positions, (positions, groups, K), from its input at batch 1."""
+def columns(data: Array, consumer: Consumer, positions: IntArray) -> Float32Array:
+    """Return what `consumer` reads at some output positions, (positions, groups, K).
+
+    `data` is the consumer's input at batch 1; `positions` are flat indices of output positions.
+    """
     if consumer.window is None:
         rows = data.reshape(-1, data.shape[-1])[positions]
     elif all(size == 1 for size in consumer.window.kernel) and not any(consumer.window.before + consumer.window.after):
@@ -150,36 +157,36 @@ def columns(data: Array, consumer: Consumer, positions: Indices) -> Float32Array
     return np.asarray(rows, dtype=np.float32).reshape(len(positions), consumer.groups, -1)
 
 
-def count_positions(network: RunnableGraph, consumer: Consumer) -> int:
-    """Return how many output positions `consumer` has per image."""
-    shape = network.shapes[network.node(consumer.node).output[0]]
+def count_positions(graph: RunnableGraph, consumer: Consumer) -> int:
+    """Return how many output positions per image `consumer` has."""
+    shape = graph.shapes[graph.node(consumer.node).output[0]]
     return _count(shape[2:]) if consumer.window is not None else _count(shape[:-1])
 
 
-def _consumer(raw: RawGraph, network: RunnableGraph, node: onnx.NodeProto) -> Consumer | None:
-    if node.op_type not in ("Conv", "Gemm", "MatMul") or not network.is_computed(node.input[0]):
+def _consumer(raw: RawGraph, graph: RunnableGraph, node: onnx.NodeProto) -> Consumer | None:
+    if node.op_type not in ("Conv", "Gemm", "MatMul") or not graph.is_computed(node.input[0]):
         return None
-    weight, turned = _origin(network, node.input[1])
-    if weight not in raw.parameters or len(network.read_at[weight]) != 1 or network.arrays[weight].ndim < 2:
+    weight, turned = _origin(graph, node.input[1])
+    if weight not in raw.parameters or len(graph.read_at[weight]) != 1 or graph.arrays[weight].ndim < 2:
         return None
     attributes = {item.name: onnx.helper.get_attribute_value(item) for item in node.attribute}
     window, groups, in_axis = None, 1, 0
     if node.op_type == "Conv":
-        window = _window(attributes, network.arrays[weight].shape[2:], network.shapes[node.input[0]][2:])
+        window = _window(attributes, graph.arrays[weight].shape[2:], graph.shapes[node.input[0]][2:])
         groups, in_axis = int(attributes.get("group", 1)), 1
-    elif network.arrays[weight].ndim != 2 or attributes.get("transA") or attributes.get("alpha", 1.0) != 1.0:
+    elif graph.arrays[weight].ndim != 2 or attributes.get("transA") or attributes.get("alpha", 1.0) != 1.0:
         return None
     elif turned != bool(attributes.get("transB")):
         in_axis = 1
-    return Consumer(node.name, weight, in_axis, groups, window, _shift(raw, network, node))
+    return Consumer(node.name, weight, in_axis, groups, window, _shift(raw, graph, node))
 
 
-def _origin(network: RunnableGraph, value: str) -> tuple[str, bool]:
+def _origin(graph: RunnableGraph, value: str) -> tuple[str, bool]:
     """Return the initialiser behind `value` and whether it was transposed."""
-    if value in network.arrays or value not in network.made_at:
+    if value in graph.arrays or value not in graph.made_at:
         return value, False
-    node = network.nodes[network.made_at[value]]
-    if node.op_type != "Transpose" or len(network.read_at[value]) != 1:
+    node = graph.nodes[graph.made_at[value]]
+    if node.op_type != "Transpose" or len(graph.read_at[value]) != 1:
         return "", False
     return str(node.input[0]), True
 
@@ -199,81 +206,81 @@ def _window(attributes: dict[str, Any], kernel: tuple[int, ...], size: tuple[int
     return Window(tuple(kernel), strides, dilations, pads[: len(kernel)], pads[len(kernel) :])
 
 
-def _shift(raw: RawGraph, network: RunnableGraph, node: onnx.NodeProto) -> Shift | None:
-    """Return the bias that is added to the product, or the running mean that is subtracted from it.
+def _shift(raw: RawGraph, graph: RunnableGraph, node: onnx.NodeProto) -> Shift | None:
+    """Return the bias that is added to the product or the running mean that is subtracted from it; None without one.
 
-    One that something else reads too cannot be moved for this product alone.
+    A tensor that other nodes read as well does not count, because a change of it would reach them too.
     """
     if len(node.input) > 2 and node.input[2] in raw.parameters:
-        return _sole(network, node.input[2], 1.0)
+        return _sole(graph, node.input[2], 1.0)
     value = node.output[0]
     while True:
-        readers = network.read_at.get(value, [])
-        if len(readers) != 1 or value in network.outputs:
+        readers = graph.read_at.get(value, [])
+        if len(readers) != 1 or value in graph.outputs:
             return None
-        following = network.nodes[readers[0]]
+        following = graph.nodes[readers[0]]
         if following.op_type in MOVES:
             value = following.output[0]
             continue
         if following.op_type == "BatchNormalization" and following.input[3] in raw.buffers | raw.parameters:
-            return _sole(network, following.input[3], -1.0)
+            return _sole(graph, following.input[3], -1.0)
         if following.op_type == "Add":
             other = next((name for name in following.input if name != value), "")
-            if other in raw.parameters and network.arrays[other].ndim == 1:
-                return _sole(network, other, 1.0)
+            if other in raw.parameters and graph.arrays[other].ndim == 1:
+                return _sole(graph, other, 1.0)
         return None
 
 
-def _sole(network: RunnableGraph, tensor: str, sign: float) -> Shift | None:
-    return Shift(tensor, sign) if len(network.read_at[tensor]) == 1 else None
+def _sole(graph: RunnableGraph, tensor: str, sign: float) -> Shift | None:
+    return Shift(tensor, sign) if len(graph.read_at[tensor]) == 1 else None
 
 
-def _follow(network: RunnableGraph, value: str, index: Indices) -> tuple[onnx.NodeProto, str, Array, Array] | None:
+def _follow(graph: RunnableGraph, value: str, index: IntArray) -> tuple[onnx.NodeProto, str, Array, Array] | None:
     """Return the only reader of `value` with what it does to y: "move", "affine" (factor, term) or "add"."""
-    readers = network.read_at.get(value, [])
-    if len(readers) != 1 or value in network.outputs:
+    readers = graph.read_at.get(value, [])
+    if len(readers) != 1 or value in graph.outputs:
         return None
-    node = network.nodes[readers[0]]
+    node = graph.nodes[readers[0]]
     one, zero = np.ones(1), np.zeros(1)
     if node.op_type in MOVES:
         return node, "move", one, zero
     if node.op_type == "BatchNormalization":
-        scale, shift, mean, variance = (np.asarray(network.arrays[name], dtype=np.float64) for name in node.input[1:5])
+        scale, shift, mean, variance = (np.asarray(graph.arrays[name], dtype=np.float64) for name in node.input[1:5])
         epsilon = next((item.f for item in node.attribute if item.name == "epsilon"), 1e-5)
         factor = scale / np.sqrt(variance + epsilon)
-        shape = (1, -1, *[1] * (len(network.shapes[value]) - 2))
-        found = [_spread(item.reshape(shape), network.shapes[value], index) for item in (factor, shift - mean * factor)]
+        shape = (1, -1, *[1] * (len(graph.shapes[value]) - 2))
+        found = [_spread(item.reshape(shape), graph.shapes[value], index) for item in (factor, shift - mean * factor)]
         return None if found[0] is None or found[1] is None else (node, "affine", found[0], found[1])
-    if node.op_type not in ("Add", "Mul") or network.shapes[node.output[0]] != network.shapes[value]:
+    if node.op_type not in ("Add", "Mul") or graph.shapes[node.output[0]] != graph.shapes[value]:
         return None
     other = next((name for name in node.input if name != value), value)
-    if network.is_computed(other):
-        fits = node.op_type == "Add" and other != value and network.shapes[other] == network.shapes[value]
+    if graph.is_computed(other):
+        fits = node.op_type == "Add" and other != value and graph.shapes[other] == graph.shapes[value]
         return (node, "add", one, zero) if fits else None
-    vector = _spread(np.asarray(network.constant(other), dtype=np.float64), network.shapes[value], index)
+    vector = _spread(np.asarray(graph.constant(other), dtype=np.float64), graph.shapes[value], index)
     if vector is None:
         return None
     return (node, "affine", one, vector) if node.op_type == "Add" else (node, "affine", vector, zero)
 
 
-def _vector(network: RunnableGraph, name: str, value: str, index: Indices) -> Array:
-    bias = np.asarray(network.constant(name), dtype=np.float64)
-    shape = network.shapes[value]
-    if network.nodes[network.made_at[value]].op_type == "Conv":
+def _vector(graph: RunnableGraph, name: str, value: str, index: IntArray) -> Array:
+    bias = np.asarray(graph.constant(name), dtype=np.float64)
+    shape = graph.shapes[value]
+    if graph.nodes[graph.made_at[value]].op_type == "Conv":
         bias = bias.reshape(1, -1, *[1] * (len(shape) - 2))
     found = _spread(bias, shape, index)
     return np.zeros(index.shape[1]) if found is None else found
 
 
-def _spread(array: Array, shape: tuple[int, ...], index: Indices) -> Array | None:
-    """Return what an operand of a value of `shape` holds per output channel, None where it differs by position."""
+def _spread(array: Array, shape: tuple[int, ...], index: IntArray) -> Array | None:
+    """Return what an operand of a value of `shape` holds per output channel; None if it differs between positions."""
     rows = np.broadcast_to(array, shape).reshape(-1)[index]
     return rows[0] if (rows == rows[:1]).all() else None
 
 
-def _moved(network: RunnableGraph, node: onnx.NodeProto, index: Indices) -> Indices:
+def _moved(graph: RunnableGraph, node: onnx.NodeProto, index: IntArray) -> IntArray:
     """Return where the entries at `index` of the node's input lie in its output."""
-    before, after = network.shapes[node.input[0]], network.shapes[node.output[0]]
+    before, after = graph.shapes[node.input[0]], graph.shapes[node.output[0]]
     if node.op_type != "Transpose":
         return index
     order = next((list(item.ints) for item in node.attribute if item.name == "perm"), list(range(len(before)))[::-1])
@@ -283,7 +290,7 @@ def _moved(network: RunnableGraph, node: onnx.NodeProto, index: Indices) -> Indi
     return np.asarray(target[index], dtype=np.int64)
 
 
-def _channels_last(array: Array, consumer: Consumer) -> Indices:
+def _channels_last(array: Array, consumer: Consumer) -> IntArray:
     if consumer.window is not None:
         array = np.moveaxis(array, 1, -1)
     return np.asarray(array.reshape(-1, array.shape[-1]), dtype=np.int64)
@@ -293,7 +300,7 @@ def _strided(image: Array, window: Window) -> Array:
     return image[(slice(None), *(slice(None, None, stride) for stride in window.strides))]
 
 
-def _patches(image: Array, window: Window, positions: Indices) -> Array:
+def _patches(image: Array, window: Window, positions: IntArray) -> Array:
     """Return the patches of `image` (C, *spatial) at flat output positions, (positions, C * kernel)."""
     padded = np.pad(image, [(0, 0), *zip(window.before, window.after, strict=True)])
     sizes = [

@@ -1,10 +1,10 @@
-"""Second moments of what consumers read, streamed over images and accumulated in float64.
+"""Second moments of what consumers read, summed image by image in float64.
 
     mean = sum_i h_i / n,      covariance = sum_i h_i h_i^T / n - mean mean^T,      cross = sum_i h_i y_i^T / n - ...
 
-over at most `POSITIONS` random output positions an image (the same ones for the dense network and for every
-candidate, so that the student's inputs h can be paired with the dense network's wanted outputs y). A consumer of
-more than `WIDEST` inputs has no moment matrix: its blocks are its single columns.
+The sums run over at most `POSITIONS` random output positions per image. Those positions are the same for the dense
+network and for every candidate, so that the pruned network's inputs h can be paired with the dense network's outputs y.
+No moments are kept of a consumer with more than `WIDEST` inputs per output: the matrix would be too large.
 """
 
 from __future__ import annotations
@@ -18,22 +18,32 @@ import numpy as np
 
 from mm_edge.arrays import BoolArray, Float32Array, Float32Arrays, Float64Array, IntArray
 from mm_edge.graph.partial import Frontier, RunnableGraph, Values
-from mm_edge.recover.closed_form.consumers import Branch, Consumer, columns, count_positions, input_of, read_branch
-
-Indices = IntArray
+from mm_edge.recover.closed_form.consumers import (
+    Consumer,
+    ProductPath,
+    columns,
+    count_positions,
+    input_of,
+    read_product_path,
+)
 
 POSITIONS = 49
 WIDEST = 8192
+# Rows are multiplied in blocks of at least so many, and all accumulators of one pass together take so much memory.
 ROWS = 1024
 ACCUMULATOR_BYTES = 3 << 29
 
 
 @dataclass(frozen=True)
 class Moments:
-    """What one consumer reads: per group, mean (G, K) and covariance (G, K, K).
+    """The moments of what one consumer of G groups reads.
 
-    `cross` (G, K, O per group), `wanted` and `spread` (both G, O per group: mean and variance) pair it with wanted
-    outputs; None without.
+    Attributes:
+        mean: of the inputs, (G, K).
+        covariance: of the inputs, (G, K, K).
+        cross: covariance of inputs and wanted outputs, (G, K, O per group); None without wanted outputs.
+        wanted: mean of the wanted outputs, (G, O per group); None without them.
+        spread: variance of the wanted outputs, (G, O per group); None without them.
     """
 
     mean: Float64Array
@@ -44,7 +54,7 @@ class Moments:
 
 
 class Accumulator:
-    """Sums of one consumer's inputs, and of their products with wanted outputs where there are any."""
+    """Sums over one consumer's inputs and, if wanted outputs are given, over their products with the inputs."""
 
     def __init__(self) -> None:
         """Start empty."""
@@ -52,6 +62,11 @@ class Accumulator:
         self._rows: list[tuple[Float32Array, Float32Array | None]] = []
         self._waiting = 0
         self._sums: dict[str, Any] = {}
+
+    @property
+    def empty(self) -> bool:
+        """Whether no row was added."""
+        return not (self.count or self._waiting)
 
     def add(self, inputs: Float32Array, wanted: Float32Array | None = None) -> None:
         """Add rows of inputs (n, G, K) and of wanted outputs (n, O)."""
@@ -90,9 +105,9 @@ class Accumulator:
         self._rows, self._waiting = [], 0
 
 
-def sample_positions(network: RunnableGraph, consumer: Consumer, image: int) -> Indices:
-    """Return the output positions looked at in image number `image`: all, or `POSITIONS` of them, ever the same."""
-    total = count_positions(network, consumer)
+def sample_positions(graph: RunnableGraph, consumer: Consumer, image: int) -> IntArray:
+    """Return the output positions that are used of image number `image`: all, or a fixed sample of `POSITIONS`."""
+    total = count_positions(graph, consumer)
     if total <= POSITIONS:
         return np.arange(total)
     generator = np.random.default_rng([image, zlib.crc32(consumer.node.encode()), total])
@@ -101,9 +116,11 @@ def sample_positions(network: RunnableGraph, consumer: Consumer, image: int) -> 
 
 @dataclass(frozen=True)
 class DenseMoments:
-    """What one pass over the dense network leaves: by consumer's node, its inputs' moments and wanted results.
+    """What is known of the dense network's consumers, by the name of their node.
 
-    `results` are the branch results at the sampled positions, (images, positions, O), float32.
+    Attributes:
+        moments: of the inputs, over the fitted images.
+        results: the values at the ends of the product paths, at the sampled positions, (images, positions, O), float32.
     """
 
     moments: Mapping[str, Moments]
@@ -111,7 +128,7 @@ class DenseMoments:
 
 
 def collect_dense(
-    network: RunnableGraph,
+    graph: RunnableGraph,
     consumers: Sequence[Consumer],
     frontier: Frontier,
     fitted: Sequence[int],
@@ -119,87 +136,89 @@ def collect_dense(
     threads: int = 1,
     advance: Callable[[int, int], None] | None = None,
 ) -> DenseMoments:
-    """Return the dense network's own moments on the images `fitted`, in as many passes as memory allows.
+    """Return the moments of the dense `graph` on the images `fitted`, and its results on `fitted` and `others`.
 
-    Branch results are kept of the `others` too: by image number, which together are 0, 1, ...
+    The numbers in `fitted` and `others` together must be 0, 1, ...: results are looked up by image number. Consumers
+    whose sums do not fit into memory together are handled in several passes over the images.
     """
     numbers = sorted({*fitted, *others})
     in_moments = set(fitted)
     moments: dict[str, Moments] = {}
     results: Float32Arrays = {}
-    parts = list(_affordable(network, consumers))
+    parts = list(_affordable(graph, consumers))
     for number, part in enumerate(parts):
-        branches = {item.node: read_branch(network, item) for item in part}
+        paths = {item.node: read_product_path(graph, item) for item in part}
         sums = {item.node: Accumulator() for item in part}
         kept: dict[str, list[Float32Array]] = {item.node: [] for item in part}
-        wanted = [name for item in part for name in (input_of(network, item), branches[item.node].result)]
-        for done, (image, values) in enumerate(frontier.run(network, wanted, numbers, threads)):
+        wanted = [name for item in part for name in (input_of(graph, item), paths[item.node].result)]
+        for done, (image, values) in enumerate(frontier.run(graph, wanted, numbers, threads)):
             for item in part:
-                where = sample_positions(network, item, image)
-                if image in in_moments and width(network, item) <= WIDEST:
-                    sums[item.node].add(columns(values[input_of(network, item)], item, where))
-                kept[item.node].append(_at(values, branches[item.node].result, branches[item.node].index[where]))
+                where = sample_positions(graph, item, image)
+                if image in in_moments and width(graph, item) <= WIDEST:
+                    sums[item.node].add(columns(values[input_of(graph, item)], item, where))
+                kept[item.node].append(_at(values, paths[item.node].result, paths[item.node].index[where]))
             if advance is not None:
                 advance(number * len(numbers) + done + 1, len(parts) * len(numbers))
-        moments |= {node: sums[node].finish() for node in sums if sums[node].count or sums[node]._waiting}
+        moments |= {node: sums[node].finish() for node in sums if not sums[node].empty}
         results |= {node: np.stack(rows) for node, rows in kept.items()}
     return DenseMoments(moments, results)
 
 
 def collect_paired(
-    network: RunnableGraph,
+    graph: RunnableGraph,
     consumer: Consumer,
     frontier: Frontier,
     numbers: Sequence[int],
     results: Float32Array,
     threads: int = 1,
 ) -> Moments:
-    """Return moments of what `consumer` reads in the student `network`, paired with the outputs it should have.
+    """Return moments of what `consumer` reads in the pruned `graph`, paired with the outputs it should have.
 
-    `results` are the dense network's branch results (images, positions, O), its removed channels left out. The
-    student's own skip connection is taken off them, so that what went wrong upstream is made good here.
+    `results` are the dense network's results for this consumer, (images, positions, O), without removed channels. The
+    pruned network's own skip connection is subtracted from them, so that the consumer also corrects errors that earlier
+    layers left in the skip connection.
     """
-    branch = read_branch(network, consumer)
-    data = input_of(network, consumer)
+    path = read_product_path(graph, consumer)
+    data = input_of(graph, consumer)
     sums = Accumulator()
-    wanted = [data] if branch.skip is None else [data, branch.skip]
-    for image, values in frontier.run(network, wanted, numbers, threads):
-        where = sample_positions(network, consumer, image)
-        target = results[image].astype(np.float64) - branch.offset
-        if branch.skip is not None:
-            target = target - _at(values, branch.skip, branch.index[where])
-        target = target / live_scale(branch)
+    wanted = [data] if path.skip is None else [data, path.skip]
+    for image, values in frontier.run(graph, wanted, numbers, threads):
+        where = sample_positions(graph, consumer, image)
+        target = results[image].astype(np.float64) - path.offset
+        if path.skip is not None:
+            target = target - _at(values, path.skip, path.index[where])
+        target = target / live_scale(path)
         sums.add(columns(values[data], consumer, where), target.astype(np.float32))
     return sums.finish()
 
 
-def live_scale(branch: Branch) -> Float64Array:
-    """Return the branch's scale; channels it does not let through get one, their targets mean nothing."""
-    return np.where(is_live(branch), branch.scale, 1.0)
+def live_scale(path: ProductPath) -> Float64Array:
+    """Return the path's scale (O,), with 1 for channels that do not reach the result: their targets mean nothing."""
+    return np.where(is_live(path), path.scale, 1.0)
 
 
-def is_live(branch: Branch) -> BoolArray:
-    """Return which output channels reach the branch's result."""
-    size = np.abs(branch.scale)
+def is_live(path: ProductPath) -> BoolArray:
+    """Return which output channels reach the path's result, (O,): those whose scale is not next to zero."""
+    size = np.abs(path.scale)
     return np.asarray(size > 1e-5 * size.max(initial=0.0))
 
 
-def width(network: RunnableGraph, consumer: Consumer) -> int:
+def width(graph: RunnableGraph, consumer: Consumer) -> int:
     """Return K, the inputs of one output."""
-    weight = network.arrays[consumer.weight]
+    weight = graph.arrays[consumer.weight]
     return int(weight.size // weight.shape[1 - consumer.in_axis])
 
 
-def _at(values: Values, name: str, index: Indices) -> Float32Array:
+def _at(values: Values, name: str, index: IntArray) -> Float32Array:
     return np.asarray(values[name].reshape(-1)[index], dtype=np.float32)
 
 
-def _affordable(network: RunnableGraph, consumers: Sequence[Consumer]) -> Iterable[list[Consumer]]:
-    """Cut the consumers into runs whose accumulators fit in memory together."""
+def _affordable(graph: RunnableGraph, consumers: Sequence[Consumer]) -> Iterable[list[Consumer]]:
+    """Yield the consumers in parts whose accumulators fit into ACCUMULATOR_BYTES together."""
     part: list[Consumer] = []
     total = 0
     for item in consumers:
-        wide = width(network, item)
+        wide = width(graph, item)
         size = 0 if wide > WIDEST else 8 * item.groups * wide**2
         if part and total + size > ACCUMULATOR_BYTES:
             yield part

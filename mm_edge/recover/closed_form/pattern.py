@@ -1,12 +1,12 @@
-"""Recovery of an n:m candidate without training: what the pattern removes is made good by the weights it keeps.
+"""Recovery of an n:m candidate without training: the kept weights are adjusted for those that the pattern removes.
 
-The pattern removes single weights, not inputs, so every output has its own kept set S. With H the covariance of the
-dense network's own inputs (the formula at the top of semi_structured.py),
+The pattern removes single weights, not inputs, so every output has a kept set S and a removed set R of its own. With H
+the covariance of the dense network's own inputs (plan/n_m.py has the derivation),
 
-    w'_S = w_S + (H_SS + r I)^-1 H_SR w_R,        b' = b + (w - w') E[h]        (E9)
+    w'_S = w_S + (H_SS + r I)^-1 H_SR w_R,        b' = b + (w - w') E[h]        (E9 in docs/method.md)
 
-A layer without a bias to move takes the uncentred second moment for H instead. One pass over the dense network serves
-all candidates; held-back images decide whether the result is used.
+For a layer without a bias, H is the second moment E[h h^T] instead. One pass over the dense network serves all
+candidates. The result is used only if the held-back images find it better than masking alone.
 """
 
 from __future__ import annotations
@@ -20,20 +20,29 @@ from mm_edge.arrays import Arrays, BoolArray
 from mm_edge.graph.partial import Frontier
 from mm_edge.plan.n_m import compensate
 from mm_edge.recover.closed_form.consumers import Consumer
-from mm_edge.recover.closed_form.context import RecoveryContext, is_better, judge, pruned_network, rescale
+from mm_edge.recover.closed_form.context import RecoveryContext, pruned_graph
+from mm_edge.recover.closed_form.judging import is_better, judge, rescale
 
 
 @dataclass(frozen=True)
 class PatternRecovery:
-    """The changed tensors by name (empty where masking alone is no worse) and how many layers were solved."""
+    """The result of `recover_pattern`.
+
+    Attributes:
+        tensors: what changed, as stored in the network, by name; empty if masking alone is no worse.
+        layers: how many layers were solved.
+    """
 
     tensors: Arrays
     layers: int
 
 
 def recover_pattern(context: RecoveryContext, masks: Mapping[str, BoolArray]) -> PatternRecovery:
-    """Return the weights and biases that make good what `masks` (by weight name, as stored) remove."""
-    masked = {name: np.where(mask, context.network.arrays[name], 0).astype(np.float32) for name, mask in masks.items()}
+    """Return the weights and biases that make up for the weights which `masks` remove.
+
+    `masks` are by the name of a weight and in its shape, True where a weight stays.
+    """
+    masked = {name: np.where(mask, context.graph.arrays[name], 0).astype(np.float32) for name, mask in masks.items()}
     solved: Arrays = dict(masked)
     count = 0
     for name, mask in masks.items():
@@ -41,8 +50,8 @@ def recover_pattern(context: RecoveryContext, masks: Mapping[str, BoolArray]) ->
         if consumer is not None and consumer.node in context.dense.moments:
             _solve_layer(context, consumer, mask, solved)
             count += 1
-    frontier = Frontier(context.network, context.images, context.held_back)
-    before, after = (judge(context, pruned_network(context, {}, item), frontier) for item in (masked, solved))
+    frontier = Frontier(context.graph, context.images, context.held_back)
+    before, after = (judge(context, pruned_graph(context, {}, item), frontier) for item in (masked, solved))
     if not is_better(after, before):
         return PatternRecovery({}, 0)
     return PatternRecovery(rescale(context, {}, solved, after.scale), count)
@@ -50,7 +59,7 @@ def recover_pattern(context: RecoveryContext, masks: Mapping[str, BoolArray]) ->
 
 def _solve_layer(context: RecoveryContext, consumer: Consumer, mask: BoolArray, tensors: Arrays) -> None:
     """Solve one layer and put its weight, and its bias where it has one, into `tensors`."""
-    dense = context.network.arrays[consumer.weight]
+    dense = context.graph.arrays[consumer.weight]
     moments = context.dense.moments[consumer.node]
     blocks, kept = consumer.matrix(dense), consumer.matrix(mask.astype(np.float32)) > 0.5
     second = moments.covariance
@@ -65,4 +74,4 @@ def _solve_layer(context: RecoveryContext, consumer: Consumer, mask: BoolArray, 
     if consumer.shift is not None:
         name = consumer.shift.tensor
         moved = ((blocks - solved) @ moments.mean[:, :, None])[:, :, 0].reshape(-1)
-        tensors[name] = consumer.shift.moved(tensors.get(name, context.network.arrays[name]), moved)
+        tensors[name] = consumer.shift.moved(tensors.get(name, context.graph.arrays[name]), moved)

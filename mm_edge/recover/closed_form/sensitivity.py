@@ -1,15 +1,15 @@
-"""Allocation by measured sensitivity (recipe A, point 5).
+"""Allocation of widths under a budget by measured sensitivity (E9 in docs/method.md).
 
-One group after the other is pruned alone, at a few widths, recovered by the closed form from the dense moments, and
-run on the held-back images: KL(g, count). Between the measured widths log KL is linear in the log of the group's
-cumulative brain-surgeon error, whose shape is known at every width. Under a budget (of multiply-adds, parameters or
-modelled time) the groups then step down their allowed widths, the step (or run of a few steps) with the least KL per
-cost first:
+Each group is pruned alone at a few widths, recovered by the closed form from the dense moments, and run on the
+held-back images. This gives the divergence KL(g, c) of group g at c indices kept. Between the measured widths, log KL
+is interpolated linearly in the log of the group's cumulative brain-surgeon error, which is known at every width. Under
+a budget (of multiply-adds, parameters or modelled time) one group after another then goes to a narrower allowed width.
+The next move is the one with the least divergence per cost saved, up to LOOKAHEAD allowed widths further down:
 
     argmin_(g, c)  [KL(g, c) - KL(g, now)] / [cost(now) - cost(g at c)]
 
-Each group is measured with both selections: brain surgeon re-solved at the usual ridge, and |W_j|^2 re-solved gently.
-The better one at a width is what a candidate uses there.
+Each group is measured with two selections: brain surgeon with the usual ridge, and |W_j|^2 with the gentle ridge. A
+candidate uses the one that was better at the measured width nearest to its own.
 """
 
 from __future__ import annotations
@@ -27,29 +27,31 @@ from mm_edge.graph.groups import Group, Structure
 from mm_edge.graph.partial import Frontier, RunnableGraph, narrowest
 from mm_edge.graph.widths import AllowedWidths, Counts
 from mm_edge.progress import Advance
-from mm_edge.recover.closed_form.context import (
-    RecoveryContext,
-    divergence,
-    energy_order,
-    pruned_network,
-    readers_of,
-    surgeon_order,
-)
-from mm_edge.recover.closed_form.solve import GENTLE, screen
-from mm_edge.recover.closed_form.surgeon import RIDGE, Order
+from mm_edge.recover.closed_form.context import RecoveryContext, pruned_graph
+from mm_edge.recover.closed_form.judging import divergence
+from mm_edge.recover.closed_form.orders import energy_order, readers_of, surgeon_order
+from mm_edge.recover.closed_form.solve import GENTLE_RIDGE, screen
+from mm_edge.recover.closed_form.surgeon import USUAL_RIDGE, Order
 
+# The pruning ratios at which a group is measured, and the divergence in nats after which no further one is.
 RATIOS = (0.25, 0.5, 0.75, 0.9)
 HOPELESS = 0.7
 LOOKAHEAD = 6
+# The least share of its indices that a group keeps.
 LEAST_KEPT = 0.1
+# The least error and divergence that a logarithm is taken of.
 FLOOR = 1e-6
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What pruning one group alone to `count` indices costs, with the better selection.
+    """The divergence of the network with one group alone pruned, by the better selection.
 
-    `ridge` is the lambda its readers were re-solved with.
+    Attributes:
+        count: how many indices the group keeps.
+        kl: the divergence on the held-back images, in nats.
+        select: "obs" for brain surgeon, "energy" for |W_j|^2.
+        ridge: the lambda that its readers were solved with.
     """
 
     count: int
@@ -60,7 +62,14 @@ class Measured:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """One group's measurements, by falling count, and its two orders of removal."""
+    """One group's measurements and its two orders of removal.
+
+    Attributes:
+        leaf: the group's axis.
+        surgeon: brain surgeon's order.
+        energy: the order by |W_j|^2.
+        points: the measurements, by falling count; at least one.
+    """
 
     leaf: Axis
     surgeon: Order
@@ -68,7 +77,7 @@ class Sensitivity:
     points: tuple[Measured, ...]
 
     def kl(self, count: int) -> float:
-        """Return the divergence at `count` indices kept: interpolated, and beyond the last point extrapolated."""
+        """Return the divergence in nats at `count` indices kept: interpolated, or extrapolated beyond the points."""
         size = len(self.surgeon.removed)
         if count >= size:
             return 0.0
@@ -86,7 +95,7 @@ class Sensitivity:
         return min(self.points, key=lambda point: abs(math.log(point.count / count)))
 
     def keep(self, count: int) -> BoolArray:
-        """Return the indices that stay at `count`, by the selection that measured better near it."""
+        """Return the mask (size,) that keeps `count` indices, by the selection that measured better near it."""
         order = self.surgeon if self.choice(count).select == "obs" else self.energy
         return order.keep(count)
 
@@ -94,15 +103,18 @@ class Sensitivity:
 def measure_sensitivities(
     context: RecoveryContext, allowed: Sequence[AllowedWidths], progress: Advance | None = None
 ) -> dict[Axis, Sensitivity]:
-    """Return the sensitivity of every group that something reads and whose allowed widths include a narrower one."""
-    network = context.network
+    """Return the sensitivity of every group that has readers and more than one allowed width.
+
+    `allowed` are the allowed widths of the groups; `progress` is called with (groups measured, of how many).
+    """
+    graph = context.graph
     widths = {item.leaf: item.widths for item in allowed}
     groups = [group for group in context.structure.groups if len(widths.get(group.leaf, ())) > 1]
-    groups = sorted((group for group in groups if readers_of(context, group)), key=lambda g: first_use(network, g))
-    frontier = Frontier(network, context.images, context.held_back)
+    groups = sorted((group for group in groups if readers_of(context, group)), key=lambda g: first_use(graph, g))
+    frontier = Frontier(graph, context.images, context.held_back)
     found: dict[Axis, Sensitivity] = {}
     for done, group in enumerate(groups):
-        frontier.advance_(network, narrowest(network, frontier.position, first_use(network, group)), context.threads)
+        frontier.advance_(graph, narrowest(graph, frontier.position, first_use(graph, group)), context.threads)
         found[group.leaf] = _measure(context, group, widths[group.leaf], frontier)
         if progress is not None:
             progress(done + 1, len(groups))
@@ -110,7 +122,7 @@ def measure_sensitivities(
 
 
 def to_arrays(structure: Structure, sensitivities: Mapping[Axis, Sensitivity]) -> Arrays:
-    """Return measured sensitivities as named arrays, for the run directory."""
+    """Return measured sensitivities as named arrays, for the run directory; `from_arrays` reads them."""
     numbers = {group.leaf: number for number, group in enumerate(structure.groups)}
     arrays: Arrays = {"groups": np.array([numbers[leaf] for leaf in sensitivities], np.int64)}
     for leaf, item in sensitivities.items():
@@ -139,9 +151,9 @@ def from_arrays(structure: Structure, arrays: Mapping[str, Array]) -> dict[Axis,
     return found
 
 
-def first_use(network: RunnableGraph, group: Group) -> int:
+def first_use(graph: RunnableGraph, group: Group) -> int:
     """Return the position of the first node that reads a tensor of `group`."""
-    return min(at for name in group.tensors for at in network.read_at.get(name, [len(network.nodes)]))
+    return min(at for name in group.tensors for at in graph.read_at.get(name, [len(graph.nodes)]))
 
 
 def _measure(context: RecoveryContext, group: Group, widths: Sequence[int], frontier: Frontier) -> Sensitivity:
@@ -152,10 +164,10 @@ def _measure(context: RecoveryContext, group: Group, widths: Sequence[int], fron
     for count in dict.fromkeys(counts):
         tried: list[Measured] = []
         pruned: RunnableGraph | None = None
-        for select, order, ridge in (("obs", surgeon, RIDGE), ("energy", energy, GENTLE)):
+        for select, order, ridge in (("obs", surgeon, USUAL_RIDGE), ("energy", energy, GENTLE_RIDGE)):
             keep = {group.leaf: order.keep(count)}
             tensors = screen(context, keep, {consumer.weight: ridge for consumer, _ in readers_of(context, group)})
-            pruned = pruned_network(context, keep, tensors, pruned)
+            pruned = pruned_graph(context, keep, tensors, pruned)
             tried.append(Measured(count, divergence(context, pruned, frontier), select, ridge))
         points.append(min(tried, key=lambda item: item.kl))
         if points[-1].kl > HOPELESS:
@@ -170,25 +182,32 @@ def allocate(
     allowed: Sequence[AllowedWidths],
     start: Counts | None = None,
 ) -> Counts:
-    """Return counts whose `cost` is at most `budget`, or the least that the allowed widths reach.
+    """Return counts whose `cost` is at most `budget`, or the narrowest that are allowed.
 
-    What the last steps saved too much is given back where it helps most. Groups that were not measured stay whole.
-    `start` continues from narrower counts than the dense ones.
+    The last move can save more than the budget asks for. What is left over goes to the groups that gain most from it.
+    Groups that were not measured keep all their indices.
+
+    Args:
+        cost: what the budget limits.
+        sensitivities: of the groups that may become narrower.
+        budget: the highest cost, in the units of `cost`.
+        allowed: the allowed widths of every group.
+        start: counts to start from instead of the dense ones, for the groups that have fewer already.
     """
     widths = {item.leaf: item.widths for item in allowed}
     costs = RunningCost(cost, {leaf: items[-1] for leaf, items in widths.items()} | dict(start or {}))
     while costs.total > budget:
-        move = _cheapest(costs, sensitivities, widths, budget)
+        move = _best_narrowing(costs, sensitivities, widths, budget)
         if move is None:
             break
         costs.apply(*move)
-    while (back := _dearest(costs, sensitivities, widths, budget, start or {})) is not None:
+    while (back := _best_widening(costs, sensitivities, widths, budget, start or {})) is not None:
         costs.apply(*back)
     return costs.counts
 
 
 def select_by_sensitivity(sensitivities: Mapping[Axis, Sensitivity], counts: Counts) -> Keep:
-    """Return the indices that stay in every measured group that gives some up."""
+    """Return the indices that stay in every measured group that loses some."""
     return {
         leaf: sensitivities[leaf].keep(count)
         for leaf, count in counts.items()
@@ -196,9 +215,13 @@ def select_by_sensitivity(sensitivities: Mapping[Axis, Sensitivity], counts: Cou
     }
 
 
-def _cheapest(
+def _best_narrowing(
     costs: RunningCost, sensitivities: Mapping[Axis, Sensitivity], widths: Mapping[Axis, Sequence[int]], budget: float
 ) -> tuple[Axis, int] | None:
+    """Return the group and the count that raise the divergence least per cost saved; None if nothing is left to save.
+
+    Cost that is saved beyond the budget does not count.
+    """
     best: tuple[float, Axis, int] | None = None
     for leaf, item in sensitivities.items():
         now = costs.counts[leaf]
@@ -214,14 +237,17 @@ def _cheapest(
     return None if best is None else (best[1], best[2])
 
 
-def _dearest(
+def _best_widening(
     costs: RunningCost,
     sensitivities: Mapping[Axis, Sensitivity],
     widths: Mapping[Axis, Sequence[int]],
     budget: float,
     start: Counts,
 ) -> tuple[Axis, int] | None:
-    """Return the widening within `budget` that brings the divergence down most, none past where a group started."""
+    """Return the group and the count within `budget` that lower the divergence most; None if none does.
+
+    A group does not become wider than it was in `start`.
+    """
     best: tuple[float, Axis, int] | None = None
     for leaf, item in sensitivities.items():
         now = costs.counts[leaf]

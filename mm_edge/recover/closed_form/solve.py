@@ -1,18 +1,21 @@
-"""A consumer's weights re-solved for the inputs that survive (E9, recipe A).
+"""A consumer's weights solved again for the inputs that are left (E9 in docs/method.md).
 
-With W0 the dense weights on the kept columns, h what the pruned network reads and y what the consumer should put out:
+With W0 the dense weights of the kept columns, h what the consumer reads in the pruned network and y what it should put
+out:
 
     D  = Cov(y - W0 h, h) [Cov(h, h) + lambda mean(diag) I]^-1,      W' = W0 + D,      b' = b + E[y] - W' E[h]
 
-so that lambda pulls toward the dense weights, not toward zero. To screen a candidate, h is the kept part of the dense
-network's own inputs t, and y - W0 h = W_removed t_removed: one pass over the dense network serves all candidates.
+A larger lambda pulls toward the dense weights, not toward zero. To screen a candidate, h is taken as the kept part of
+the dense network's own inputs t, so that y - W0 h = W_removed t_removed and one pass over the dense network serves all
+candidates.
 
-A least-squares output varies only as much as it can be predicted, and layer after layer the values shrink: the
-network becomes unsure of everything. So each output is given back its spread, or a share s of it,
+A least-squares prediction varies less than what it predicts. Over many layers the values shrink, and the network's
+answers become too uncertain. Each output therefore gets its standard deviation back, or a share s of it:
 
     W'_o <- g_o^s W'_o,      g_o^2 = Var(y_o) / [W' Cov(h, h) W'^T]_oo
 
-which costs squared error and saves divergence (EfficientNet-Lite0, 30 % fewer MACs: .326 to .292 nats screened).
+This raises the squared error and lowers the divergence (EfficientNet-Lite0, 30 % fewer MACs, screened: .326 to .292
+nats).
 """
 
 from __future__ import annotations
@@ -29,15 +32,22 @@ from mm_edge.graph.groups import Structure
 from mm_edge.recover.closed_form.consumers import Consumer
 from mm_edge.recover.closed_form.context import RecoveryContext
 from mm_edge.recover.closed_form.moments import Moments
-from mm_edge.recover.closed_form.surgeon import RIDGE, damped
+from mm_edge.recover.closed_form.surgeon import USUAL_RIDGE, damped
 
-GENTLE = 0.3
+# Lambda where calibration images are not to be trusted, and the largest gain g.
+GENTLE_RIDGE = 0.3
 GAIN_MOST = 2.0
 
 
 @dataclass(frozen=True)
 class KeptBlocks:
-    """What a candidate keeps of a consumer: groups, outputs within a group, columns within a group."""
+    """What a candidate keeps of a consumer's blocks.
+
+    Attributes:
+        groups: which groups stay, (G,).
+        outputs: which outputs of a group stay, (O per group,).
+        columns: which columns of a group stay, (K,).
+    """
 
     groups: BoolArray
     outputs: BoolArray
@@ -50,7 +60,7 @@ class KeptBlocks:
 
     @property
     def rows(self) -> BoolArray:
-        """Which outputs stay, (groups, outputs per group)."""
+        """Which outputs stay, (G, O per group)."""
         return np.asarray(np.logical_and.outer(self.groups, self.outputs))
 
 
@@ -67,9 +77,13 @@ def kept_blocks(structure: Structure, consumer: Consumer, shape: tuple[int, ...]
 def fit(
     weight: Float64Array, moments: Moments, ridge: float, restore: float = 0.0
 ) -> tuple[Float64Array, Float64Array]:
-    """Return W' (G, O, K) and E[y] - W' E[h] (G, O) from moments paired with wanted outputs; `weight` is W0.
+    """Return W' (G, O, K) and E[y] - W' E[h] (G, O).
 
-    `restore` is the share s of its spread that every output is given back; an infinite `ridge` keeps W0 up to that.
+    Args:
+        weight: W0, (G, O, K).
+        moments: of h, paired with the wanted outputs y.
+        ridge: lambda; infinity leaves W' = W0 before the spread is restored.
+        restore: the share s, 0 to restore nothing.
     """
     assert moments.cross is not None and moments.wanted is not None
     solved = weight
@@ -82,7 +96,7 @@ def fit(
 
 
 def _gain(solved: Float64Array, moments: Moments) -> Float64Array:
-    """Return what makes every output of `solved` spread as the wanted one does (G, O), within GAIN_MOST."""
+    """Return g (G, O) for the weights `solved`, between 1 / GAIN_MOST and GAIN_MOST."""
     assert moments.spread is not None
     spread = ((solved @ moments.covariance) * solved).sum(axis=2)
     least = 1e-9 * moments.spread.max(initial=1e-30)
@@ -91,7 +105,10 @@ def _gain(solved: Float64Array, moments: Moments) -> Float64Array:
 
 
 def screened_moments(dense: Moments, weight: Float64Array, kept: KeptBlocks) -> Moments:
-    """Return the moments of the kept part of the dense inputs, paired with all the dense outputs W t."""
+    """Return the moments of the kept part of the dense inputs t, paired with the dense outputs W t.
+
+    `dense` are the moments of t and `weight` is W (G, O, K), both of the whole consumer.
+    """
     covariance, mean = dense.covariance[kept.groups], dense.mean[kept.groups]
     rows = weight[kept.groups]
     outputs = rows @ covariance
@@ -108,11 +125,12 @@ def screen(context: RecoveryContext, keep: Keep, ridges: Mapping[str, float] | N
     """Return recovered tensors (dense-shaped, masked) from the dense network's moments alone.
 
     Args:
-        context: the run's; remembers what was solved, so that candidates which differ in one group cost one solving.
+        context: of the dense network; it remembers solutions, so that a candidate which differs from an earlier one in
+            one group solves the readers of that group only.
         keep: the indices that stay, by group.
-        ridges: lambda by weight, infinite to move the mean only; RIDGE where none is given.
+        ridges: lambda by the name of a weight, infinite to move the mean only; USUAL_RIDGE for weights not named.
     """
-    structure, arrays = context.structure, context.network.arrays
+    structure, arrays = context.structure, context.graph.arrays
     masks = mask_tensors(structure, keep)
     tensors: Arrays = {name: apply_mask(arrays[name], mask) for name, mask in masks.items()}
     for name in sorted(context.consumers):
@@ -120,7 +138,7 @@ def screen(context: RecoveryContext, keep: Keep, ridges: Mapping[str, float] | N
         kept = kept_blocks(structure, consumer, arrays[name].shape, keep)
         if kept.whole or consumer.node not in context.dense.moments:
             continue
-        solved, shift = _solution(context, consumer, kept, (ridges or {}).get(name, RIDGE))
+        solved, shift = _solution(context, consumer, kept, (ridges or {}).get(name, USUAL_RIDGE))
         tensors[name] = apply_mask(solved, masks[name])
         if consumer.shift is not None:
             target = consumer.shift.tensor
@@ -132,13 +150,13 @@ def screen(context: RecoveryContext, keep: Keep, ridges: Mapping[str, float] | N
 def _solution(
     context: RecoveryContext, consumer: Consumer, kept: KeptBlocks, ridge: float
 ) -> tuple[Array, Float64Array]:
-    """Return the weight, dense-shaped, that `consumer` gets for the kept columns, and the shift of every output."""
+    """Return the dense-shaped weight of `consumer` solved for the kept columns, and the shift (G, O) of its outputs."""
     key = (consumer.weight, kept.groups.tobytes(), kept.columns.tobytes(), ridge)
     if key not in context.solutions:
-        dense = context.network.arrays[consumer.weight]
+        dense = context.graph.arrays[consumer.weight]
         blocks = consumer.matrix(dense)
         moments = screened_moments(context.dense.moments[consumer.node], blocks, kept)
-        # Without anything that takes up the mean, a larger spread would move it.
+        # A larger gain also moves the mean output, so it needs a tensor that takes up the change.
         restore = 0.0 if consumer.shift is None else 1.0
         solved, shift = fit(blocks[kept.groups][:, :, kept.columns], moments, ridge, restore)
         full, shifts = np.zeros_like(blocks), np.zeros(blocks.shape[:2])

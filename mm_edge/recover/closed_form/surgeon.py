@@ -1,12 +1,14 @@
-"""Which of a group's indices to keep: iterative optimal brain surgeon over everything that reads the group.
+"""The order in which a group's indices are removed: iterative optimal brain surgeon over everything that reads them.
 
-For a consumer with weight W and inverse H = [Cov(h, h) + lambda mean(diag) I]^-1, removing the columns J costs
+For a consumer with weight W and inverse H = [Cov(h, h) + lambda mean(diag) I]^-1, removing the columns J and adjusting
+the others costs the squared error
 
-    e(J) = tr( W_J [H_JJ]^-1 W_J^T )                                          (E9; Hassibi and Stork 1993)
+    e(J) = tr( W_J [H_JJ]^-1 W_J^T )         (E9 in docs/method.md; Hassibi and Stork 1993)
 
-once the other columns have made good what they can:  W -= W_J H_JJ^-1 H_J,   H -= H^T_J H_JJ^-1 H_J.
-One index goes at a time, the cheapest first, its costs summed over the consumers as fractions of the energy
-tr(W Cov W^T) each puts out. The order is nested, so one order serves every width.
+    W -= W_J H_JJ^-1 H_J,      H -= H^T_J H_JJ^-1 H_J
+
+One index is removed at a time, the one with the least cost. A cost is summed over the consumers, each as a fraction of
+its energy tr(W Cov W^T). Every width keeps the indices that the order removes last, so one order serves every width.
 """
 
 from __future__ import annotations
@@ -18,21 +20,26 @@ import numpy as np
 
 from mm_edge.arrays import BoolArray, Float64Array, IntArray
 
-Indices = IntArray
-
-RIDGE = 0.03
+# The usual lambda, in parts of the mean diagonal. graph/widths.py has a ridge of its own, for another system.
+USUAL_RIDGE = 0.03
+# Removed columns are dropped from memory when no more than this share of the columns is left.
 SHRINK_AT = 0.85
 
 
 @dataclass(frozen=True)
 class Order:
-    """A group's indices in the order they go, and the summed relative error after each."""
+    """A group's indices in the order in which they are removed.
 
-    removed: Indices
+    Attributes:
+        removed: all indices, the first to be removed first, (size,).
+        error: the summed relative error after each removal, (size,).
+    """
+
+    removed: IntArray
     error: Float64Array
 
     def keep(self, count: int) -> BoolArray:
-        """Return which indices stay when `count` do."""
+        """Return the mask (size,) that keeps `count` indices."""
         mask = np.ones(len(self.removed), dtype=np.bool_)
         mask[self.removed[: len(self.removed) - count]] = False
         return mask
@@ -44,20 +51,26 @@ class Order:
 
 
 class Surgeon:
-    """One consumer under the knife.
+    """Removes indices from one consumer, one after the other, and adjusts the weights that are left."""
 
-    `weight` (O, K), `covariance` (K, K); `columns` (indices, columns per index) says which columns go with an index.
-    """
+    def __init__(
+        self, weight: Float64Array, covariance: Float64Array, columns: IntArray, ridge: float = USUAL_RIDGE
+    ) -> None:
+        """Invert the damped covariance.
 
-    def __init__(self, weight: Float64Array, covariance: Float64Array, columns: Indices, ridge: float = RIDGE) -> None:
-        """Invert the damped covariance."""
+        Args:
+            weight: (O, K).
+            covariance: of the inputs, (K, K).
+            columns: which columns belong to an index, (indices, columns per index).
+            ridge: lambda.
+        """
         self._weight = weight.copy()
         self._inverse = np.linalg.inv(damped(covariance, ridge))
         self._columns = columns.copy()
         self._energy = max(float(np.einsum("ok,kl,ol->", weight, covariance, weight, optimize=True)), 1e-30)
 
     def errors(self) -> Float64Array:
-        """Return the relative error that removing each index would add; what is gone already costs infinity."""
+        """Return the relative error that removing each index would add, (indices,); infinite for removed ones."""
         live = self._columns[:, 0] >= 0
         found = np.full(len(self._columns), np.inf)
         columns = self._columns[live]
@@ -71,7 +84,7 @@ class Surgeon:
         return found / self._energy
 
     def remove(self, index: int) -> None:
-        """Take out one index; the rest makes good for it."""
+        """Remove one index and adjust the columns that are left."""
         columns = self._columns[index]
         rows = self._inverse[columns]  # (J, K)
         share = np.linalg.solve(rows[:, columns], rows)
@@ -81,16 +94,16 @@ class Surgeon:
         self._shrink()
 
     def _shrink(self) -> None:
-        """Drop the rows and columns that are gone once they are many."""
+        """Free the memory of removed rows and columns once there are many."""
         alive = np.zeros(len(self._inverse), dtype=np.bool_)
         reached = self._columns[self._columns[:, 0] >= 0].reshape(-1)
         alive[reached] = True
         if alive.sum() > SHRINK_AT * len(alive):
             return
-        place = np.cumsum(alive) - 1
+        position = np.cumsum(alive) - 1
         self._inverse = np.ascontiguousarray(self._inverse[np.ix_(alive, alive)])
         self._weight = np.ascontiguousarray(self._weight[:, alive])
-        self._columns = np.where(self._columns >= 0, place[self._columns], -1)
+        self._columns = np.where(self._columns >= 0, position[self._columns], -1)
 
 
 def damped(covariance: Float64Array, ridge: float) -> Float64Array:
@@ -101,7 +114,7 @@ def damped(covariance: Float64Array, ridge: float) -> Float64Array:
 
 
 def order_of(surgeons: Sequence[Surgeon], size: int) -> Order:
-    """Return the order in which the `size` indices of a group go, all but the last."""
+    """Return the order in which the `size` indices of a group are removed; removing the last one counts as error 1."""
     removed: list[int] = []
     errors: list[float] = []
     for _ in range(size - 1):

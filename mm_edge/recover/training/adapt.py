@@ -1,8 +1,11 @@
-"""Tuning for an input size: block by block at the size the network was given at, then taught at the candidate's own.
+"""Tuning a candidate for its input size, which may be smaller than the size the network was given at.
 
-What the dense network puts out inside is right at the size it was given at and wrong on smaller pictures, so that
-block-wise tuning happens there, and images of the candidate's own size say how much of it is taken over. Then the
-candidate learns the answers to larger pictures (distil.py).
+1. Block-wise tuning (tune.py) at the given size: there the dense network's inner values are the right targets, which
+   they are not on smaller pictures.
+2. The tuned weights are taken over to the candidate's own size as far as images of that size find them better.
+3. Distilling (distil.py): the candidate learns the dense network's answers to the larger pictures.
+
+At the given size the first step is all; a candidate that keeps every index needs the last one only.
 """
 
 from __future__ import annotations
@@ -13,33 +16,42 @@ from mm_edge.arrays import Arrays
 from mm_edge.graph.axes import Keep
 from mm_edge.graph.compact import apply_mask, mask_tensors
 from mm_edge.progress import Advance
-from mm_edge.recover.training.distil import Sized, distil
-from mm_edge.recover.training.judging import Tuned, dropped, go, judge_views, mirrored, resized
+from mm_edge.recover.closed_form.context import RecoveryContext
+from mm_edge.recover.training.acceptance import Tuned, accept, judge_views, mirrored, reject, resized
+from mm_edge.recover.training.distil import distil
 from mm_edge.recover.training.tune import tune
 
 
 def tune_for(
-    own: Sized, given: Sized, keep: Keep, tensors: Arrays, *, seed: int = 0, progress: Advance | None = None
+    own: RecoveryContext,
+    given: RecoveryContext,
+    keep: Keep,
+    tensors: Arrays,
+    *,
+    seed: int = 0,
+    progress: Advance | None = None,
 ) -> Tuned:
-    """Tune what is to run at the size of `own`; it may be that of `given`.
+    """Tune a candidate for the input size of `own`; both contexts must hold their modules.
 
     Args:
-        own: the size to run at.
-        given: the size the network was given at.
-        keep: the indices that stay, by group at the size to run at.
-        tensors: what runs there now, as `tune` wants it.
+        own: the dense network at the candidate's input size.
+        given: the dense network at the size it was given at; the same object as `own` if that is the candidate's.
+        keep: the indices that stay, by group of `own`.
+        tensors: the candidate's tensors, dense-shaped and masked, solved without the held-back images.
         seed: of crops, mixtures and order.
         progress: called with (parts done, of how many).
+
+    Raises:
+        ValueError: a context has no module.
     """
-    if own.context is given.context:
-        return tune(given.context, given.module, keep, tensors, seed=seed, progress=progress)
+    if own is given:
+        return tune(given, keep, tensors, seed=seed, progress=progress)
     if all(kept.all() for kept in keep.values()):
         return distil(own, given, keep, tensors, seed=seed, progress=progress)
-    found = _tune_elsewhere(own, given, keep, tensors, seed, _part(progress, 0))
-    taught = distil(own, given, keep, found.tensors, seed=seed, progress=_part(progress, 1))
-    return replace(
-        taught, kl_before=found.kl_before, better=found.better or taught.better, note=f"{found.note}; {taught.note}"
-    )
+    tuned = _tune_at_given_size(own, given, keep, tensors, seed, _part(progress, 0))
+    distilled = distil(own, given, keep, tuned.tensors, seed=seed, progress=_part(progress, 1))
+    better, note = tuned.better or distilled.better, f"{tuned.note}; {distilled.note}"
+    return replace(distilled, kl_before=tuned.kl_before, better=better, note=note)
 
 
 def _part(progress: Advance | None, number: int) -> Advance | None:
@@ -49,35 +61,40 @@ def _part(progress: Advance | None, number: int) -> Advance | None:
     return lambda done, total: progress(number * total + done, 2 * total)
 
 
-def _tune_elsewhere(
-    own: Sized, given: Sized, keep: Keep, tensors: Arrays, seed: int, progress: Advance | None
+def _tune_at_given_size(
+    own: RecoveryContext,
+    given: RecoveryContext,
+    keep: Keep,
+    tensors: Arrays,
+    seed: int,
+    progress: Advance | None,
 ) -> Tuned:
-    leaves = {group.id: group.leaf for group in own.context.structure.groups}
-    groups = given.context.structure.groups
+    leaves = {group.id: group.leaf for group in own.structure.groups}
+    groups = given.structure.groups
     there = {group.leaf: keep[leaves[group.id]] for group in groups if leaves.get(group.id) in keep}
-    # Position tables have the shapes of their size, and stay.
-    shapes = {name: array.shape for name, array in given.context.network.arrays.items()}
+    # The shape of a position table follows the input size, so that it cannot be tuned at another one.
+    shapes = {name: array.shape for name, array in given.graph.arrays.items()}
     shared = {name: array for name, array in tensors.items() if shapes.get(name) == array.shape}
-    found = tune(given.context, given.module, there, shared, seed=seed, progress=progress)
-    return adopt(own, given, keep, tensors, found)
+    tuned = tune(given, there, shared, seed=seed, progress=progress)
+    return adopt(own, given, keep, tensors, tuned)
 
 
-def adopt(own: Sized, given: Sized, keep: Keep, tensors: Arrays, elsewhere: Tuned) -> Tuned:
-    """Take what was tuned at one input size over to another, if the images there say it is better.
+def adopt(own: RecoveryContext, given: RecoveryContext, keep: Keep, tensors: Arrays, tuned: Tuned) -> Tuned:
+    """Take over what was tuned at one input size to another, as far as images of that size find it better.
 
     Args:
-        own: the size to run at.
-        given: the size that `elsewhere` was tuned at.
-        keep: the indices that stay, by group at the size to run at.
-        tensors: what tuning started from, and what runs there now, dense-shaped and masked.
-        elsewhere: what `tune` made of them; tensors of other shapes than here stay as they are.
+        own: the dense network at the candidate's input size.
+        given: the dense network at the size that `tuned` was tuned at.
+        keep: the indices that stay, by group of `own`.
+        tensors: the candidate's tensors that tuning started from, dense-shaped and masked.
+        tuned: the result of `tune`; a tensor of another shape than at the candidate's size is not taken over.
     """
-    views = resized(mirrored(given.context), own.context)
+    views = resized(mirrored(given), own)
     before = judge_views(views, keep, tensors)
-    if not elsewhere.better:
-        return dropped(tensors, before, elsewhere.note)
-    masks = mask_tensors(own.context.structure, keep)
-    known = own.context.network.arrays
-    start = {name: apply_mask(known[name], masks.get(name)) for name in elsewhere.tensors.keys() & known} | tensors
-    ends = {name: end for name, end in elsewhere.tensors.items() if name in start and end.shape == start[name].shape}
-    return go(views, keep, tensors, before, (start, ends), f"{elsewhere.note}; taken over", elsewhere.history)
+    if not tuned.better:
+        return reject(tensors, before, tuned.note)
+    masks = mask_tensors(own.structure, keep)
+    known = own.graph.arrays
+    start = {name: apply_mask(known[name], masks.get(name)) for name in tuned.tensors.keys() & known} | tensors
+    ends = {name: end for name, end in tuned.tensors.items() if name in start and end.shape == start[name].shape}
+    return accept(views, keep, tensors, before, (start, ends), f"{tuned.note}; taken over", tuned.history)

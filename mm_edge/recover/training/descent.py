@@ -2,45 +2,49 @@
 
     W <- Adam(W, rate * rms(W) * schedule), then M W
 
-A learning rate is given in parts of a tensor's own root mean square, rises in WARM_UP steps and falls by a cosine. What
-comes before the first layer that is trained is run once, on CROPS pictures, and kept.
+The learning rate is a multiple of a tensor's own root mean square; it rises for WARM_UP steps and then falls
+(schedule.py). The layers before the first trained one are run once, on CROPS crops, and their output is kept.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from mm_edge.arrays import Float32Array
+from mm_edge.recover.training.schedule import rise_and_fall
 from mm_edge.recover.training.traced import Traced, Values, channels_last
 
+# Crops per step, steps in which the learning rate rises, and crops made of the images in all.
 BATCH = 32
 WARM_UP = 20
 CROPS = 1280
+# Memory for the values of all crops at the first trained layer.
 CACHE_BYTES = 512 << 20
-# A step may make so many numbers of an image, or this share of what the whole network makes: early maps are the dear
-# ones, and the same time buys more where steps are cheap.
+# The most values that a step may compute per image, as a number or as a share of what the whole network computes,
+# whichever is larger. Early layers have the largest maps; leaving them out allows more steps in the same time.
 STEP_VALUES = 6_000_000
 STEP_SHARE = 0.4
 
 
 def is_single(traced: Traced, position: int) -> bool:
-    """Return whether one tensor crosses `position`."""
+    """Return whether a single tensor crosses `position`, and the graph can be cut there."""
     return len(traced.live(position)) == 1 and traced.can_cut(position)
 
 
 def is_affordable(traced: Traced, start: int, end: int) -> bool:
-    """Return whether memory holds every crop's values at `start`, and a step from there to `end` is cheap enough."""
+    """Return whether memory holds all crops' values at `start`, and a step from `start` to `end` is cheap enough."""
     limit = max(STEP_VALUES, STEP_SHARE * traced.work(0, len(traced.nodes)))
     return 4 * CROPS * traced.size(start) <= CACHE_BYTES and traced.work(start, end) <= limit
 
 
 def trainable(traced: Traced, parameters: frozenset[str] | set[str], start: int, end: int) -> list[str]:
-    """Return which of the `parameters` the operations from `start` to before `end` read."""
+    """Return the names of those `parameters` that the operations from `start` to before `end` read, sorted."""
     return sorted(
         name
         for name in traced.parameters & parameters
@@ -58,20 +62,20 @@ def descend(
     generator: torch.Generator,
     after: Callable[[int], None],
 ) -> None:
-    """Change `weights` in place in so many steps.
+    """Change `weights` in place by gradient steps.
 
     Args:
         weights: by name.
-        masks: by name, False where a weight stays zero; whole where none is given.
-        loss: of a batch, by the numbers of its crops.
-        rate: the highest learning rate, in parts of a tensor's root mean square.
-        steps: how many.
-        generator: of the order of the crops.
-        after: called with the number of every step done.
+        masks: by name, False where a weight stays zero; a weight without a mask changes everywhere.
+        loss: returns the loss of a batch, given the numbers of its crops (BATCH,).
+        rate: the highest learning rate, as a multiple of a tensor's root mean square.
+        steps: how many steps.
+        generator: draws the order of the crops.
+        after: called with the number of steps done, after every step.
     """
     groups = [{"params": [item], "lr": rate * _rms(item, masks.get(name))} for name, item in weights.items()]
     optimiser = torch.optim.Adam(groups, betas=(0.9, 0.99))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _rise_and_fall(step, steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, partial(rise_and_fall, steps=steps, warm_up=WARM_UP))
     order = torch.zeros(0, dtype=torch.int64)
     for step in range(1, steps + 1):
         if len(order) < BATCH:
@@ -90,7 +94,10 @@ def descend(
 
 
 def batches(traced: Traced, state: Values, images: Float32Array, wanted: Sequence[str]) -> Iterator[tuple[Values, int]]:
-    """Yield the values `wanted` of `images`, in batches filled up with copies, and how many of a batch count."""
+    """Yield the values `wanted` of `images` (N, C, H, W) in batches of BATCH, and how many images of a batch count.
+
+    The last batch is filled up with copies of its first image.
+    """
     for part in torch.split(torch.from_numpy(images), BATCH):
         full = torch.cat([part, part[:1].expand(BATCH - len(part), *part.shape[1:])])
         yield traced.run(state, {traced.input: channels_last(full)}, wanted), len(part)
@@ -99,16 +106,16 @@ def batches(traced: Traced, state: Values, images: Float32Array, wanted: Sequenc
 def crops(
     sizes: Sequence[Float32Array], generator: torch.Generator, *, smallest: float, whole: float
 ) -> Iterator[tuple[Tensor, ...]]:
-    """Yield CROPS pictures in batches: parts of images, flipped half of the time, every second one mixed with another.
+    """Yield CROPS random crops of images in batches, half of them mirrored, every second one mixed with another crop.
 
     Args:
-        sizes: the same images (N, C, H, W) at one or several sizes; parts are taken from the first.
+        sizes: the same images (N, C, H, W) at one or several sizes; crops are taken from the first.
         generator: of every random choice.
-        smallest: the least share of an image's area that is taken.
-        whole: how many of the pictures are whole images.
+        smallest: the least share of an image's area that a crop has, in (0, 1].
+        whole: the share of the crops that are whole images, in [0, 1].
 
     Yields:
-        the same pictures at each of the sizes, (BATCH, C, H, W).
+        The same crops at each of the sizes, (BATCH, C, H, W).
     """
     count = len(sizes[0])
     rounds = [torch.randperm(count, generator=generator) for _ in range(-(-CROPS // count))]
@@ -123,7 +130,7 @@ def crops(
 
 
 def _crop(image: Sequence[Float32Array], generator: torch.Generator, smallest: float, whole: float) -> list[Tensor]:
-    """Return a random part of an image (C, H, W), given at several sizes, at each of them."""
+    """Return the same random part of an image (C, H, W) at each of the sizes that the image is given in."""
     _, height, width = image[0].shape
     draw = torch.rand(5, generator=generator).tolist()
     found = [torch.from_numpy(array) for array in image]
@@ -140,14 +147,8 @@ def _crop(image: Sequence[Float32Array], generator: torch.Generator, smallest: f
 
 
 def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """Return images (N, C, H, W) at another size."""
+    """Return images (N, C, H, W) resized to `size` (H, W)."""
     return functional.interpolate(images, size, mode="bilinear", antialias=True)
-
-
-def _rise_and_fall(step: int, steps: int) -> float:
-    if step < WARM_UP:
-        return (step + 1) / WARM_UP
-    return 0.5 * (1 + math.cos(math.pi * (step - WARM_UP) / max(steps - WARM_UP, 1)))
 
 
 def _rms(weight: Tensor, mask: Tensor | None) -> float:

@@ -1,19 +1,20 @@
-"""Distilling from larger pictures: gradient steps at a smaller input size, taught by the dense network at its own.
+"""Distilling from larger pictures: the dense network at its own input size teaches a network at a smaller one.
 
     loss = mean KL(softmax(d) || softmax(s)) + mean_i (f_si - f_di)^2 / mean_i Var(f_di)
 
-d and s are the answers of the dense network to a picture at the size it was given at and of the student to the same
-picture at its own; f is what the last layer reads, where both have as much of it. No labels, and few steps: a few
-hundred images teach a network to answer smaller pictures alike, and soon after that to know those images. Measured on
-EfficientNet-Lite0, two splits, images never seen: a rate of 3e-4 takes the divergence of the dense network at 192 px
-from 0.110 to 0.100 in 150 steps and to 0.090 in 3,000 of twice the batch; ten times the rate more than doubled that of
-a pruned one.
+The teacher is the dense network at the size it was given at, the student is the candidate at its own size. d and s are
+their answers to the same picture, each at its own size. f is what the last layer reads; its term is left out where the
+two networks' f differ in shape.
+
+No labels are read. The steps are few, because more of them fit the few hundred images instead of the task. Measured on
+EfficientNet-Lite0 (two splits, images never seen): a rate of 3e-4 takes the divergence of the dense network at 192 px
+from 0.110 to 0.100 nats in 150 steps, and to 0.090 in 3,000 steps of twice the batch. Ten times the rate more than
+doubled the divergence of a pruned network.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -25,59 +26,58 @@ from mm_edge.graph.compact import mask_tensors
 from mm_edge.progress import Advance
 from mm_edge.recover.closed_form.context import RecoveryContext
 from mm_edge.recover.training import descent
-from mm_edge.recover.training.judging import Tuned, go, judge_views, mirrored, resized
+from mm_edge.recover.training.acceptance import Tuned, accept, judge_views, mirrored, resized
 from mm_edge.recover.training.pair import Pair, make_pair, masked_state
 from mm_edge.recover.training.traced import Traced, Values, channels_last
 
+# Distilling trains all layers end to end, which overfits sooner than block-wise tuning. It therefore takes fewer and
+# shorter steps than tune.py, and milder crops: the least area of a crop, and the share of the images left uncropped.
 STEPS = 200
 RATE = 3e-4
 SMALLEST_CROP = 0.6
 WHOLE = 0.5
 
 
-@dataclass(frozen=True)
-class Sized:
-    """The dense network at one input size, and what recovery works from there."""
-
-    context: RecoveryContext
-    module: nn.Module
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of an image, (C, H, W)."""
-        return self.context.images.shape[1:]
-
-
 def distil(
-    own: Sized, given: Sized, keep: Keep, tensors: Arrays, *, seed: int = 0, progress: Advance | None = None
+    own: RecoveryContext,
+    given: RecoveryContext,
+    keep: Keep,
+    tensors: Arrays,
+    *,
+    seed: int = 0,
+    progress: Advance | None = None,
 ) -> Tuned:
-    """Teach what runs at the size of `own` what the dense network answers at the size of `given`.
+    """Teach a candidate at the input size of `own` what the dense network answers at the size of `given`.
 
     Args:
-        own: the size to run at.
-        given: the size the network was given at.
-        keep: the indices that stay, by group at the size to run at.
-        tensors: what runs there now, dense-shaped and masked, solved without the held-back images.
+        own: the dense network at the candidate's input size, with its module.
+        given: the dense network at the size it was given at, with its module.
+        keep: the indices that stay, by group of `own`.
+        tensors: the candidate's tensors, dense-shaped and masked, solved without the held-back images.
         seed: of crops, mixtures and order.
         progress: called with (batches cached and steps done, of how many).
+
+    Raises:
+        ValueError: a context has no module.
     """
-    views = resized(mirrored(given.context), own.context)
+    views = resized(mirrored(given), own)
     before = judge_views(views, keep, tensors)
-    dense, teacher = (Traced(item.module, item.shape, descent.BATCH) for item in (own, given))
-    masks = mask_tensors(own.context.structure, keep)
+    dense, teacher = (Traced(item.trainable_module, item.image_shape, descent.BATCH) for item in (own, given))
+    masks = mask_tensors(own.structure, keep)
     whole = masked_state(dense, masks, tensors)
     compared = _compared(dense, teacher)
-    pair = make_pair(own.context, own.module, dense, keep, whole, [name for name, _ in compared])
-    found = _Distiller(own.context, given.context, teacher, pair, pair.zeros(masks), compared, seed).run(progress)
+    pair = make_pair(own, dense, keep, whole, [name for name, _ in compared])
+    found = _Distiller(own, given, teacher, pair, pair.zeros(masks), compared, seed).run(progress)
     ends = {name: pair.shrunk.put(name, array, whole[name]) for name, array in found.items()}
     note = f"distilled {STEPS} steps from larger pictures"
-    return go(views, keep, tensors, before, (whole, ends), note, what="distilling")
+    return accept(views, keep, tensors, before, (whole, ends), note, what="distilling")
 
 
 def _compared(dense: Traced, teacher: Traced) -> list[tuple[str, str]]:
-    """Return the values that are compared, by their names at either size: the answers, and what the last layer reads.
+    """Return the values that are compared, each by its names in the student and in the teacher.
 
-    The latter stands second, and is left out where the sizes differ in it: nothing was pooled before the last layer.
+    First come the answers, then what the last layer reads. The latter is left out if its shape depends on the input
+    size, because nothing was pooled before the last layer.
     """
     answers = (dense.output, teacher.output)
     read = _last_read(dense), _last_read(teacher)
@@ -87,7 +87,7 @@ def _compared(dense: Traced, teacher: Traced) -> list[tuple[str, str]]:
 
 
 def _last_read(traced: Traced) -> str | None:
-    """Return the value that goes into the last layer with weights: the narrowest of the few places before it."""
+    """Return the value that goes into the last layer with weights: the narrowest of the few cuts before that layer."""
     last = max((position for positions in traced.readers.values() for position in positions), default=0)
     cuts = [cut for cut in range(max(1, last - 3), last + 1) if descent.is_single(traced, cut)]
     if not cuts:
@@ -97,7 +97,7 @@ def _last_read(traced: Traced) -> str | None:
 
 
 class _Distiller:
-    """The tensors of one run of distilling."""
+    """One run of distilling: its images, networks and weights."""
 
     def __init__(
         self,
@@ -110,8 +110,8 @@ class _Distiller:
         seed: int,
     ) -> None:
         self.own, self.given, self.teacher, self.pair, self.masks = own, given, teacher, pair, masks
-        self.student, self.compared = pair.student, compared
-        self.state = {name: channels_last(value) for name, value in pair.student.state.items()}
+        self.student, self.compared = pair.pruned, compared
+        self.state = {name: channels_last(value) for name, value in self.student.state.items()}
         self.generator = torch.Generator().manual_seed(seed)
         end = len(self.student.nodes)
         starts = (cut for cut in range(end) if descent.is_single(self.student, cut))
@@ -141,7 +141,7 @@ class _Distiller:
 
     @torch.no_grad()
     def _cache(self, advance: Callable[[int], None]) -> tuple[Values, list[Tensor]]:
-        """Return the student's values at the start and the dense network's that are compared, for every crop."""
+        """Return the student's values at the start and the teacher's values that are compared, for every crop."""
         kept: dict[str, list[Tensor]] = {name: [] for name in self.inputs}
         targets: list[list[Tensor]] = [[] for _ in self.compared]
         taught = {name: channels_last(value) for name, value in self.teacher.state.items()}
@@ -159,7 +159,7 @@ class _Distiller:
         return {name: torch.cat(values) for name, values in kept.items()}, [torch.cat(values) for values in targets]
 
     def _images(self) -> list[Float32Array]:
-        """Return the images to learn from at the size given and at the student's own."""
+        """Return the images to learn from, at the teacher's size and at the student's."""
         fitted = list(self.given.fitted)
         large = self.given.images[fitted]
         if len(self.own.images) == len(self.given.images):
@@ -169,12 +169,12 @@ class _Distiller:
 
 
 def _loss(found: list[Tensor], wanted: list[Tensor]) -> Tensor:
-    """Return the loss of the top of the file: answers first, then what the last layer reads if it is there."""
+    """Return the loss at the top of the file, of the values in the order of `_compared`."""
     taught = wanted[0].flatten(0, -2).log_softmax(1)
     total = functional.kl_div(found[0].flatten(0, -2).log_softmax(1), taught, log_target=True, reduction="batchmean")
     for mine, theirs in zip(found[1:], wanted[1:], strict=True):
         spread = theirs.flatten(1).var(dim=0).mean().clamp_min(1e-12)
-        # A removed channel that the student still computes is zero, whatever the dense network has there.
+        # Channels that are removed but still computed are zero in the student; the teacher's are not compared with.
         live = (mine.detach().abs().amax(dim=0, keepdim=True) > 0).to(mine.dtype)
         total = total + ((mine - theirs) * live).square().mean() / spread
     return total

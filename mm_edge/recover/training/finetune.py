@@ -1,23 +1,23 @@
-"""Fine-tuning under masks (method.md, phase 3), taught by the dense network.
+"""Fine-tuning under masks (phase 3 in docs/method.md), taught by the dense network.
 
     loss   = s CE(label, student) + (1 - s) T^2 KL(softmax(teacher / T) || softmax(student / T))
     w     <- AdamW(w), then M w: the mask comes after every step, so that what was pruned never grows back
-    rate   = peak * min(t / warm, (1 + cos(pi (t - warm) / (steps - warm))) / 2)
-    e     <- d e + (1 - d) w,   d = min(1 - 1 / horizon, (1 + t) / (10 + t))
+    rate   = a linear rise to the peak, then half a cosine down to zero (schedule.py)
+    e     <- d e + (1 - d) w,   d = min(1 - 1 / horizon, (1 + t) / (10 + t)),   horizon = steps / 20
 
-The averaged weights e are what is judged after every epoch, on validation images, by the compact graph itself; the
-best state is kept, the one training started from among them. Half of the batches are mixed (mixup or cutmix), their
-labels with them.
+After every epoch the averaged weights e are judged on validation images, as the compact graph. The best state is kept;
+the state before training is one of the candidates. Half of the batches are mixed (mixup or cutmix), their labels too.
 
-Every random choice follows from the seed, the epoch and the place of an image or the number of a step, and a stored
-state holds everything else, so that a run killed at any moment ends as an unbroken one: on a CPU bit for bit.
+Every random choice follows from the seed and either the epoch and the number of an image or the number of a step. A
+stored state holds everything else. A run that is killed at any moment and resumed therefore gives the same result as an
+unbroken run, on a CPU bit for bit.
 
-Exactness (E8): a removed channel's rows, scale and shift are zero after every step, so whatever its running statistics
-become it contributes nothing. They are given the values they started with when the weights are handed back. What is
-trained is smaller still: removed channels are dropped from the module where its code allows it (shrink.py), and the
-weights are handed back in the dense shapes.
+Exactness (E8 in docs/method.md): the rows, the scale and the shift of a removed channel are zero after every step, so
+that it contributes nothing whatever its running statistics become. The result has those statistics as they were before
+training. Removed channels are dropped from the trained module if its code allows it (shrink.py); the result is in the
+dense shapes.
 
-On a CPU that multiplies bfloat16 natively both networks run in it where that is faster (`autocast_type`); weights,
+On a CPU with bfloat16 instructions both networks run in bfloat16 where that is faster (`autocast_type`). The weights,
 their average and the optimiser stay fp32.
 """
 
@@ -51,18 +51,21 @@ from mm_edge.load.data import ImageSet
 from mm_edge.plan.masks import bind_masks
 from mm_edge.progress import Advance
 from mm_edge.records import InputSpec
+from mm_edge.recover.training.schedule import rise_and_fall
 from mm_edge.recover.training.shrink import Slices, shrink_
 
-# Activations kept for a backward pass: 32 images of 224 x 224. A larger batch is accumulated.
+# The most pixels in one forward and backward pass: 32 images of 224 x 224. A larger batch is accumulated in parts.
 PIXELS_AT_ONCE = 32 * 224 * 224
 LEAST_AT_ONCE = 8
-# Part of the picture a random crop keeps, and its aspect: milder than training from scratch, the features are there.
+# Area and aspect ratio of a random crop. They are milder than in training from scratch, because the network already has
+# its features.
 CROP_SCALE = (0.6, 1.0)
 CROP_RATIO = (0.8, 1.25)
 WORKERS = 8
-# Decoded images kept in memory, so that an epoch after the first decodes nothing: 170,000 of 32 x 32.
+# Memory for decoded images, so that later epochs need not decode them again: 170,000 images of 32 x 32.
 DECODED_BYTES = 512 * 2**20
-# bfloat16 pays in layers this wide: 1.8 times faster in a residual network, no faster in a transformer of width 64.
+# From this width on a layer is faster in bfloat16: 1.8 times in a residual network, not at all in a transformer of
+# width 64.
 WIDE = 128
 
 
@@ -71,16 +74,16 @@ class Settings:
     """How to fine-tune.
 
     Attributes:
-        epochs: at most so many passes over the images.
-        batch: images a step.
-        peak: highest learning rate.
-        warm_up: share of the steps the rate rises in.
-        weight_decay: of tensors with more than one axis.
+        epochs: the most passes over the images.
+        batch: images per step.
+        peak: the highest learning rate.
+        warm_up: share of the steps in which the learning rate rises.
+        weight_decay: of tensors with more than one axis; the others do not decay.
         temperature: T of the distillation.
-        label_share: s; 0 distils only.
+        label_share: s; with 0 labels are not used.
         mixed: share of the batches that are mixed.
-        patience: epochs without a better one after which it stops.
-        checkpoint_s: seconds between stored states; the end of an epoch stores one as well.
+        patience: training stops after so many epochs without a better state.
+        checkpoint_s: seconds between stored states; the end of every epoch stores one as well.
         seed: of every random choice.
     """
 
@@ -99,15 +102,15 @@ class Settings:
 
 @dataclass(frozen=True)
 class Student:
-    """What is fine-tuned.
+    """The pruned network that is fine-tuned, and the dense network that teaches it.
 
     Attributes:
-        dense: the dense network, the teacher; it is copied and stays as it is.
+        dense: the teacher's module; it is copied and not changed.
         start: the pruned network's state by name, dense-shaped and masked.
-        masks: by parameter, True where weights stay.
-        idle: by buffer, False where its channel was removed.
-        trainable: the parameters that may change; the others are not in the exported graph under their own names.
-        groups: of each coupled group that lost channels, what stays of the tensors it reaches.
+        masks: by the name of a parameter, True where a weight stays.
+        idle: by the name of a buffer, False where its channel was removed.
+        trainable: names of the parameters that may change; the exported graph does not hold the others by name.
+        groups: the slices of each coupled group that lost channels, from `group_slices`.
     """
 
     dense: nn.Module
@@ -120,25 +123,30 @@ class Student:
 
 @dataclass(frozen=True)
 class Score:
-    """What validation images say of a state: the higher the accuracy, then the lower the divergence, the better."""
+    """How good a state is on validation images: higher accuracy is better, then lower divergence.
+
+    Attributes:
+        accuracy: top-1, in [0, 1]; None without labels.
+        kl: the divergence from the dense network in nats; None if it was not measured.
+    """
 
     accuracy: float | None
     kl: float | None
 
     @property
     def rank(self) -> tuple[float, float]:
-        """Return what to compare by; larger is better."""
+        """The key to compare scores by; larger is better."""
         return (-1.0 if self.accuracy is None else self.accuracy, -math.inf if self.kl is None else -self.kl)
 
 
 @dataclass(frozen=True)
 class FineTuned:
-    """The best state found.
+    """The result of fine-tuning.
 
     Attributes:
-        tensors: the state by name, dense-shaped and masked; None where none was better than the start.
-        epochs: how many were run.
-        reason: why it stopped.
+        tensors: the best state by name, dense-shaped and masked; None if none was better than the start.
+        epochs: how many epochs were run.
+        reason: why training stopped.
     """
 
     tensors: Arrays | None
@@ -148,12 +156,13 @@ class FineTuned:
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """Where an unfinished run is kept: `load` returns what `save` was last given, None where there is nothing."""
+    """Stores an unfinished run: `load` returns what `save` was last given, None if that never happened."""
 
     load: Callable[[], Arrays | None] = lambda: None
     save: Callable[[Arrays], None] = lambda arrays: None
 
 
+# Scores a state (by name, dense-shaped and masked) on validation images; None if there are none.
 Judge = Callable[[Arrays], Score | None]
 
 
@@ -173,11 +182,11 @@ def finetune(
         student: the pruned network and its teacher.
         images: calibration images with their labels.
         spec: the network's input.
-        judge: scores a state on validation images; returns None where there are none: the last state is then kept.
-        settings: how.
-        checkpoints: where an unfinished run is kept.
+        judge: scores a state on validation images. If there are none it returns None, and the last state is kept.
+        settings: how to fine-tune.
+        checkpoints: stores an unfinished run and finds it again.
         advance: called with (steps done, of how many).
-        tell: called with a line after every epoch.
+        tell: called with a line of text after every epoch.
 
     Raises:
         UsageError: fewer than two images.
@@ -187,9 +196,9 @@ def finetune(
         raise UsageError(f"--recover finetune has {images.places} calibration images; give at least 2")
     checkpoints = checkpoints or Checkpoints()
     _, height, width = spec.shape
-    plan = _make_plan(images.places, height * width, settings)
+    batching = _make_batching(images.places, height * width, settings)
     with _own_randomness():
-        run = _Run(student, spec, settings, plan, choose_device())
+        run = _Run(student, spec, settings, batching, choose_device())
         kept = checkpoints.load()
         if kept is None:
             run.judge_(judge)
@@ -200,7 +209,7 @@ def finetune(
 
 
 def choose_device() -> torch.device:
-    """Return the fastest of cuda, mps and cpu that is here."""
+    """Return the fastest device of this machine: cuda, mps or cpu."""
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
@@ -209,9 +218,10 @@ def choose_device() -> torch.device:
 def autocast_type(module: nn.Module, device: torch.device) -> torch.dtype | None:
     """Return bfloat16 where `module` trains faster in it on this machine, else None.
 
-    On a CPU with bfloat16 instructions that is so when most weights are in wide layers and no convolution is grouped:
-    measured 1.7 to 1.9 times for residual networks and 1.4 for a ViT of width 192, and 0.6 to 0.7 times for networks
-    of depthwise convolutions. A rule and no measurement, so that two runs never differ in it.
+    The answer is bfloat16 on a CPU with bfloat16 instructions if most weights are in wide layers and no convolution is
+    grouped. Measured speed-ups: 1.7 to 1.9 for residual networks, 1.4 for a ViT of width 192, but 0.6 to 0.7 for
+    networks of depthwise convolutions. It follows from a rule instead of a measurement on the spot, so that two runs on
+    a machine never differ in it.
     """
     if device.type != "cpu" or not _has_bfloat16():
         return None
@@ -233,17 +243,17 @@ def _has_bfloat16() -> bool:
 
 def rate(step: int, steps: int, settings: Settings) -> float:
     """Return the learning rate of `step`, from 0, of `steps`."""
-    warm = max(1, round(settings.warm_up * steps))
-    if step < warm:
-        return settings.peak * (step + 1) / warm
-    return settings.peak * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm))) / 2
+    return rise_and_fall(step, steps, max(1, round(settings.warm_up * steps)), settings.peak)
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """How the images are cut into steps of `batch`, and a step into parts of `at_once` images that add up."""
+class _Batching:
+    """How the images are divided into steps of `batch` images, and a step into parts of `at_once` images.
 
-    places: int
+    The gradients of a step's parts are added up.
+    """
+
+    images: int
     batch: int
     at_once: int
     epochs: int
@@ -251,7 +261,7 @@ class _Plan:
 
     @property
     def steps_per_epoch(self) -> int:
-        return self.places // self.batch
+        return self.images // self.batch
 
     @property
     def steps(self) -> int:
@@ -262,16 +272,16 @@ class _Plan:
         return -(-self.batch // self.at_once)
 
     def order(self, epoch: int) -> npt.NDArray[np.intp]:
-        """Return the places of an epoch's images; what fills no batch waits for another epoch."""
+        """Return the numbers of an epoch's images in order; those that fill no whole batch are left out."""
         generator = np.random.default_rng((self.seed, epoch))
-        return generator.permutation(self.places)[: self.steps_per_epoch * self.batch]
+        return generator.permutation(self.images)[: self.steps_per_epoch * self.batch]
 
 
-def _make_plan(places: int, pixels: int, settings: Settings) -> _Plan:
-    batch = min(settings.batch, places)
-    # Parts of nearly one size: none is left with too few images for its BatchNorm statistics.
+def _make_batching(images: int, pixels: int, settings: Settings) -> _Batching:
+    batch = min(settings.batch, images)
+    # The parts have nearly the same size, so that none has too few images for its BatchNorm statistics.
     parts = -(-batch // max(LEAST_AT_ONCE, PIXELS_AT_ONCE // pixels))
-    return _Plan(places, batch, -(-batch // parts), settings.epochs, settings.seed)
+    return _Batching(images, batch, -(-batch // parts), settings.epochs, settings.seed)
 
 
 def _train_(
@@ -282,19 +292,19 @@ def _train_(
     advance: Advance | None,
     tell: Callable[[str], None] | None,
 ) -> None:
-    """Run the steps that are left, unless it stops early."""
-    plan, settings = run.plan, run.settings
+    """Run the steps that are left, or fewer if training stops early."""
+    batching, settings = run.batching, run.settings
     if run.stopped:
         return
     parts = iter(_load_parts(images, run))
     stored = time.monotonic()
     while not run.stopped:
-        # Whatever draws in this step (mixing, dropout) draws the same in a run that was killed and goes on here.
+        # Mixing and dropout then draw the same numbers in a run that was killed and is resumed at this step.
         _seed_all(settings.seed, 1, run.step)
-        run.update_([next(parts) for _ in range(plan.parts)])
+        run.update_([next(parts) for _ in range(batching.parts)])
         if advance is not None:
-            advance(run.step, plan.steps)
-        if run.step % plan.steps_per_epoch == 0:
+            advance(run.step, batching.steps)
+        if run.step % batching.steps_per_epoch == 0:
             run.judge_(judge)
             if tell is not None:
                 tell(run.describe())
@@ -305,15 +315,15 @@ def _train_(
 
 
 class _Run:
-    """The state of a run: everything that follows is determined by it and the seed."""
+    """The state of a run. Together with the seed it determines everything that follows."""
 
     def __init__(
-        self, student: Student, spec: InputSpec, settings: Settings, plan: _Plan, device: torch.device
+        self, student: Student, spec: InputSpec, settings: Settings, batching: _Batching, device: torch.device
     ) -> None:
-        self.spec, self.settings, self.plan, self.device = spec, settings, plan, device
+        self.spec, self.settings, self.batching, self.device = spec, settings, batching, device
         self.step = 0
         self._student = student
-        # Convolutions train a fifth faster so on a CPU; on mps the layout has had wrong results.
+        # Convolutions train a fifth faster in channels last on a CPU; on mps that layout has given wrong results.
         self._layout = torch.contiguous_format if device.type == "mps" else torch.channels_last
         self._type = autocast_type(student.dense, device)
         self._teacher, self._module = copy.deepcopy(student.dense), copy.deepcopy(student.dense)
@@ -321,8 +331,8 @@ class _Run:
         _assign_(self._module.state_dict(), student.start)
         bind_masks(self._module, student.masks).apply_()
         self._shrunk = shrink_(self._module, student.groups, _example(spec))
-        for network in (self._teacher, self._module):
-            network.to(device).to(memory_format=self._layout)  # type: ignore[call-overload]
+        for module in (self._teacher, self._module):
+            module.to(device).to(memory_format=self._layout)  # type: ignore[call-overload]
         self._module.train()
         for name, parameter in self._module.named_parameters():
             parameter.requires_grad_(name in student.trainable)
@@ -341,7 +351,7 @@ class _Run:
     def stopped(self) -> str | None:
         """Why the run is over; None while it is not."""
         epochs = len(self._history) - 1
-        if epochs >= self.plan.epochs:
+        if epochs >= self.batching.epochs:
             return f"all {epochs} epochs done" if epochs != 1 else "the one epoch done"
         waited = epochs - self._best_epoch
         if self._history[-1] is not None and waited >= self.settings.patience:
@@ -350,28 +360,29 @@ class _Run:
 
     @property
     def _best_epoch(self) -> int:
-        """The first epoch no other beats, 0 for the start; the last one where nothing was judged."""
+        """The first epoch with the best score, 0 for the start; the last epoch if nothing was judged."""
         if self._history[-1] is None:
             return len(self._history) - 1
         ranks = [score.rank for score in self._history if score is not None]
         return ranks.index(max(ranks))
 
     def describe(self) -> str:
-        """Return a line about the last epoch."""
+        """Return a line of text about the last epoch."""
         score = self._history[-1]
         said = "" if score is None or score.accuracy is None else f", validation top-1 {score.accuracy:.2%}"
-        return f"epoch {len(self._history) - 1} of {self.plan.epochs}{said}"
+        return f"epoch {len(self._history) - 1} of {self.batching.epochs}{said}"
 
     def update_(self, parts: list[tuple[Tensor, Tensor] | None]) -> None:
-        """Do one step on the images of all `parts`: (n, C, H, W) and labels (n,) each."""
+        """Do one step on `parts`, each of images (n, C, H, W) and labels (n,), or None if it could not be read."""
         read = [part for part in parts if part is not None]
         total = sum(len(images) for images, _ in read)
         self._optimiser.zero_grad(set_to_none=True)
         for images, labels in read:
             loss = self._loss(images.to(self.device, memory_format=self._layout), labels.to(self.device))
             (loss * (len(images) / total)).backward()  # type: ignore[no-untyped-call]
+        # A torch.optim.lr_scheduler would be one more state to store; the rate follows from the step alone.
         for group in self._optimiser.param_groups:
-            group["lr"] = rate(self.step, self.plan.steps, self.settings)
+            group["lr"] = rate(self.step, self.batching.steps, self.settings)
         if read:
             nn.utils.clip_grad_norm_(self._named.values(), 1.0)
             self._optimiser.step()
@@ -399,16 +410,20 @@ class _Run:
         return nullcontext() if self._type is None else torch.autocast(self.device.type, self._type)
 
     def _mix(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the images, mixed or not, and their targets (n, classes)."""
-        if self._mixup is None or len(images) % 2:  # timm pairs the first image with the last
+        """Return the images (n, C, H, W), mixed or not, and their targets (n, classes)."""
+        if self._mixup is None or len(images) % 2:  # timm mixes the first image with the last, and so on
             return images, functional.one_hot(labels, self._classes).float()
         mixed: tuple[Tensor, Tensor] = self._mixup(images, labels)
         return mixed
 
     @torch.no_grad()
     def _follow_(self) -> None:
-        """Move the averaged weights after the trained ones; whole numbers are taken as they are."""
-        decay = min(1 - 1 / max(1.0, self.plan.steps / 20), (1 + self.step) / (10 + self.step))
+        """Move the averaged weights toward the trained ones; integers, such as counts of batches, are copied.
+
+        timm's ModelEmaV3 gives the same bits, except that it moves a tied tensor once for each of its names. torch's
+        AveragedModel does not: it averages integers too, and its first update overwrites the average.
+        """
+        decay = min(1 - 1 / max(1.0, self.batching.steps / 20), (1 + self.step) / (10 + self.step))
         for name, tensor in self._module.state_dict().items():
             if tensor.is_floating_point():
                 self._average[name].lerp_(tensor, 1 - decay)
@@ -416,14 +431,14 @@ class _Run:
                 self._average[name].copy_(tensor)
 
     def judge_(self, judge: Judge) -> None:
-        """Score the averaged weights as they are now, and keep them where they are the best."""
-        state = self._handed_back()
+        """Score the averaged weights as they are now, and keep them if they are the best so far."""
+        state = self._dense_shaped_average()
         self._history.append(judge(state))
         if self._best_epoch == len(self._history) - 1:
             self._best = state
 
-    def _handed_back(self) -> Arrays:
-        """Return the averaged weights, dense-shaped; the statistics of removed channels are those of the start."""
+    def _dense_shaped_average(self) -> Arrays:
+        """Return the averaged weights, dense-shaped, with the statistics of removed channels from before training."""
         state: Arrays = {}
         for name, tensor in self._average.items():
             start, stays = self._student.start[name], self._student.idle.get(name)
@@ -432,7 +447,7 @@ class _Run:
         return state
 
     def result(self) -> FineTuned:
-        """Return the best state, once the run has stopped."""
+        """Return the result, once the run has stopped."""
         epochs, reason, best = len(self._history) - 1, self.stopped or "", self._best_epoch
         if self._history[-1] is None:
             return FineTuned(self._best, epochs, reason)
@@ -455,7 +470,7 @@ class _Run:
         return {**found, "progress": np.frombuffer(progress, dtype=np.uint8)}
 
     def restore_(self, found: Arrays) -> None:
-        """Go back to what `stored` returned."""
+        """Take over the state that `stored` returned."""
         progress = json.loads(found["progress"].tobytes())
         self.step = progress["step"]
         self._history = [None if score is None else Score(*score) for score in progress["history"]]
@@ -467,7 +482,7 @@ class _Run:
             self._optimiser.state[parameter] = {
                 kind: torch.from_numpy(found[f"{kind}/{name}"].copy()) for kind in kinds if f"{kind}/{name}" in found
             }
-        # The optimiser's own loading puts each tensor on the device where it belongs.
+        # load_state_dict moves every tensor to the device of its parameter.
         self._optimiser.load_state_dict(self._optimiser.state_dict())
 
 
@@ -487,12 +502,12 @@ def _example(spec: InputSpec) -> Tensor:
 
 
 def _logits(output: object) -> Tensor:
-    """Return the first of what a network returned: in training some return a second head's answer beside it."""
+    """Return the first tensor of a module's output: in training some modules return a second head's answers too."""
     return output_tensors(output)[0]
 
 
 def _make_optimiser(named: Mapping[str, nn.Parameter], settings: Settings) -> torch.optim.Optimizer:
-    """Return AdamW; what has one axis (biases, norms) does not decay."""
+    """Return AdamW; tensors with one axis (biases, norms) do not decay."""
     several = [item for item in named.values() if item.ndim > 1]
     single = [item for item in named.values() if item.ndim <= 1]
     groups = [{"params": several, "weight_decay": settings.weight_decay}, {"params": single, "weight_decay": 0.0}]
@@ -509,9 +524,10 @@ Sample = tuple[Tensor, int]
 
 
 class _Augmented(Dataset[Sample | None]):
-    """Images by (epoch, place), augmented the same way whichever process and in whatever order they are read.
+    """Augmented images, uint8 (C, H, W), with their labels, by (epoch, number of the image).
 
-    An image is uint8 (C, H, W). Decoded images are kept while they take no more than `room` bytes.
+    An image is augmented in the same manner whichever process reads it and in whichever order. Decoded images are kept
+    in memory up to `room` bytes.
     """
 
     def __init__(self, images: ImageSet, spec: InputSpec, seed: int, room: int = 0) -> None:
@@ -525,7 +541,7 @@ class _Augmented(Dataset[Sample | None]):
             hflip=0.5,
             color_jitter=None,
             interpolation=spec.interpolation,
-            normalize=False,  # a batch at a time, in _stack
+            normalize=False,  # _stack normalises a whole batch
         )
 
     def __getitem__(self, key: tuple[int, int]) -> Sample | None:
@@ -535,50 +551,50 @@ class _Augmented(Dataset[Sample | None]):
         _seed_process(self._seed, 2, *key)
         return self._transform(found[0]), found[1]
 
-    def _read(self, place: int) -> tuple[Image.Image, int] | None:
-        kept = self._decoded.get(place)
+    def _read(self, number: int) -> tuple[Image.Image, int] | None:
+        kept = self._decoded.get(number)
         if kept is not None:
             return Image.fromarray(kept[0]), kept[1]
-        found = self._images.at(place)
+        found = self._images.at(number)
         if found is not None:
             pixels = np.array(found[0])
             if pixels.nbytes <= self._room:
                 self._room -= pixels.nbytes
-                self._decoded[place] = pixels, found[1]
+                self._decoded[number] = pixels, found[1]
         return found
 
 
 class _Order:
-    """The keys of every part of a step from `first` on."""
+    """Yields the keys of the images of every part, from the step `first` on."""
 
-    def __init__(self, plan: _Plan, first: int) -> None:
-        self._plan, self._first = plan, first
+    def __init__(self, batching: _Batching, first: int) -> None:
+        self._batching, self._first = batching, first
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        plan = self._plan
-        for epoch in range(self._first // plan.steps_per_epoch, plan.epochs):
-            batches = plan.order(epoch).reshape(plan.steps_per_epoch, plan.batch)
-            done = self._first % plan.steps_per_epoch if epoch == self._first // plan.steps_per_epoch else 0
+        batching = self._batching
+        for epoch in range(self._first // batching.steps_per_epoch, batching.epochs):
+            batches = batching.order(epoch).reshape(batching.steps_per_epoch, batching.batch)
+            done = self._first % batching.steps_per_epoch if epoch == self._first // batching.steps_per_epoch else 0
             for batch in batches[done:]:
-                for start in range(0, plan.batch, plan.at_once):
-                    yield [(epoch, int(place)) for place in batch[start : start + plan.at_once]]
+                for start in range(0, batching.batch, batching.at_once):
+                    yield [(epoch, int(number)) for number in batch[start : start + batching.at_once]]
 
 
 def _load_parts(images: ImageSet, run: _Run) -> Any:
-    # On a CPU the workers would take the cores that train; elsewhere images are prepared while the device computes.
+    # On a CPU the workers would compete with training for the cores; other devices compute while images are prepared.
     workers = 0 if run.device.type == "cpu" else min(WORKERS, os.cpu_count() or 1)
     return DataLoader(
         _Augmented(images, run.spec, run.settings.seed, DECODED_BYTES // max(1, workers)),
-        batch_sampler=_Order(run.plan, run.step),
+        batch_sampler=_Order(run.batching, run.step),
         collate_fn=partial(_stack, run.spec),
         num_workers=workers,
     )
 
 
 def _stack(spec: InputSpec, samples: list[Sample | None]) -> tuple[Tensor, Tensor] | None:
-    """Return a part of a batch, normalised, without what could not be read.
+    """Return normalised images (n, C, H, W) and their labels (n,), without those that could not be read.
 
-    None where BatchNorm would have nothing to average.
+    None if fewer than two images are left: BatchNorm could not normalise them.
     """
     read = [sample for sample in samples if sample is not None]
     if len(read) < 2:
@@ -589,12 +605,15 @@ def _stack(spec: InputSpec, samples: list[Sample | None]) -> tuple[Tensor, Tenso
 
 
 def _seed_all(*numbers: int) -> None:
-    """Seed every generator that mixing and a network draw from, those of all devices among them."""
+    """Seed every generator that mixing and a module draw from, on all devices."""
     torch.manual_seed(_seed_process(*numbers))
 
 
 def _seed_process(*numbers: int) -> int:
-    """Seed every generator that timm's augmentation draws from; of PyTorch's that of the CPU alone, 80 times faster."""
+    """Seed every generator that timm's augmentation draws from, and return the seed.
+
+    Of PyTorch's generators only the CPU's is seeded, which is 80 times faster than to seed all.
+    """
     seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
     random.seed(seed)
     np.random.seed(seed)
@@ -604,7 +623,7 @@ def _seed_process(*numbers: int) -> int:
 
 @contextmanager
 def _own_randomness() -> Iterator[None]:
-    """Give the caller's generators back as they were."""
+    """Restore the caller's random generators afterwards."""
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         yield

@@ -1,8 +1,8 @@
-"""A torch module as a list of operations that any part of can be run, with gradients, under any weights.
+"""A torch module as a list of operations, any part of which can be run with gradients and with any weights.
 
-`torch.export` writes down every operation with the parameters it reads by name. A *cut* at position p is what the
-operations before p make and those from p on read, so that training a few layers neither runs what comes before nor
-what follows them.
+`torch.export` lists every operation with the names of the parameters it reads. A *cut* at position p is the set of
+values that operations before p make and operations from p on read. Training a few layers then runs only the operations
+between two cuts.
 """
 
 from __future__ import annotations
@@ -28,6 +28,10 @@ class Traced:
         state: parameters and buffers by name, as the module holds them.
         parameters: the names of those that are parameters.
         batch: images per run.
+        nodes: the operations in order.
+        readers: the positions of the operations that read a parameter or buffer, by its name.
+        input: name of the input value.
+        output: name of the output value.
     """
 
     def __init__(self, module: nn.Module, shape: tuple[int, ...], batch: int) -> None:
@@ -60,7 +64,7 @@ class Traced:
         self._read(placeholders)
 
     def _read(self, placeholders: Sequence[fx.Node]) -> None:
-        """Find out what depends on the input, and where each value is made and read last."""
+        """Find which values depend on the input, and where each value is made and last read."""
         computed = {self.input}
         self._made = {self.input: 0}
         self._last: dict[str, int] = {}
@@ -78,7 +82,7 @@ class Traced:
 
     @property
     def operations(self) -> list[tuple[str, str]]:
-        """What is run, in order: the name of each value and the operator that makes it."""
+        """The operations in order: the name of each value and the operator that makes it."""
         return [(node.name, str(node.target)) for node in self.nodes]
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -94,19 +98,19 @@ class Traced:
         )
 
     def size(self, position: int) -> int:
-        """Return how many numbers one image has at `position`."""
+        """Return how many numbers per image cross `position`."""
         return sum(self._sizes[name] for name in self.live(position)) // self.batch
 
     def work(self, start: int, end: int) -> int:
-        """Return how many numbers the operations from `start` to before `end` make of one image: what a step costs."""
+        """Return how many numbers per image the operations from `start` to before `end` compute."""
         return sum(self._sizes[node.name] for node in self.nodes[start:end]) // self.batch
 
     def can_cut(self, position: int) -> bool:
-        """Return whether what crosses `position` are single tensors: lists of them are made and taken apart at once."""
+        """Return whether only single tensors cross `position`: a list of tensors cannot be stored or fed."""
         return all(name in self._shapes for name in self.live(position))
 
     def narrowest(self, first: int, last: int) -> int:
-        """Return the position from `first` to `last` where the fewest numbers cross; the later of equal ones."""
+        """Return the position from `first` to `last` that the fewest numbers cross, the last one of equal ones."""
         return min(range(first, last + 1), key=lambda position: (self.size(position), -position))
 
     def run(self, state: Mapping[str, Tensor], given: Mapping[str, Tensor], wanted: Sequence[str]) -> Values:
@@ -136,7 +140,7 @@ class Traced:
 
 
 def channels_last(value: Tensor) -> Tensor:
-    """Return `value`, if it is one of images (N, C, H, W), with its channels next to each other in memory."""
+    """Return a value (N, C, H, W) in the channels-last memory format, and any other value as it is."""
     return value.contiguous(memory_format=torch.channels_last) if value.dim() == 4 else value
 
 
@@ -147,7 +151,7 @@ def _size(node: fx.Node) -> int:
 
 
 def _functional(target: Any) -> Any:
-    """Return the operator that leaves its operands as they are: a cut must hold the value it was made with."""
+    """Return the operator that does the same without changing its operands, so that values stored at a cut stay."""
     if not isinstance(target, torch._ops.OpOverload) or not target._schema.is_mutable:
         return target
     packet = str(target._schema.name).split("::")[1]

@@ -1,13 +1,18 @@
-"""Block-wise tuning after the closed form (recipe A, point 6): gradient steps on cached block inputs, no labels.
+"""Block-wise tuning after the closed form (E9 in docs/method.md): gradient steps on cached block inputs, no labels.
 
     loss = sum_v mean_i (s_vi - d_vi)^2 / mean_i Var(d_vi)
 
-over a few *cuts* v, the narrow places between the layers that read what was pruned: s is what the pruned network has
-there, d the dense network. What comes before the first cut is run once and kept; what follows the last is not run.
-What runs is the pruned network without its removed channels (shrink.py), channels last: 2.3 times faster than masked
-and dense-shaped. Images are crops of the calibration images, half of them mixed. Late weights are specific to classes,
-which a few hundred images do not cover: at every check the held-back images, mirrored, say from which cut on the closed
-form's weights are better left as they were. Of the best of all checks as much is taken as is best (judging.py).
+over a few *cuts* v, narrow positions between the layers that read pruned channels; s is the pruned network's value
+there and d the dense network's. The layers before the first cut are run once and their output is kept; the layers
+after the last cut are not run.
+
+What is trained is the pruned network without its removed channels (shrink.py), in the channels-last memory format: 2.3
+times faster than the masked network in dense shapes. Its images are crops of the calibration images, half of them
+mixed.
+
+Late weights are specific to classes, and a few hundred images do not cover the classes. At every check the mirrored
+held-back images therefore choose a cut from which on the closed form's weights stay. The best state of all checks is
+then accepted in part, wholly or not at all (acceptance.py).
 """
 
 from __future__ import annotations
@@ -25,24 +30,35 @@ from mm_edge.arrays import Arrays
 from mm_edge.graph.axes import Keep
 from mm_edge.graph.compact import mask_tensors
 from mm_edge.progress import Advance
-from mm_edge.recover.closed_form.context import RecoveryContext, judge_answers
+from mm_edge.recover.closed_form.context import RecoveryContext
+from mm_edge.recover.closed_form.judging import judge_answers
 from mm_edge.recover.closed_form.solve import kept_blocks
 from mm_edge.recover.training import descent
-from mm_edge.recover.training.judging import Tuned, dropped, go, judge_views, mirrored
+from mm_edge.recover.training.acceptance import Tuned, accept, judge_views, mirrored, reject
 from mm_edge.recover.training.pair import Pair, make_pair, masked_state
 from mm_edge.recover.training.traced import Traced, Values, channels_last
 
+# The values of these that distil.py has too are larger there or smaller, for the reason given there.
 STEPS = 300
 CHECK = 75
 RATE = 4e-3
+# The most cuts that are compared.
 TARGETS = 5
+# The least area of a crop, and the share of the images left uncropped.
 SMALLEST_CROP = 0.35
 WHOLE = 0.25
 
 
 @dataclass(frozen=True)
 class _Best:
-    """The best state seen: weights by name (those left as they were are not in it), step and divergence."""
+    """The best state seen.
+
+    Attributes:
+        weights: the tuned weights by name, without those that stay as the closed form left them.
+        step: after how many steps.
+        frozen: how many of the last targets keep the closed form's weights.
+        divergence: on the mirrored held-back images, in nats.
+    """
 
     weights: Values
     step: int
@@ -52,7 +68,7 @@ class _Best:
 
 @dataclass(frozen=True)
 class Span:
-    """The operations that are tuned, from position `start` to the last of the `targets`."""
+    """The operations that are tuned: those from position `start` to the last of the positions `targets`."""
 
     start: int
     targets: tuple[int, ...]
@@ -64,44 +80,49 @@ class Span:
 
 def tune(
     context: RecoveryContext,
-    module: nn.Module,
     keep: Keep,
     tensors: Arrays,
     *,
     seed: int = 0,
     progress: Advance | None = None,
 ) -> Tuned:
-    """Tune the weights that `tensors` (dense-shaped, masked) hold, and keep the result where images say it is better.
+    """Tune the weights of a pruned network, and accept the result as far as the held-back images find it better.
 
     Args:
-        context: the run's; tuning sees its `fitted` images only, the held-back ones decide.
-        module: the dense network.
+        context: of the dense network, with its module; its `fitted` images are trained on, its held-back ones judge.
         keep: the indices that stay, by group.
-        tensors: the closed form's, solved without the held-back images.
+        tensors: the closed form's, dense-shaped and masked, by name, solved without the held-back images.
         seed: of crops, mixtures and order.
         progress: called with (batches cached and steps done, of how many).
+
+    Raises:
+        ValueError: the context has no module.
     """
     views = mirrored(context)
     before = judge_views(views, keep, tensors)
-    dense = Traced(module, context.images.shape[1:], descent.BATCH)
+    dense = Traced(context.trainable_module, context.image_shape, descent.BATCH)
     span = find_span(context, dense, keep)
     if span is None:
-        return dropped(tensors, before, "tuning dropped: no layer of its reach reads what was pruned")
+        return reject(tensors, before, "tuning dropped: no layer of its reach reads what was pruned")
     masks = mask_tensors(context.structure, keep)
     whole = masked_state(dense, masks, tensors)
-    pair = make_pair(context, module, dense, keep, whole, span.compared(dense))
+    pair = make_pair(context, dense, keep, whole, span.compared(dense))
     tuner = _Tuner(context, views, pair, pair.zeros(masks), span, seed)
     best, history = tuner.run(progress)
     moved = {name: pair.shrunk.put(name, value.numpy().copy(), whole[name]) for name, value in best.weights.items()}
     note = f"tuned {best.step} steps up to cut {len(span.targets) - best.frozen} of {len(span.targets)}"
-    return go(views, keep, tensors, before, (whole, moved), note, history)
+    return accept(views, keep, tensors, before, (whole, moved), note, history)
 
 
 def find_span(context: RecoveryContext, traced: Traced, keep: Keep) -> Span | None:
-    """Return what to tune: from as early as cache and cost allow to the last layer that reads what was pruned."""
+    """Return what to tune, or None if nothing can be.
+
+    It starts as early as the memory of the cache and the cost of a step allow, and ends after the last layer that reads
+    pruned channels.
+    """
     readers = []
     for name, consumer in context.consumers.items():
-        shape = context.network.arrays[name].shape
+        shape = context.graph.arrays[name].shape
         if name in traced.readers and not kept_blocks(context.structure, consumer, shape, keep).whole:
             readers.append(traced.readers[name][0])
     if not readers:
@@ -109,7 +130,7 @@ def find_span(context: RecoveryContext, traced: Traced, keep: Keep) -> Span | No
     readers = sorted(set(readers))
     masked = [traced.readers[name][0] for name in mask_tensors(context.structure, keep) if name in traced.readers]
     cuts = [traced.narrowest(first + 1, last) for first, last in pairwise(readers)]
-    # After the last reader the narrowest place would be the answer itself: tuning ends with the block.
+    # The narrowest position after the last reader would be the answer itself. The first single one ends the block.
     cuts += [cut for cut in range(readers[-1] + 1, len(traced.nodes) + 1) if descent.is_single(traced, cut)][:1]
     cuts = sorted({cut for cut in cuts if descent.is_single(traced, cut)})
     starts = [cut for cut in (min(masked), *cuts) if traced.can_cut(cut)]
@@ -122,7 +143,7 @@ def find_span(context: RecoveryContext, traced: Traced, keep: Keep) -> Span | No
 
 
 class _Tuner:
-    """The tensors of one run of tuning."""
+    """One run of tuning: its images, networks and weights."""
 
     def __init__(
         self,
@@ -133,9 +154,9 @@ class _Tuner:
         span: Span,
         seed: int,
     ) -> None:
-        self.context, self.views, self.pair, self.traced, self.span = context, views, pair, pair.student, span
+        self.context, self.views, self.pair, self.traced, self.span = context, views, pair, pair.pruned, span
         self.generator = torch.Generator().manual_seed(seed)
-        self.student = {name: channels_last(value) for name, value in pair.student.state.items()}
+        self.state = {name: channels_last(value) for name, value in pair.pruned.state.items()}
         self.masks = masks
         end = span.targets[-1]
         self.names = descent.trainable(self.traced, context.raw.parameters, span.start, end)
@@ -152,7 +173,7 @@ class _Tuner:
         pictures = descent.crops([images], self.generator, smallest=SMALLEST_CROP, whole=WHOLE)
         for done, (batch,) in enumerate(pictures):
             feed = {self.traced.input: channels_last(batch)}
-            for name, value in self.traced.run(self.student, feed, self.inputs).items():
+            for name, value in self.traced.run(self.state, feed, self.inputs).items():
                 given[name].append(value)
             for name, value in self.pair.dense.run(dense, feed, self.wanted).items():
                 targets[name].append(self.pair.counterpart(name, value).half())
@@ -165,9 +186,9 @@ class _Tuner:
         batches = -(-descent.CROPS // descent.BATCH)
         given, targets = self.cache(lambda done: advance(done, batches + STEPS))
         scale = {name: _variance(value) for name, value in targets.items()}
-        weights = {name: nn.Parameter(self.student[name].clone()) for name in self.names}
+        weights = {name: nn.Parameter(self.state[name].clone()) for name in self.names}
         with torch.no_grad():
-            held = list(descent.batches(self.traced, self.student, self.views.images, self.inputs))
+            held = list(descent.batches(self.traced, self.state, self.views.images, self.inputs))
         best = _Best({}, 0, 0, math.inf)
         history: list[float] = []
 
@@ -193,18 +214,18 @@ class _Tuner:
         targets: Mapping[str, Tensor],
         scale: Mapping[str, float],
     ) -> Tensor:
-        state = {**self.student, **weights}
+        state = {**self.state, **weights}
         feed = {name: channels_last(value[chosen]) for name, value in given.items()}
         found = self.traced.run(state, feed, self.wanted)
         total = torch.zeros(())
         for name, value in found.items():
-            # A pruned channel is zero in the student whatever the dense network has there.
+            # Channels that are removed but still computed are zero; the dense network's are not compared with.
             error = (value - targets[name][chosen].float()) * self._live(value)
             total = total + error.square().mean() / scale[name]
         return total
 
     def _check(self, weights: Mapping[str, Tensor], held: Sequence[tuple[Values, int]], step: int) -> _Best:
-        """Return the best of the states whose weights from some cut on are left as they were."""
+        """Return the best of the states in which the weights from some target on stay as the closed form left them."""
         tried = []
         for frozen, cut in enumerate((*self.span.targets[::-1],)):
             moved = {
@@ -215,13 +236,13 @@ class _Tuner:
 
     @staticmethod
     def _live(value: Tensor) -> Tensor:
-        """Return which channels of the student's value are not removed: those are zero on every image."""
+        """Return 1 for channels of the pruned network's value that are not zero on every image, 0 for the others."""
         axes = [axis for axis in range(value.dim()) if axis != 1]
         return (value.detach().abs().amax(dim=axes, keepdim=True) > 0).to(value.dtype)
 
     @torch.no_grad()
     def _divergence(self, weights: Mapping[str, Tensor], held: Sequence[tuple[Values, int]]) -> float:
-        state = {**self.student, **weights}
+        state = {**self.state, **weights}
         rows = [self.traced.run(state, given, (self.traced.output,))[self.traced.output][:n] for given, n in held]
         logits = torch.cat(rows).numpy()
         return judge_answers(self.views, logits.reshape(-1, logits.shape[-1])).mean

@@ -1,10 +1,11 @@
-"""Recovery without training (E9, recipe A): choose which indices stay, re-solve who reads them, let images decide.
+"""Recovery of a structured candidate without training (E9 in docs/method.md), in three steps.
 
-    selection   the plan's own signal, iterative brain surgeon, or |W_j|^2: per group what diverges least
-    screening   readers re-solved from the dense network's moments, the same for all candidates
-    walking     readers re-solved from the pruned network's own values, input to output
+    selection   which indices of a group stay: those of the plan's signal, of brain surgeon or of |W_j|^2
+    screening   the readers are solved again from the dense network's moments, the same for all candidates
+    walking     the readers are solved again from the pruned network's own values, from input to output
 
-Every decision is by KL(dense || candidate) on calibration images that no moment has seen; no labels are read.
+Every choice is made by the divergence from the dense network on the held-back images, which no moment comes from. No
+labels are read.
 """
 
 from __future__ import annotations
@@ -22,20 +23,12 @@ from mm_edge.graph.groups import Group
 from mm_edge.graph.partial import Frontier, narrowest
 from mm_edge.graph.widths import Counts
 from mm_edge.progress import Advance
-from mm_edge.recover.closed_form.context import (
-    Judged,
-    RecoveryContext,
-    energy_order,
-    is_better,
-    judge,
-    pruned_network,
-    readers_of,
-    rescale,
-    surgeon_order,
-)
+from mm_edge.recover.closed_form.context import RecoveryContext, pruned_graph
+from mm_edge.recover.closed_form.judging import Judged, is_better, judge, rescale
+from mm_edge.recover.closed_form.orders import energy_order, readers_of, surgeon_order
 from mm_edge.recover.closed_form.sensitivity import Sensitivity, first_use
-from mm_edge.recover.closed_form.solve import GENTLE, screen
-from mm_edge.recover.closed_form.surgeon import RIDGE, Order
+from mm_edge.recover.closed_form.solve import GENTLE_RIDGE, screen
+from mm_edge.recover.closed_form.surgeon import USUAL_RIDGE, Order
 from mm_edge.recover.closed_form.walk import walk
 
 SELECTIONS = ("signal", "obs", "auto")
@@ -47,11 +40,11 @@ class Recovered:
 
     Attributes:
         tensors: what changed, dense-shaped and masked, by name: weights, biases, running means.
-        fitted: the same before the held-back images joined the last solving; what tuning starts from, as they judge it.
-        keep: the indices that stay; other ones than planned where another selection was better.
-        notes: what was decided, in words.
-        kl_held_back: divergence from the dense network on calibration images no moment had seen, nats; measured
-            before those images joined the last solving, after the answers were rescaled.
+        fitted: the same, solved without the held-back images. Tuning starts from these, because the held-back images
+            judge it.
+        keep: the indices that stay, by group; not the planned ones where another selection was better.
+        notes: what was chosen, in words.
+        kl_held_back: the divergence of `fitted` from the dense network on the held-back images, in nats.
     """
 
     tensors: Arrays
@@ -63,7 +56,14 @@ class Recovered:
 
 @dataclass(frozen=True)
 class _Start:
-    """A selection with its screened tensors; `selected` names the selection of each group."""
+    """A screened network to start the walk from.
+
+    Attributes:
+        selected: the name of each group's selection.
+        keep: the indices that stay, by group.
+        tensors: the screened tensors, dense-shaped and masked, by name.
+        judged: how far the network is from the dense one.
+    """
 
     selected: Mapping[Axis, str]
     keep: Keep
@@ -84,12 +84,13 @@ def recover_closed_form(
     """Recover one candidate.
 
     Args:
-        context: the run's, from `build_context`.
-        keep: the indices the plan's signal keeps, by group.
-        counts: how many each group keeps.
-        select: "signal" keeps the plan's indices, "obs" takes brain surgeon's, "auto" the better one per group.
-        sensitivities: where measured, they say at once which selection suits a group.
-        walked: False screens only: seconds instead of a minute, and groups are then selected all in one way.
+        context: of the dense network, from `build_context`.
+        keep: the indices that the plan's signal keeps, by group.
+        counts: how many indices each group keeps.
+        select: "signal" keeps the plan's indices, "obs" takes brain surgeon's, "auto" the best selection per group.
+        sensitivities: measured ones already say which selection suits a group, so that fewer have to be tried.
+        walked: False screens only, which takes seconds instead of a minute and tries no other selections group by
+            group.
         progress: called with (consumers walked, of how many).
 
     Raises:
@@ -101,17 +102,17 @@ def recover_closed_form(
         leaf: item.choice(counts[leaf]).select for leaf, item in (sensitivities or {}).items() if leaf in counts
     }
     options = _options(context, keep, counts, select)
-    frontier = Frontier(context.network, context.images, context.held_back)
-    starts = [_start(context, options, wanted, frontier) for wanted in _ways(options, measured)]
+    frontier = Frontier(context.graph, context.images, context.held_back)
+    starts = [_start(context, options, wanted, frontier) for wanted in _selections(options, measured)]
     best = min(starts, key=lambda item: item.judged.mean)
     if not walked:
         tensors = rescale(context, best.keep, best.tensors, best.judged.scale)
         return Recovered(tensors, tensors, best.keep, _notes(best), best.judged.mean)
     best = _swap_groups(context, options, best)
     result = walk(context, best.keep, best.tensors, progress)
-    ways = Counter("left as they were" if way is None else way.name for way in result.taken.values())
-    taken = ", ".join(f"{count} {name}" for name, count in ways.most_common())
-    notes = (*_notes(best), f"layers walked: {taken}")
+    names = Counter("left as they were" if chosen is None else chosen.name for chosen in result.chosen.values())
+    walked_layers = ", ".join(f"{count} {name}" for name, count in names.most_common())
+    notes = (*_notes(best), f"layers walked: {walked_layers}")
     return Recovered(result.tensors, result.fitted, best.keep, notes, result.kl_held_back)
 
 
@@ -119,7 +120,10 @@ _Options = dict[Axis, dict[str, BoolArray]]
 
 
 def _options(context: RecoveryContext, keep: Keep, counts: Counts, select: str) -> _Options:
-    """Return, per group that loses something, the different index sets on offer, each under its selection's name."""
+    """Return, for each group that loses something, the masks to choose from, by the name of their selection.
+
+    The plan's own mask is left out if another selection has the same one.
+    """
     options: _Options = {}
     for group in context.structure.groups:
         planned = keep.get(group.leaf)
@@ -139,10 +143,11 @@ def _options(context: RecoveryContext, keep: Keep, counts: Counts, select: str) 
     return options
 
 
-def _ways(options: _Options, measured: Mapping[Axis, str]) -> list[dict[Axis, str]]:
-    """Return the ways to start: all groups by one selection, or each by the one that measured better alone.
+def _selections(options: _Options, measured: Mapping[Axis, str]) -> list[dict[Axis, str]]:
+    """Return the assignments of a selection to every group that are worth screening.
 
-    A group that does not offer a selection takes the first it does offer.
+    Without measurements: each selection for all groups. With measurements: each group's better one, and the plan's
+    signal for all groups. A group that does not offer the wanted selection takes the first that it offers.
     """
     names = list(dict.fromkeys(name for offered in options.values() for name in offered))
     if measured:
@@ -152,11 +157,11 @@ def _ways(options: _Options, measured: Mapping[Axis, str]) -> list[dict[Axis, st
         wanted.insert(0, {leaf: measured.get(leaf, "signal") for leaf in options})
     return [
         {
-            leaf: way[leaf] if way[leaf] in offered else next(iter(offered))
+            leaf: selected[leaf] if selected[leaf] in offered else next(iter(offered))
             for leaf, offered in options.items()
             if offered
         }
-        for way in wanted
+        for selected in wanted
     ]
 
 
@@ -166,28 +171,28 @@ def _start(context: RecoveryContext, options: _Options, selected: Mapping[Axis, 
     for group in _groups(context, selected):
         ridges |= _ridges(context, group, selected[group.leaf])
     tensors = screen(context, keep, ridges)
-    network = pruned_network(context, keep, tensors)
-    return _Start(selected, keep, tensors, judge(context, network, frontier))
+    graph = pruned_graph(context, keep, tensors)
+    return _Start(selected, keep, tensors, judge(context, graph, frontier))
 
 
 def _swap_groups(context: RecoveryContext, options: _Options, start: _Start) -> _Start:
-    """Try each group's other selections, in graph order; what diverges less stays."""
+    """Try each group's other selections, one group after another in graph order, and take those that are better."""
     best = start
-    network = pruned_network(context, best.keep, best.tensors)
-    frontier = Frontier(network, context.images, context.held_back)
-    for group in sorted(_groups(context, options), key=lambda item: first_use(network, item)):
+    graph = pruned_graph(context, best.keep, best.tensors)
+    frontier = Frontier(graph, context.images, context.held_back)
+    for group in sorted(_groups(context, options), key=lambda item: first_use(graph, item)):
         tried = {best.keep[group.leaf].tobytes()}
-        frontier.advance_(network, narrowest(network, frontier.position, first_use(network, group)), context.threads)
+        frontier.advance_(graph, narrowest(graph, frontier.position, first_use(graph, group)), context.threads)
         for name, kept in options[group.leaf].items():
             if kept.tobytes() in tried:
                 continue
             tried.add(kept.tobytes())
             keep = {**best.keep, group.leaf: kept}
             tensors = screen(context, keep, _all_ridges(context, best, group, name))
-            trial = pruned_network(context, keep, tensors, network)
+            trial = pruned_graph(context, keep, tensors, graph)
             judged = judge(context, trial, frontier)
             if is_better(judged, best.judged):
-                best, network = _Start({**best.selected, group.leaf: name}, keep, tensors, judged), trial
+                best, graph = _Start({**best.selected, group.leaf: name}, keep, tensors, judged), trial
     return best
 
 
@@ -196,12 +201,16 @@ def _groups(context: RecoveryContext, chosen: Mapping[Axis, object]) -> list[Gro
 
 
 def _ridges(context: RecoveryContext, group: Group, selection: str) -> dict[str, float]:
-    """Return lambda for the readers of a group: |W_j|^2 is chosen where calibration images are not to be trusted."""
-    ridge = GENTLE if selection == "energy" else RIDGE
+    """Return lambda for the readers of a group, by weight.
+
+    It is the gentle one with the |W_j|^2 selection, which wins where calibration images are not to be trusted.
+    """
+    ridge = GENTLE_RIDGE if selection == "energy" else USUAL_RIDGE
     return {consumer.weight: ridge for consumer, _ in readers_of(context, group)}
 
 
 def _all_ridges(context: RecoveryContext, start: _Start, changed: Group, selection: str) -> dict[str, float]:
+    """Return lambda for the readers of all groups of `start`, with another selection for the group `changed`."""
     ridges: dict[str, float] = {}
     for group in _groups(context, start.selected):
         ridges |= _ridges(context, group, selection if group is changed else start.selected[group.leaf])
