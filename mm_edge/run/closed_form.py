@@ -13,8 +13,8 @@ from mm_edge.plan.plans import ChannelPlan, Plan, WeightPlan
 from mm_edge.recover.closed_form.batchnorm import has_batch_norm, reestimate_batch_norm_
 from mm_edge.recover.closed_form.context import RecoveryContext
 from mm_edge.recover.closed_form.pattern import recover_pattern
-from mm_edge.recover.closed_form.structured import Recovered, recover_closed_form
 from mm_edge.recover.closed_form.sensitivity import Sensitivity
+from mm_edge.recover.closed_form.structured import Recovered, recover_closed_form
 from mm_edge.run.make import MakeSettings, Solved
 from mm_edge.run.networks import Network
 
