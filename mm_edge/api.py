@@ -6,7 +6,6 @@ Everything that can be refused is refused before the run directory is touched.
 from __future__ import annotations
 
 import inspect
-import shutil
 import textwrap
 import typing
 from collections.abc import Callable, Mapping
@@ -18,23 +17,15 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from mm_edge.bench.target import load_target, matches_this_machine, resolve_host
-from mm_edge.bench.transports import open_transport
 from mm_edge.errors import UsageError
-from mm_edge.graph.sizes import remake
-from mm_edge.load.data import open_data
 from mm_edge.load.models import LoadedModel, wrap_module
 from mm_edge.progress import Stages
 from mm_edge.records import Report
 from mm_edge.report.summary import find_chosen, write_headline
 from mm_edge.report.values import show_bytes, show_ms, show_percent, show_ratio
-from mm_edge.run.checks import check_request, require_trainable
-from mm_edge.run.job import Job
-from mm_edge.run.measure import SAMPLES_FOLDER
 from mm_edge.run.options import Flag, Flags, Option, list_options, type_name
-from mm_edge.run.pipeline import run_stages
 from mm_edge.run.request import Request, make_request
-from mm_edge.store import RunStore
+from mm_edge.run.start import start
 
 # Options on how to read a file, which a module in memory has no use for.
 FILE_OPTIONS = ("arch", "input_size", "trust_pickle")
@@ -137,34 +128,13 @@ def _name_positional(positional: tuple[Any, ...], options: Mapping[str, Any]) ->
 
 
 def run_job(load: Callable[[], LoadedModel], request: Request, stages: Stages) -> Result:
-    """Check everything that can be refused, then run the pipeline in the run directory.
+    """Check everything that can be refused, then run the stages in the run directory.
 
     Raises:
         UsageError: something was refused before scoring.
         JobError: the job ran and failed; what was made is kept.
     """
-    target = resolve_host(load_target(request.target))
-    with stages.stage("load"):
-        model = load()
-        require_trainable(model, request.recover)
-        for side in request.input_sizes if isinstance(request.input_sizes, tuple) else ():
-            remake(model, side)  # refuses what the network cannot take
-        data = None
-        if request.data is not None:
-            data = open_data(request.data, model.input, model.info.num_classes, request.split, request.seed)
-    measured = request.bench and (request.host is not None or matches_this_machine(target))
-    check_request(request, data, target, measured)
-    transport = open_transport(target, request.host, stages.tell) if measured else None
-    store = RunStore(request.out)
-    with store.lock():
-        if not request.resume:
-            store.clear()
-            shutil.rmtree(store.folder / SAMPLES_FOLDER, ignore_errors=True)
-        job = Job(request, model, data, target, transport, store.folder, store, stages)
-        if transport is None:
-            return Result.of(run_stages(job), store.folder)
-        with transport:
-            return Result.of(run_stages(job), store.folder)
+    return Result.of(start(load, request, stages), request.out)
 
 
 # --- signature and docstring of prune_export, made from the fields of Request ---------------------------------------

@@ -8,6 +8,7 @@ thread by default and several images run at once. The results do not depend on h
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -17,7 +18,6 @@ from typing import Any, TypeVar
 
 import onnxruntime
 
-from mm_edge.bench.worker import usable_cores
 from mm_edge.errors import ModelError, first_line
 
 Item = TypeVar("Item")
@@ -56,7 +56,8 @@ def describe(model: Path | bytes) -> str:
 
 def cores() -> int:
     """Return how many cores this process may use, MOST at most."""
-    return min(MOST, len(usable_cores()))
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(MOST, usable)
 
 
 def in_order(work: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:

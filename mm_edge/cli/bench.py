@@ -51,10 +51,10 @@ def bench(
     from rich.markup import escape
 
     from mm_edge.bench.comparison import Comparison, compare_models
+    from mm_edge.bench.connect import open_transport
     from mm_edge.bench.session import read_info
     from mm_edge.bench.tables import print_comparison
     from mm_edge.bench.target import load_target, resolve_host
-    from mm_edge.bench.transports import open_transport
     from mm_edge.records import to_json
 
     profile = load_target(target_name)

@@ -100,12 +100,12 @@ def _facts(target: Target) -> Iterator[tuple[str, str]]:
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
 def check_command(name: str, host: str | None, as_json: bool) -> None:
     """Report what the machine is and whether profile NAME describes it; exit 1 if it does not."""
+    from mm_edge.bench.connect import open_transport
     from mm_edge.bench.host import describe
     from mm_edge.bench.readiness import missing
     from mm_edge.bench.session import read_info
     from mm_edge.bench.target import load_target, mismatches, resolve_host
     from mm_edge.bench.transport import LocalTransport
-    from mm_edge.bench.transports import open_transport
     from mm_edge.records import to_json
 
     profile, tell = load_target(name), partial(click.echo, err=True)

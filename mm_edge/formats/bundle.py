@@ -6,7 +6,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from mm_edge.formats.registry import FORMATS, FormatContext
+from mm_edge.formats.context import FormatContext
+from mm_edge.formats.registry import FORMATS
 from mm_edge.plan.n_m import parse_pattern, runtime_instructions
 from mm_edge.records import Candidate, to_json
 from mm_edge.store import write_atomically

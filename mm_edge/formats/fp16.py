@@ -6,13 +6,21 @@ from pathlib import Path
 
 from mm_edge.bench.target import Target
 from mm_edge.errors import JobError, cause_line
+from mm_edge.formats.conversion import CalibrationImages, QuantReport, require_data_type
 from mm_edge.formats.int8_graph import read_ready
-from mm_edge.formats.precisions import QuantReport, require_data_type
+from mm_edge.progress import Advance
 from mm_edge.runtime import open_session
 from mm_edge.store import write_atomically
 
 
-def convert_fp16(model: Path, out: Path, target: Target) -> QuantReport:
+def convert_fp16(
+    model: Path,
+    out: Path,
+    target: Target,
+    images: CalibrationImages | None = None,
+    threads: int = 1,
+    advance: Advance | None = None,
+) -> QuantReport:
     """Write `model` with fp16 weights and arithmetic; inputs and outputs stay fp32.
 
     Raises:

@@ -16,6 +16,7 @@ from pathlib import Path
 from mm_edge.arrays import Float32Array
 from mm_edge.bench.target import Target, matches_this_machine
 from mm_edge.errors import JobError
+from mm_edge.formats.context import FormatContext
 from mm_edge.quality.parity import compare, onnx_runner, require
 from mm_edge.records import Parity
 from mm_edge.store import disk_errors
@@ -29,6 +30,12 @@ class OrtFiles:
     operators: Path
     parity: Parity
     file_bytes: int
+
+
+def write_ort(source: Path, folder: Path, context: FormatContext) -> list[Path]:
+    """Write the model in `source` in ONNX Runtime's format into `folder`, with its list of operators."""
+    files = convert_to_ort(source, folder, context.target, context.inputs, context.kind)
+    return [files.ort, files.operators]
 
 
 def convert_to_ort(model: Path, folder: Path, target: Target, inputs: Float32Array, kind: str) -> OrtFiles:

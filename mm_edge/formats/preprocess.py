@@ -19,6 +19,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from mm_edge.errors import UsageError
+from mm_edge.formats.context import FormatContext
 from mm_edge.formats.device_files import write_model
 from mm_edge.records import InputSpec
 
@@ -55,11 +56,11 @@ def bake_preprocess(model: onnx.ModelProto, spec: InputSpec) -> onnx.ModelProto:
     return baked
 
 
-def write_baked(source: Path, folder: Path, spec: InputSpec) -> Path:
+def write_baked(source: Path, folder: Path, context: FormatContext) -> list[Path]:
     """Write the model in `source` with its preprocessing inside into `folder`; see bake_preprocess."""
     path = folder / f"{source.stem}-raw-images.onnx"
-    write_model(bake_preprocess(onnx.load(source), spec), path)
-    return path
+    write_model(bake_preprocess(onnx.load(source), context.input), path)
+    return [path]
 
 
 class _Steps:

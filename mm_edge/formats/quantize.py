@@ -27,6 +27,7 @@ from onnxruntime.quantization.calibrate import TensorsData
 from mm_edge.arrays import Float32Array
 from mm_edge.bench.target import Target
 from mm_edge.errors import JobError, UsageError, first_line
+from mm_edge.formats.conversion import CalibrationImages, QuantReport
 from mm_edge.formats.int8_graph import (
     EXTREMES,
     WEIGHTED_OPS,
@@ -37,7 +38,6 @@ from mm_edge.formats.int8_graph import (
     read_ready,
     weighted_layers,
 )
-from mm_edge.formats.precisions import QuantReport
 from mm_edge.formats.schemes import Scheme, scheme_for
 from mm_edge.progress import Advance
 from mm_edge.quality.evaluation import compare_logits, run_onnx
@@ -196,6 +196,23 @@ def find_sensitive_layers(
             kept.append(name)
             after = found
     return Fp32Layers(tuple(kept), before, after, saved)
+
+
+def convert_int8(
+    model: Path,
+    out: Path,
+    target: Target,
+    images: CalibrationImages | None,
+    threads: int,
+    advance: Advance | None,
+) -> QuantReport:
+    """Write the int8 version of `model`: `quantise` as the registry of precisions calls it.
+
+    Raises:
+        JobError: it cannot be quantised.
+    """
+    assert images is not None
+    return quantise(model, out, target, [images.ranges], images.held_back, threads=threads, advance=advance)
 
 
 def quantise(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mm_edge.bench.target import Target
-from mm_edge.formats.precisions import require_data_type
+from mm_edge.formats.conversion import require_data_type
 
 VNNI_FLAGS = frozenset({"avx512_vnni", "avx_vnni"})
 

@@ -68,7 +68,7 @@ def require_trainable(model: LoadedModel, recover: str) -> None:
 def _precisions(given: Circumstances) -> None:
     # In the registry's order, so that the same request is always refused for the same reason.
     for name, precision in PRECISIONS.items():
-        if name in given.request.precision:
+        if name in given.request.precision and precision.check is not None:
             precision.check(given.target, given.calibrates)
 
 

@@ -54,7 +54,12 @@ def recover_keep(
     return recover_closed_form(recovery, keep, counts, select=select, sensitivities=measured, walked=walked)
 
 
-def reestimate_(module: nn.Module, network: Network) -> str | None:
+def reestimate_masked_weights_(module: nn.Module, network: Network, plan: Plan) -> str | None:
+    """Re-estimate BatchNorm where single weights were removed: the closed form solves nothing for them."""
+    return reestimate_(module, network, plan) if plan.kind == "unstructured" else None
+
+
+def reestimate_(module: nn.Module, network: Network, plan: Plan) -> str | None:
     """Re-estimate the BatchNorm statistics of `module` in place; return "bn", or None where there is nothing to do."""
     if network.images.recovery is None or not has_batch_norm(module):
         return None

@@ -11,7 +11,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from mm_edge.formats.precisions import PRECISIONS, CalibrationImages, QuantReport
+from mm_edge.formats.conversion import CalibrationImages, QuantReport
+from mm_edge.formats.precisions import PRECISIONS
 from mm_edge.records import Candidate, DenseRow, candidate_id, file_name
 from mm_edge.run.job import BATCH, Job
 from mm_edge.run.kept import kept
@@ -69,7 +70,7 @@ def _convert(
 
     def make() -> Candidate:
         out = artifact.with_name(f"{_stem(source, network, precision)}{artifact.suffix}")
-        report = convert(artifact, out, job.target, images, settings.threads, None)
+        report: QuantReport = convert(artifact, out, job.target, images, settings.threads, None)
         return replace(
             source,
             id=candidate_id(source.signal, source.strategy, source.kind, precision, network.side),

@@ -19,7 +19,7 @@ from mm_edge.recover.training.shrink import group_slices
 from mm_edge.run.kept import kept
 from mm_edge.run.make import MakeSettings, compact_model, read_masked_state, save_trained
 from mm_edge.run.networks import Network
-from mm_edge.run.recoveries import Work
+from mm_edge.run.work import Work
 
 
 def finetune_candidate(work: Work) -> Candidate:

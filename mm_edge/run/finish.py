@@ -8,7 +8,7 @@ from typing import Any
 
 from mm_edge.errors import ConstraintError
 from mm_edge.formats.bundle import write_bundle
-from mm_edge.formats.registry import FormatContext
+from mm_edge.formats.context import FormatContext
 from mm_edge.graph.groups import Structure
 from mm_edge.quality.evaluation import compare_logits, run_onnx
 from mm_edge.records import Candidate, Chosen, DenseRow, Report, SkippedGroup, candidate_id, from_json, to_json

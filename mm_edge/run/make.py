@@ -100,7 +100,7 @@ def make_candidate(network: Network, plan: Plan, settings: MakeSettings, *, walk
         ParityError: the artifact does not agree with its masked model; nothing is kept of it.
     """
     solve = settings.recovery_entry.solve
-    solved = Solved(plan) if solve is None else solve(network, plan, settings, walked)
+    solved: Solved = Solved(plan) if solve is None else solve(network, plan, settings, walked)
     tensors, reference, recovered = _masked_weights(network, solved, settings)
     name = f"{plan.file_name}-walked" if walked else plan.file_name
     return save_candidate(network, solved.plan, settings, tensors, reference, recovered, name)
@@ -299,7 +299,7 @@ def _masked_weights(network: Network, solved: Solved, settings: MakeSettings) ->
             if name in changed:
                 tensor.copy_(torch.from_numpy(np.ascontiguousarray(masked(name, tensor.numpy(force=True)))))
     adjust = settings.recovery_entry.adjust
-    recovered = (adjust(module, network, plan) if adjust is not None else None) or solved.name
+    recovered: str | None = (adjust(module, network, plan) if adjust is not None else None) or solved.name
     # These are views of the copy made above, which nothing changes from here on.
     state = {name: tensor.numpy(force=True) for name, tensor in module.state_dict().items()}
     return state, torch_runner(module), recovered

@@ -16,7 +16,7 @@ from mm_edge.run.job import Job
 from mm_edge.run.kept import kept
 from mm_edge.run.make import MakeSettings, make_candidate
 from mm_edge.run.networks import Networks
-from mm_edge.run.recoveries import Work
+from mm_edge.run.work import Work
 from mm_edge.select import mark_pareto, quality
 from mm_edge.store import hash_file
 
@@ -69,7 +69,8 @@ def improve_front(
 
     def work(index: int, candidate: Candidate, plan: Plan, start: str) -> Candidate:
         share = _share(advance, index, len(chosen))
-        return improve(Work(job, networks, settings, plan, candidate, start, share))
+        improved: Candidate = improve(Work(job, networks, settings, plan, candidate, start, share))
+        return improved
 
     with job.stages.stage(recovery.stage) as advance:
         return _improve(job, candidates, chosen, plans, work)

@@ -12,7 +12,7 @@ from mm_edge.records import Candidate
 from mm_edge.recover.training.adapt import tune_for
 from mm_edge.run.kept import kept
 from mm_edge.run.make import read_masked_state, save_trained
-from mm_edge.run.recoveries import Work
+from mm_edge.run.work import Work
 
 
 def tune_candidate(work: Work) -> Candidate:

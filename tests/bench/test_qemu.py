@@ -19,9 +19,9 @@ from sshd import LoopbackServer, why_not
 from mm_edge import demo
 from mm_edge.api import run_job
 from mm_edge.bench import qemu, session, ssh
+from mm_edge.bench.connect import open_transport
 from mm_edge.bench.host import doubts
 from mm_edge.bench.target import load_target
-from mm_edge.bench.transports import open_transport
 from mm_edge.errors import BenchError
 from mm_edge.load.data import open_data
 from mm_edge.load.models import LoadedModel, LoadOptions, load_model

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from mm_edge.bench import qemu
+from mm_edge.bench.connect import Tell, open_transport
 from mm_edge.bench.ssh import SshTransport
 from mm_edge.bench.target import Target, load_target, parse_target
 from mm_edge.bench.transport import LocalTransport, Transport
-from mm_edge.bench.transports import TRANSPORTS, Tell, TransportKind, open_transport
+from mm_edge.bench.transports import TRANSPORTS, TransportKind
 from mm_edge.errors import BenchError, TargetError
 
 PROFILES = Path(__file__).resolve().parents[2] / "targets"

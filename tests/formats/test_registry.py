@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
-from mm_edge.bench.target import load_target
+from mm_edge.bench.target import Target, load_target
 from mm_edge.errors import UsageError
 from mm_edge.formats.bundle import write_bundle
-from mm_edge.formats.registry import FORMATS, Format, FormatContext
+from mm_edge.formats.context import FormatContext
+from mm_edge.formats.registry import FORMATS, Format
 from mm_edge.records import Candidate, InputSpec
-from mm_edge.run.convert import check_precisions
+from mm_edge.run.checks import check_request
+from mm_edge.run.request import Request
+
+
+def check_precisions(names: tuple[str, ...], target: Target, has_data: bool) -> None:
+    """Check as a run does: in the registry's order."""
+    images = SimpleNamespace(calibration=[1] if has_data else [], validation=[])
+    data: Any = images if has_data else None
+    check_request(Request(precision=names), data, target, measured=False)
 
 
 def test_precisions_are_checked_in_the_order_of_the_registry() -> None:

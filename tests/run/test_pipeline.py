@@ -21,7 +21,6 @@ from tiny_job import CLASSES, SIDE, write_images
 from torch import nn
 
 import mm_edge
-from mm_edge import api
 from mm_edge.api import run_job
 from mm_edge.errors import ConstraintError, UsageError
 from mm_edge.graph.export import read_raw
@@ -307,7 +306,7 @@ def test_changed_images_are_noticed(files: Path, tmp_path: Path) -> None:
 def test_a_target_that_is_not_here_has_no_latency_and_says_how_to_measure(
     files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(api, "matches_this_machine", lambda target: False)
+    monkeypatch.setattr("mm_edge.run.start.matches_this_machine", lambda target: False)
     monkeypatch.setattr(measuring, "matches_this_machine", lambda target: False)
     report = run(load_small, files / "images", tmp_path / "run", {"target": "arm64", "bench": True})
     assert report.target["name"] == "arm64"

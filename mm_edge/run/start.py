@@ -1,0 +1,54 @@
+"""The start of a run: load, refuse what cannot be done, take the run directory, run the stages.
+
+Everything that can be refused is refused before the run directory is touched.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+
+from mm_edge.bench.connect import open_transport
+from mm_edge.bench.target import load_target, matches_this_machine, resolve_host
+from mm_edge.graph.sizes import remake
+from mm_edge.load.data import open_data
+from mm_edge.load.models import LoadedModel
+from mm_edge.progress import Stages
+from mm_edge.records import Report
+from mm_edge.run.checks import check_request, require_trainable
+from mm_edge.run.job import Job
+from mm_edge.run.measure import SAMPLES_FOLDER
+from mm_edge.run.pipeline import run_stages
+from mm_edge.run.request import Request
+from mm_edge.store import RunStore
+
+
+def start(load: Callable[[], LoadedModel], request: Request, stages: Stages) -> Report:
+    """Check everything that can be refused, then run the stages in the run directory.
+
+    Raises:
+        UsageError: something was refused before scoring.
+        JobError: the job ran and failed; what was made is kept.
+    """
+    target = resolve_host(load_target(request.target))
+    with stages.stage("load"):
+        model = load()
+        require_trainable(model, request.recover)
+        for side in request.input_sizes if isinstance(request.input_sizes, tuple) else ():
+            remake(model, side)  # refuses what the network cannot take
+        data = None
+        if request.data is not None:
+            data = open_data(request.data, model.input, model.info.num_classes, request.split, request.seed)
+    measured = request.bench and (request.host is not None or matches_this_machine(target))
+    check_request(request, data, target, measured)
+    transport = open_transport(target, request.host, stages.tell) if measured else None
+    store = RunStore(request.out)
+    with store.lock():
+        if not request.resume:
+            store.clear()
+            shutil.rmtree(store.folder / SAMPLES_FOLDER, ignore_errors=True)
+        job = Job(request, model, data, target, transport, store.folder, store, stages)
+        if transport is None:
+            return run_stages(job)
+        with transport:
+            return run_stages(job)
