@@ -81,12 +81,10 @@ class Target:
         """Return the channel multiple of `op_class` in `data_type`; a type without an entry has that of fp32.
 
         Raises:
-            TargetError: `op_class` is not in OP_CLASSES, or `data_type` is not in DATA_TYPES.
+            TargetError: `op_class` is not in OP_CLASSES.
         """
         if op_class not in OP_CLASSES:
             raise TargetError(unknown_name("operator class", op_class, OP_CLASSES))
-        if data_type not in DATA_TYPES:
-            raise TargetError(unknown_name("data type", data_type, DATA_TYPES))
         table = self.multiples[op_class]
         return table.get(data_type, table["fp32"])
 

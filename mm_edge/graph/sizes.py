@@ -41,9 +41,6 @@ OPTION = "--input-sizes"
 
 T = TypeVar("T")
 
-# "auto", "none" or the sides asked for, in pixels; None where the user gave none.
-InputSizes = str | tuple[int, ...] | None
-
 
 @dataclass(frozen=True)
 class SizedNetwork:
@@ -68,35 +65,6 @@ class SizedNetwork:
     def translate(self, of_groups: Mapping[Axis, T]) -> dict[Axis, T]:
         """Return values by the dense network's groups (for instance what each keeps) by the same groups here."""
         return {self.leaves[leaf]: value for leaf, value in of_groups.items()}
-
-
-def parse_input_sizes(text: str) -> InputSizes:
-    """Return "auto", "none", or the sides of a comma-separated list.
-
-    Raises:
-        UsageError: it is none of these.
-    """
-    if text in ("auto", "none"):
-        return text
-    try:
-        return check_input_sizes(tuple(int(part) for part in text.split(",")))
-    except ValueError as error:
-        raise UsageError(f"{OPTION} '{text}' is not auto, none or sides in pixels such as 224,192") from error
-
-
-def check_input_sizes(sizes: InputSizes) -> InputSizes:
-    """Return `sizes`, each side once.
-
-    Raises:
-        UsageError: another word than "auto" and "none", a side below 1, or no side.
-    """
-    if sizes is None:
-        return None
-    if isinstance(sizes, str):
-        return parse_input_sizes(sizes)
-    if not sizes or min(sizes) < 1:
-        raise UsageError(f"{OPTION} '{','.join(map(str, sizes))}': give sides of 1 pixel or more, such as 224,192")
-    return tuple(dict.fromkeys(sizes))
 
 
 def auto_sizes(side: int, stride: int) -> tuple[int, ...]:

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from mm_edge.arrays import Float32Array
-from mm_edge.plan.names import parse_names
 
 
 @dataclass(frozen=True)
@@ -64,15 +63,6 @@ SIGNALS: dict[str, Signal] = {
 
 # What is scored by where the signals asked for need gradients and there are none.
 WITHOUT_GRADIENT = "magnitude"
-
-
-def parse_signals(text: str) -> tuple[str, ...]:
-    """Return the signals named in a comma-separated list, each once.
-
-    Raises:
-        UsageError: a name is unknown or the list is empty.
-    """
-    return parse_names("signal", text, SIGNALS)
 
 
 def need_gradient(signals: Iterable[str]) -> bool:

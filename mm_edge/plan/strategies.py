@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from mm_edge.plan.names import parse_names
 from mm_edge.records import Assignment, Layer, SparsityRange
 
 CONVOLUTIONS = frozenset({"conv", "depthwise", "downsample", "se", "stem"})
@@ -111,15 +110,6 @@ STRATEGIES: dict[str, Strategy] = {
     "classifier_heavy": Strategy("the high end for the classifier and the last third of layers", classifier_heavy),
     "feature_heavy": Strategy("the high end for feature extractors in the last two thirds", feature_heavy),
 }
-
-
-def parse_strategies(text: str) -> tuple[str, ...]:
-    """Return the strategies named in a comma-separated list, each once, or all of them for "all".
-
-    Raises:
-        UsageError: a name is unknown or the list is empty.
-    """
-    return parse_names("strategy", text, STRATEGIES, all_allowed=True)
 
 
 def assign(

@@ -15,9 +15,11 @@ from typing import Any
 from mm_edge.errors import UsageError
 from mm_edge.formats.precisions import PRECISIONS
 from mm_edge.formats.registry import FORMATS
+from mm_edge.plan.kinds import KINDS
 from mm_edge.plan.signals import SIGNALS
 from mm_edge.plan.strategies import STRATEGIES
 from mm_edge.records import Constraints
+from mm_edge.recover.closed_form.selections import SELECTIONS
 from mm_edge.run.options import (
     Choice,
     Flag,
@@ -51,19 +53,9 @@ MODEL, DATA, PRUNING, RECOVERY, BUDGETS, MEASURING, FILES = GROUPS = (
 # "auto", "none" or the sides asked for; None where nothing was said.
 InputSizes = str | tuple[int, ...] | None
 
-KINDS: dict[str, Choice] = {
-    "structured": Choice("removes whole channels"),
-    "n:m": Choice("2:4, for targets whose hardware runs it"),
-    "unstructured": Choice("writes zeros and keeps the shapes"),
-}
 RANGES: dict[str, Choice] = {
     "rules": Choice("by the role of the layer"),
     "observed": Choice("from the scores"),
-}
-SELECTIONS: dict[str, Choice] = {
-    "signal": Choice("the channels with the highest scores"),
-    "obs": Choice("chosen by optimal brain surgeon"),
-    "auto": Choice("whichever of the two diverges less"),
 }
 ALLOCATIONS: dict[str, Choice] = {
     "macs": Choice("multiply-adds"),

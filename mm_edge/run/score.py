@@ -12,7 +12,7 @@ from mm_edge.graph.layers import read_layer_weights
 from mm_edge.load.models import LoadedModel
 from mm_edge.plan.ranges import observed_ranges, rule_ranges
 from mm_edge.plan.scores import GRASP_IMAGES, Scores, gradients, hessian_gradient_products, score_weights
-from mm_edge.plan.signals import SIGNALS
+from mm_edge.plan.signals import need_gradient, without_gradient
 from mm_edge.records import Layer, SparsityRange
 from mm_edge.run.job import BATCH, Job
 from mm_edge.run.networks import Network
@@ -43,11 +43,10 @@ def score_network(job: Job, dense: Network) -> tuple[Scores, dict[str, SparsityR
     weights = read_layer_weights(dense.raw, dense.layers)
     gradient: Float32Arrays = {}
     signals = job.request.signals
-    needed = any(SIGNALS[signal].needs_gradient for signal in signals)
-    if needed or job.request.ranges == "observed":
+    if need_gradient(signals) or job.request.ranges == "observed":
         gradient = _gradients(job)
         if not gradient:
-            signals = ("magnitude",)
+            signals = without_gradient(signals)
     with job.stages.stage("scores"):
         scores = score_weights(weights, gradient, signals)
     products = _products(job, dense.layers) if job.request.ranges == "observed" and gradient else None

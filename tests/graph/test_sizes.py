@@ -22,7 +22,7 @@ from mm_edge.graph.compact import mask_tensors, masked_model, materialise
 from mm_edge.graph.deploy import deploy
 from mm_edge.graph.export import read_raw
 from mm_edge.graph.groups import read_structure
-from mm_edge.graph.sizes import auto_sizes, check_input_sizes, export_at, parse_input_sizes, remake, total_stride
+from mm_edge.graph.sizes import auto_sizes, export_at, remake, total_stride
 from mm_edge.load.data import open_data
 from mm_edge.load.models import LoadedModel, LoadOptions, load_model, wrap_module
 from mm_edge.progress import Stages
@@ -63,17 +63,16 @@ def test_auto_goes_down_to_seven_tenths_in_multiples_of_the_stride(
 
 
 def test_what_the_option_takes() -> None:
-    assert parse_input_sizes("auto") == "auto"
-    assert parse_input_sizes("none") == "none"
-    assert parse_input_sizes("224,192") == (224, 192)
-    assert check_input_sizes((224, 192, 192)) == (224, 192)
-    assert check_input_sizes(None) is None
+    for given, read in {"auto": "auto", "none": "none", "224,192": (224, 192)}.items():
+        assert make_request(input_sizes=given).input_sizes == read
+    assert make_request(input_sizes=(224, 192, 192)).input_sizes == (224, 192)
+    assert make_request().input_sizes is None
     with pytest.raises(
         UsageError, match=r"^--input-sizes 'small' is not auto, none or sides in pixels such as 224,192$"
     ):
-        parse_input_sizes("small")
+        make_request(input_sizes="small")
     with pytest.raises(UsageError, match=r"^--input-sizes '192,0': give sides of 1 pixel or more, such as 224,192$"):
-        check_input_sizes((192, 0))
+        make_request(input_sizes=(192, 0))
 
 
 class Strided(nn.Module):

@@ -21,7 +21,8 @@ from mm_edge.plan.scores import (
     normalise,
     score_weights,
 )
-from mm_edge.plan.signals import SIGNALS, parse_signals
+from mm_edge.plan.signals import SIGNALS
+from mm_edge.run.request import make_request
 
 
 def array(*values: float) -> np.ndarray:
@@ -230,13 +231,13 @@ def test_errors_name_the_remedy() -> None:
     )
 
 
-def test_parse_signals() -> None:
-    assert parse_signals("product, magnitude,product") == ("product", "magnitude")
+def test_names_of_signals() -> None:
+    assert make_request(signals="product, magnitude,product").signals == ("product", "magnitude")
     with pytest.raises(UsageError) as unknown:
-        parse_signals("magnitud")
+        make_request(signals="magnitud")
     assert str(unknown.value) == "unknown signal 'magnitud'; did you mean magnitude?"
     with pytest.raises(UsageError) as empty:
-        parse_signals(" ,")
+        make_request(signals=" ,")
     assert str(empty.value) == "no signal given; allowed: magnitude, gradient, product"
 
 

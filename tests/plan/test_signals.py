@@ -10,9 +10,10 @@ import pytest
 
 from mm_edge.arrays import Float32Array
 from mm_edge.plan.scores import score_weights
-from mm_edge.plan.signals import SIGNALS, Signal, need_gradient, parse_signals, without_gradient
+from mm_edge.plan.signals import SIGNALS, Signal, need_gradient, without_gradient
 from mm_edge.plan.strategies import STRATEGIES, Spot, Strategy, assign
 from mm_edge.records import Layer, SparsityRange
+from mm_edge.run.request import make_request
 
 
 @pytest.mark.parametrize("module", ["plan.signals", "plan.strategies", "plan.kinds", "formats.precisions"])
@@ -34,7 +35,7 @@ def test_a_signal_is_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
         return np.square(weight)
 
     monkeypatch.setitem(SIGNALS, "square", Signal("the square of the weight", False, square))
-    assert parse_signals("square") == ("square",)
+    assert make_request(signals="square").signals == ("square",)
     scores = score_weights({"w": np.array([1, -3], np.float32)}, {}, ("square",))
     np.testing.assert_allclose(scores["square"]["w"], [0.2, 1.8])
 

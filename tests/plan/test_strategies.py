@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mm_edge.errors import UsageError
-from mm_edge.plan.strategies import STRATEGIES, assign, parse_strategies
+from mm_edge.plan.strategies import STRATEGIES, assign
 from mm_edge.records import Assignment, Layer, SparsityRange
+from mm_edge.run.request import make_request
 
 ROLES = ["stem", "conv", "depthwise", "qkv", "attention_projection", "mlp", "classifier", "downsample"]
 
@@ -65,13 +66,13 @@ def test_feature_heavy() -> None:
 
 def test_coinciding_formulas_are_one_assignment() -> None:
     layers, ranges = make(["conv", "classifier"])
-    found = assign(parse_strategies("all"), "product", layers, ranges)
+    found = assign(tuple(STRATEGIES), "product", layers, ranges)
     assert len(STRATEGIES) == 10 and len(found) == 9
     assert [a.names for a in found if len(a.names) > 1] == [("balanced", "middle_50th")]
     assert isinstance(found[0], Assignment) and {a.signal for a in found} == {"product"}
     # Equal numbers alone are no reason to merge.
     flat = {fqn: SparsityRange(0.3, 0.3, "test") for fqn in ranges}
-    assert len(assign(parse_strategies("all"), "product", layers, flat)) == 9
+    assert len(assign(tuple(STRATEGIES), "product", layers, flat)) == 9
     assert assign(["middle_50th"], "product", layers, ranges)[0].names == ("middle_50th",)
 
 
@@ -92,14 +93,14 @@ def test_every_strategy_stays_inside_its_ranges(rows: list[tuple[str, int, float
     )
 
 
-def test_parse_strategies() -> None:
-    assert parse_strategies("all") == tuple(STRATEGIES)
-    assert parse_strategies("upper_70th, balanced,upper_70th") == ("upper_70th", "balanced")
+def test_names_of_strategies() -> None:
+    assert make_request(strategies="all").strategies == tuple(STRATEGIES)
+    assert make_request(strategies="upper_70th, balanced,upper_70th").strategies == ("upper_70th", "balanced")
     with pytest.raises(UsageError) as unknown:
-        parse_strategies("balanced,ballanced")
+        make_request(strategies="balanced,ballanced")
     assert str(unknown.value) == "unknown strategy 'ballanced'; did you mean balanced?"
     with pytest.raises(UsageError) as empty:
-        parse_strategies("")
+        make_request(strategies="")
     assert str(empty.value) == (
         "no strategy given; allowed: all, min_conservative, max_aggressive, balanced, lower_30th, middle_50th, "
         "upper_70th, upper_90th, parameter_proportional, classifier_heavy, feature_heavy"

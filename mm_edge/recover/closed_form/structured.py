@@ -26,12 +26,11 @@ from mm_edge.progress import Advance
 from mm_edge.recover.closed_form.context import RecoveryContext, pruned_graph
 from mm_edge.recover.closed_form.judging import Judged, is_better, judge, rescale
 from mm_edge.recover.closed_form.orders import energy_order, readers_of, surgeon_order
+from mm_edge.recover.closed_form.selections import SELECTIONS
 from mm_edge.recover.closed_form.sensitivity import Sensitivity, first_use
 from mm_edge.recover.closed_form.solve import GENTLE_RIDGE, screen
 from mm_edge.recover.closed_form.surgeon import USUAL_RIDGE, Order
 from mm_edge.recover.closed_form.walk import walk
-
-SELECTIONS = ("signal", "obs", "auto")
 
 
 @dataclass(frozen=True)
