@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
+import pickle
+from collections.abc import Iterator
 from pathlib import Path
 
 import mm_edge  # noqa: F401
 
 # isort: split
+import onnx_ir as ir
 import pytest
+import torch
 from tiny_job import save_checkpoint, write_images
+from torch import nn
+
+from mm_edge.graph import export
+
+SMALL = 4 << 20  # bytes of pickled module; larger ones are exported anew, so that memory stays low
 
 
 @pytest.fixture(scope="module")
@@ -18,3 +29,33 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_checkpoint(folder / "net.pt")
     write_images(folder / "images")
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def export_small_networks_once() -> Iterator[None]:
+    """Reuse what torch.onnx.export made of the same small network: most of the suite's time goes there."""
+    real, made = export._export, dict[str, ir.Model]()
+
+    def cached(module: nn.Module, example_input: torch.Tensor) -> ir.Model:
+        key = _identify(module, example_input)
+        if key is None:
+            return real(module, example_input)
+        if key not in made:
+            made[key] = real(module, example_input)
+        return made[key].clone()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export, "_export", cached)
+        yield
+
+
+def _identify(module: nn.Module, example_input: torch.Tensor) -> str | None:
+    """Return a digest of everything the export depends on; None where it cannot be told."""
+    content = io.BytesIO()
+    try:
+        torch.save((module, tuple(example_input.shape)), content)
+    except (pickle.PicklingError, AttributeError, TypeError, RuntimeError):
+        return None  # a class inside a function, for instance
+    if content.tell() > SMALL:
+        return None
+    return hashlib.sha256(content.getvalue()).hexdigest()
