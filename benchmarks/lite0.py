@@ -45,7 +45,7 @@ from mm_edge.graph.depth import find_branches, renamed
 from mm_edge.graph.export import RawGraph, read_raw
 from mm_edge.graph.groups import Structure, read_structure
 from mm_edge.graph.layers import read_layers
-from mm_edge.graph.sizes import export_at, remake
+from mm_edge.graph.sizes import export_at, match_groups, remake
 from mm_edge.load.data import DataSplits, open_data
 from mm_edge.load.models import LoadOptions, load_model
 from mm_edge.plan.target_widths import allowed_widths_on
@@ -202,10 +202,13 @@ class Seed:
 
     def remade(self, side: int) -> At:
         model = remake(self.model, side)
-        sized = export_at(model, self.full.structure)
-        allowed = allowed_widths_on(sized.structure, sized.layers, self.target)
+        raw = export_at(model)
+        structure = read_structure(raw)
+        layers = tuple(layer for layer in read_layers(raw) if layer.fqn in raw.weights)
+        allowed = allowed_widths_on(structure, layers, self.target)
+        leaves = match_groups(self.full.structure, structure, side)
         data = self.full.data.prepared_for(model.input)
-        return At(side, model.module, sized.raw, sized.structure, allowed, data, sized.leaves)
+        return At(side, model.module, raw, structure, allowed, data, leaves)
 
     def path(self, kind: str, side: int, fraction: float) -> Path:
         return self.options.work / f"row-{self.seed}-{kind}-{side}-{fraction:.3f}.json"

@@ -16,7 +16,7 @@ import copy
 import inspect
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import onnx_ir as ir
@@ -26,45 +26,18 @@ from torch import nn
 from mm_edge.errors import ExportError, ModelError, UsageError, cause_line, first_line
 from mm_edge.graph.axes import Axis
 from mm_edge.graph.export import RawGraph, export_raw
-from mm_edge.graph.groups import Structure, read_structure
-from mm_edge.graph.layers import read_layers
+from mm_edge.graph.groups import Structure
 from mm_edge.load.matching import find_misfits
 from mm_edge.load.models import LoadedModel
 from mm_edge.load.network import output_shape
 from mm_edge.load.timm_models import create_timm
 from mm_edge.load.weights import quiet_timm
-from mm_edge.records import Layer
 
 SMALLEST_SHARE = 0.7
 MOST_SIZES = 3
 OPTION = "--input-sizes"
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class SizedNetwork:
-    """The network at another input size.
-
-    Attributes:
-        side: height and width of its input.
-        model: the network with its input specification.
-        raw: its export.
-        structure: its coupled groups.
-        layers: its prunable layers, with their multiply-adds at this size.
-        leaves: the leaf of each group of the dense network -> the leaf of the same group here.
-    """
-
-    side: int
-    model: LoadedModel
-    raw: RawGraph
-    structure: Structure
-    layers: tuple[Layer, ...]
-    leaves: Mapping[Axis, Axis]
-
-    def translate(self, of_groups: Mapping[Axis, T]) -> dict[Axis, T]:
-        """Return values by the dense network's groups (for instance what each keeps) by the same groups here."""
-        return {self.leaves[leaf]: value for leaf, value in of_groups.items()}
 
 
 def auto_sizes(side: int, stride: int) -> tuple[int, ...]:
@@ -206,26 +179,25 @@ def _rebuild(model: LoadedModel, side: int) -> nn.Module:
     return fresh.float().eval()
 
 
-def export_at(
-    model: LoadedModel, dense: Structure, keep: Sequence[str] = (), *, prune_norms: bool = False
-) -> SizedNetwork:
-    """Export the network `remake` returned and find the groups of the `dense` structure in it.
+def export_at(model: LoadedModel) -> RawGraph:
+    """Return the raw graph of the network that `remake` returned.
 
     Raises:
-        UsageError: it cannot be exported, or its groups differ from those of the dense network.
+        UsageError: it cannot be exported.
     """
     assert model.module is not None
-    side = model.input.shape[1]
     try:
-        raw = export_raw(model.module, torch.zeros(1, *model.input.shape))
+        return export_raw(model.module, torch.zeros(1, *model.input.shape))
     except ExportError as error:
-        raise UsageError(f"{OPTION} {side}: {error}") from error
-    structure = read_structure(raw, keep, prune_norms=prune_norms)
-    layers = tuple(layer for layer in read_layers(raw) if layer.fqn in raw.weights)
-    return SizedNetwork(side, model, raw, structure, layers, _match_groups(dense, structure, side))
+        raise UsageError(f"{OPTION} {model.input.shape[1]}: {error}") from error
 
 
-def _match_groups(dense: Structure, sized: Structure, side: int) -> dict[Axis, Axis]:
+def match_groups(dense: Structure, sized: Structure, side: int) -> dict[Axis, Axis]:
+    """Return, for the leaf of each group of the `dense` structure, the leaf of the same group at another size.
+
+    Raises:
+        UsageError: the coupled groups are others than at the dense size.
+    """
     here = {group.id: group for group in sized.groups}
     leaves: dict[Axis, Axis] = {}
     for group in dense.groups:

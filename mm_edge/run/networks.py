@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import onnx_ir as ir
@@ -21,7 +21,7 @@ from mm_edge.graph.depth import find_branches
 from mm_edge.graph.export import RawGraph, read_raw
 from mm_edge.graph.groups import Structure, read_structure
 from mm_edge.graph.layers import read_layers
-from mm_edge.graph.sizes import T, auto_sizes, export_at, remake, square_side, total_stride
+from mm_edge.graph.sizes import auto_sizes, export_at, match_groups, remake, square_side, total_stride
 from mm_edge.graph.widths import AllowedWidths
 from mm_edge.load.data import DataSplits, noise_batches
 from mm_edge.load.models import LoadedModel
@@ -34,6 +34,8 @@ from mm_edge.recover.closed_form.context import RecoveryContext, build_context
 from mm_edge.recover.closed_form.sensitivity import Sensitivity, from_arrays, measure_sensitivities, to_arrays
 from mm_edge.run.job import BATCH, Job
 from mm_edge.runtime import cores
+
+T = TypeVar("T")
 
 CLOSED_FORM_IMAGES = 500
 RECOVERY_IMAGES = 128
@@ -177,19 +179,24 @@ def provenance_of(job: Job, model: LoadedModel) -> dict[str, Any]:
 
 def _export_dense(job: Job) -> Network:
     with job.stages.stage("export"):
-        raw = read_raw(job.model)
-        structure = read_structure(raw, job.request.keep, prune_norms=job.request.prune_norms)
-        layers = tuple(layer for layer in read_layers(raw) if layer.fqn in raw.weights)
+        network = _read_network(job, job.model, read_raw(job.model), job.data)
     asked = job.request.input_sizes
+    return replace(
+        network,
+        pruned=not isinstance(asked, tuple) or network.pixels in asked,
+        leaves={group.leaf: group.leaf for group in network.structure.groups},
+    )
+
+
+def _read_network(job: Job, model: LoadedModel, raw: RawGraph, data: DataSplits | None) -> Network:
+    """Return the network of a raw graph, with its groups and its prunable layers."""
     return Network(
-        model=job.model,
-        data=job.data,
+        model=model,
+        data=data,
         raw=raw,
-        structure=structure,
-        layers=layers,
-        images=_images(job, job.model.input, job.data),
-        pruned=not isinstance(asked, tuple) or job.model.input.shape[-1] in asked,
-        leaves={group.leaf: group.leaf for group in structure.groups},
+        structure=read_structure(raw, job.request.keep, prune_norms=job.request.prune_norms),
+        layers=tuple(layer for layer in read_layers(raw) if layer.fqn in raw.weights),
+        images=_images(job, model.input, data),
     )
 
 
@@ -226,18 +233,13 @@ def _export_others(job: Job, dense: Network) -> list[Network]:
 
 def _export_at(job: Job, dense: Network, side: int) -> Network:
     model = remake(job.model, side)
-    sized = export_at(model, dense.structure, job.request.keep, prune_norms=job.request.prune_norms)
     data = None if job.data is None else job.data.prepared_for(model.input)
-    return Network(
-        model=model,
-        data=data,
-        raw=sized.raw,
-        structure=sized.structure,
-        layers=sized.layers,
-        images=_images(job, model.input, data),
+    network = _read_network(job, model, export_at(model), data)
+    return replace(
+        network,
         side=side,
         pruned=job.request.input_sizes is not None,
-        leaves=sized.leaves,
+        leaves=match_groups(dense.structure, network.structure, side),
     )
 
 

@@ -22,7 +22,7 @@ from mm_edge.graph.compact import mask_tensors, masked_model, materialise
 from mm_edge.graph.deploy import deploy
 from mm_edge.graph.export import read_raw
 from mm_edge.graph.groups import read_structure
-from mm_edge.graph.sizes import auto_sizes, export_at, remake, total_stride
+from mm_edge.graph.sizes import auto_sizes, export_at, match_groups, remake, total_stride
 from mm_edge.load.data import open_data
 from mm_edge.load.models import LoadedModel, LoadOptions, load_model, wrap_module
 from mm_edge.progress import Stages
@@ -105,23 +105,25 @@ def test_the_stride_is_read_off_the_graph_where_nothing_states_it() -> None:
 def test_a_network_made_again_answers_as_timms_own_and_is_pruned_alike(name: str, side: int) -> None:
     model = load(name)
     dense = read_structure(read_raw(model))
-    sized = export_at(remake(model, side), dense)
+    raw = export_at(remake(model, side))
+    structure = read_structure(raw)
+    leaves = match_groups(dense, structure, side)
     assert model.module is not None
     own = copy.deepcopy(model.module)
     if hasattr(own, "set_input_size"):
         resize: Any = own.set_input_size
         resize(img_size=(side, side))
     images = noise(side)
-    assert compare(onnx_runner(sized.raw.model.clone()), torch_runner(own), images, "noise").max_rel_err < 1e-5
-    assert sized.structure.macs() < 0.5 * dense.macs()
+    assert compare(onnx_runner(raw.model.clone()), torch_runner(own), images, "noise").max_rel_err < 1e-5
+    assert structure.macs() < 0.5 * dense.macs()
     rng = np.random.default_rng(0)
     keep = {group.leaf: rng.permutation(group.size) < max(1, group.size // 2) for group in dense.groups}
-    here = sized.translate(keep)
-    masked = onnx_runner(masked_model(sized.raw, mask_tensors(sized.structure, here)))
-    compact = deploy(materialise(sized.raw, sized.structure, here))
+    here = {leaves[leaf]: kept for leaf, kept in keep.items()}
+    masked = onnx_runner(masked_model(raw, mask_tensors(structure, here)))
+    compact = deploy(materialise(raw, structure, here))
     found = compare(onnx_runner(compact), masked, images, "noise")
     assert found.max_rel_err < 1e-4 and found.top1_agreement == 1.0
-    assert compare(onnx_runner(sized.raw.model.clone()), masked, images, "noise").max_rel_err > 1e-3
+    assert compare(onnx_runner(raw.model.clone()), masked, images, "noise").max_rel_err > 1e-3
     assert model.input.shape[1] != side  # the network given stays as it is
 
 
