@@ -19,10 +19,10 @@ from mm_edge.errors import UsageError
 from mm_edge.formats.registry import FORMATS, Format
 from mm_edge.plan.signals import SIGNALS, Signal
 from mm_edge.plan.strategies import STRATEGIES
-from mm_edge.records import Candidate, Chosen, Constraints, DenseRow, Latency, ModelInfo, Report, from_json, to_json
+from mm_edge.records import Candidate, Chosen, Constraints, DenseFigures, Latency, ModelInfo, Report, from_json, to_json
 from mm_edge.run.options import Flags, list_options
 from mm_edge.run.recoveries import RECOVERIES, Recovery
-from mm_edge.run.request import GROUPS, RULES, ModelOptions, Request, make_model_options, make_request
+from mm_edge.run.request import RULES, SECTIONS, ModelOptions, Request, make_model_options, make_request
 
 IMAGES = torch.zeros(1, 3, 16, 16)
 FILE_ONLY = {"arch", "input_size", "trust_pickle"}
@@ -48,7 +48,7 @@ def make_report(chosen: bool = True) -> Report:
         target={"name": "host"},
         environment={},
         data={},
-        dense=DenseRow(0.91, Latency(), None, 800, 200, 2000),
+        dense=DenseFigures(0.91, Latency(), None, 800, 200, 2000),
         candidates=(row,),
         chosen=Chosen(row.id, "the only one") if chosen else None,
         constraints=Constraints(),
@@ -263,7 +263,7 @@ def test_every_option_is_in_the_signature_and_in_the_help_with_type_and_default(
 def test_every_field_is_an_option_in_a_group_and_the_defaults_agree() -> None:
     options = list_options(Request)
     assert list(options) == [field.name for field in dataclasses.fields(Request)]
-    assert {item.group for item in options.values()} == set(GROUPS)
+    assert {item.section for item in options.values()} == set(SECTIONS)
     assert make_request() == Request()
     assert make_model_options() == ModelOptions()
     assert Request().constraints == Constraints()

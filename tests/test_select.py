@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mm_edge.errors import ConstraintError
-from mm_edge.records import Budget, Candidate, Constraints, DenseRow, Latency
+from mm_edge.records import Budget, Candidate, Constraints, DenseFigures, Latency
 from mm_edge.select import choose, judge_budget, mark_pareto
 
-DENSE = DenseRow(
+DENSE = DenseFigures(
     accuracy_top1=0.90,
     latency_ms=Latency(p50=10.0, p90=11.0, p99=12.0, samples=200, threads=1, source="host"),
     peak_memory_bytes=None,
@@ -48,7 +48,7 @@ FAST_BAD = row("fast-bad", 0.60, 3.0, 30, 1000)
 ROWS = (FAST_BAD, BEATEN, MIDDLE, SLOW_GOOD)
 
 
-def front(*rows: Candidate, dense: DenseRow | None = None) -> list[str]:
+def front(*rows: Candidate, dense: DenseFigures | None = None) -> list[str]:
     return [c.id for c in mark_pareto(rows, dense) if c.pareto]
 
 

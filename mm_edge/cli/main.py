@@ -1,4 +1,4 @@
-"""The command `mm-edge`: its subcommands, and what errors look like."""
+"""The command `mm-edge`: its subcommands, and how errors are shown."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from mm_edge.errors import MMEdgeError
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a subcommand is found; it is imported when it is used, so that --help and --version start at once.
+    """The location of a subcommand, which is imported when it is used, so that --help and --version start at once.
 
     Attributes:
         module: the module that defines it.
         name: the click command there.
-        help: what `mm-edge --help` says of it.
+        help: its line in `mm-edge --help`.
     """
 
     module: str
@@ -59,7 +59,7 @@ class LazyCommands(MutableMapping[str, click.Command]):
     """The subcommands by name; one is imported when it is looked up."""
 
     def __init__(self, entries: Mapping[str, Entry]) -> None:
-        """Hold `entries`; commands added later are held as they are."""
+        """Start with `entries`; commands may be added later."""
         self._commands: dict[str, Entry | click.Command] = dict(entries)
 
     def __getitem__(self, name: str) -> click.Command:
@@ -74,11 +74,11 @@ class LazyCommands(MutableMapping[str, click.Command]):
         self._commands[name] = command
 
     def __delitem__(self, name: str) -> None:
-        """Forget a command."""
+        """Remove a command."""
         del self._commands[name]
 
     def __iter__(self) -> Iterator[str]:
-        """Go through the names."""
+        """Iterate over the names."""
         return iter(self._commands)
 
     def __len__(self) -> int:
@@ -87,10 +87,10 @@ class LazyCommands(MutableMapping[str, click.Command]):
 
 
 class Commands(click.Group):
-    """Imports subcommands when they are used, and turns errors into one line and the exit code of the contract."""
+    """Imports subcommands when they are used, and turns errors into one line and their exit code."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Hold every subcommand."""
+        """Start with every subcommand of the package."""
         super().__init__(*args, **kwargs)
         self.commands = LazyCommands(COMMANDS)
 

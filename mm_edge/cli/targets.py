@@ -1,4 +1,4 @@
-"""The commands `mm-edge targets ...`: device profiles. Importing this module costs click only."""
+"""The commands `mm-edge targets ...`: device profiles. Importing this module imports click only."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def show_command(name: str, as_json: bool) -> None:
     for label, values in _facts(target):
         console.print(f"  {label}: {escape(values)}")
     table = Table(title="channel multiples")
-    data_types = list(dict.fromkeys(key for row in target.multiples.values() for key in row))
+    data_types = list(dict.fromkeys(key for by_type in target.multiples.values() for key in by_type))
     for heading in ("operator", *data_types):
         table.add_column(heading)
     for op_class in OP_CLASSES:

@@ -1,8 +1,8 @@
-"""One candidate: from a plan to a verified artifact, judged on the validation images.
+"""Makes one candidate from a plan: a verified artifact, judged on the validation images.
 
     plan -> recovered weights -> masks -> compact graph -> file -> parity -> accuracy
 
-`make_candidate` is a pure function of a network, a plan and the settings of the run, but for the files it writes.
+`make_candidate` depends only on a network, a plan and the settings of the run; besides its result it writes files.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ class MakeSettings:
         folder: the run directory.
         recovery: name of the recovery that every candidate gets when it is made.
         select: which channels stay: by the "signal", by optimal brain surgeon ("obs"), or the better ("auto").
-        held_out: whether held-back images judge what comes later, so that weights may not be solved for them.
+        held_out: whether held-back images judge a later recovery, so that weights must not be solved on them.
         threads: how many images are run at a time.
         labels: names of the classes, written into every artifact.
-        provenance: where the model came from, written into every artifact.
+        provenance: model, target and versions, written into every artifact.
         reference: what the dense network answers on the validation images.
     """
 
@@ -78,7 +78,7 @@ class MakeSettings:
 
 @dataclass(frozen=True)
 class Solved:
-    """What a recovery makes of a plan before masks are applied.
+    """The result of a recovery before masks are applied.
 
     Attributes:
         plan: the plan, with other channels kept where the recovery chose others.
@@ -174,7 +174,7 @@ def save_candidate(
     """
     folder = settings.folder / "candidates"
     artifact = folder / f"{name}.onnx"
-    # Nothing of the graph stays in memory beside what is then loaded to verify it.
+    # The graph is freed before the artifact is loaded to be verified.
     model = compact_model(network, plan, tensors)
     _write(network, settings, model, artifact, candidate=plan.id, recovered_by=recovered)
     del model
@@ -206,7 +206,7 @@ def save_candidate(
 
 
 def _check_and_store_masks(network: Network, plan: WeightPlan, settings: MakeSettings, artifact: Path) -> Path:
-    """Check the pattern of an n:m candidate; return the smaller file of an unstructured one, its zeros squeezed out."""
+    """Check the pattern of an n:m candidate; return the file of an unstructured one that is stored without zeros."""
     if plan.kind == "n:m":
         require_pattern(artifact, plan.masks, reduced_axes(network.raw.model), PATTERN)
         return artifact
@@ -243,7 +243,7 @@ def _check(network: Network, settings: MakeSettings, artifact: Path, reference: 
 
 
 def judge_artifact(network: Network, settings: MakeSettings, artifact: Path) -> Judgement:
-    """Return what the validation images say of a model file; None throughout without any."""
+    """Return the accuracy of a model file and its agreement with dense on validation images; None without images."""
     if network.images.validation is None:
         return NOT_JUDGED
     return judge(run_onnx(artifact, network.images.validation(), settings.threads), settings.reference)
@@ -253,7 +253,7 @@ def judge_artifact(network: Network, settings: MakeSettings, artifact: Path) -> 
 
 
 def _describe_kept(structure: Structure, plan: Plan) -> dict[str, str] | None:
-    """Return what the file of a structured candidate says beside its weights: the indices each group keeps, as bits."""
+    """Return the metadata of a structured candidate's weights: the indices that each group keeps, as bits."""
     if not isinstance(plan, ChannelPlan):
         return None
     bits = {group.id: np.packbits(plan.keep[group.leaf]) for group in structure.groups if group.leaf in plan.keep}
@@ -300,7 +300,7 @@ def _masked_weights(network: Network, solved: Solved, settings: MakeSettings) ->
                 tensor.copy_(torch.from_numpy(np.ascontiguousarray(masked(name, tensor.numpy(force=True)))))
     adjust = settings.recovery_entry.adjust
     recovered: str | None = (adjust(module, network, plan) if adjust is not None else None) or solved.name
-    # These are views of the copy made above, which nothing changes from here on.
+    # These are views of the copy made above, which is not changed any more.
     state = {name: tensor.numpy(force=True) for name, tensor in module.state_dict().items()}
     return state, torch_runner(module), recovered
 
@@ -322,7 +322,7 @@ def _sparsity(network: Network, plan: Plan, tensors: Arrays) -> float:
 
 
 def _count_kept_parameters(network: Network, tensors: Arrays, keep: Keep) -> int:
-    """Count what is left of the parameters; zeros inside kept tensors count, they are stored."""
+    """Count the parameters that are left, zeros inside kept tensors included."""
     structure = network.structure
     total = 0
     for name in network.raw.parameters - dead_tensors(network.raw.model, structure, keep):

@@ -1,4 +1,4 @@
-"""The networks of a run: the model at every input shape, and what recovery knows of it there.
+"""The networks of a run: the model at every input shape, with what recovery measures there.
 
 export once -> export again at other sizes -> moments, sensitivities of groups and blocks -> dense answers
 """
@@ -101,12 +101,12 @@ class Network:
 
     @property
     def pixels(self) -> int:
-        """The side of the input in pixels, the dense one's too."""
+        """The side of the input in pixels; unlike `side`, it is a number for the dense network too."""
         return self.spec.shape[-1]
 
-    def translate(self, of_groups: Mapping[Axis, T]) -> dict[Axis, T]:
-        """Return what is said of the dense network's groups (what they keep, say) as said of the same groups here."""
-        return {self.leaves[leaf]: value for leaf, value in of_groups.items()}
+    def translate(self, by_group: Mapping[Axis, T]) -> dict[Axis, T]:
+        """Return values by the dense network's groups, such as what each keeps, by the same groups of this network."""
+        return {self.leaves[leaf]: value for leaf, value in by_group.items()}
 
     def allowed_widths(self, job: Job) -> tuple[AllowedWidths, ...]:
         """Return the widths that each group may have on the job's target."""
@@ -142,7 +142,7 @@ class Networks:
 
 
 def build_networks(job: Job) -> Networks:
-    """Export the model at every input shape, and find out what recovery needs and what the dense network answers.
+    """Export the model at every input shape, measure what recovery needs, and run the dense network.
 
     Raises:
         UsageError: the network cannot take an input size that was asked for.
@@ -168,7 +168,7 @@ def labels_of(job: Job) -> tuple[str, ...]:
 
 
 def provenance_of(job: Job, model: LoadedModel) -> dict[str, Any]:
-    """Return what every artifact made of `model` says of where it came from."""
+    """Return the provenance that is written into every artifact made from `model`."""
     return {"model": model.info, "target": job.target.name, "versions": job.versions}
 
 
@@ -194,7 +194,7 @@ def _export_dense(job: Job) -> Network:
 
 
 def _export_others(job: Job, dense: Network) -> list[Network]:
-    """Make the model again at every other size: those asked for, otherwise those that controls are taken at.
+    """Export the model at every other size: those asked for, otherwise those of the controls.
 
     Raises:
         UsageError: the network cannot take a size that was asked for.
@@ -226,18 +226,18 @@ def _export_others(job: Job, dense: Network) -> list[Network]:
 
 def _export_at(job: Job, dense: Network, side: int) -> Network:
     model = remake(job.model, side)
-    sized = export_at(model, dense.structure, job.request.keep, prune_norms=job.request.prune_norms)
+    exported = export_at(model, dense.structure, job.request.keep, prune_norms=job.request.prune_norms)
     data = None if job.data is None else job.data.prepared_for(model.input)
     return Network(
         model=model,
         data=data,
-        raw=sized.raw,
-        structure=sized.structure,
-        layers=sized.layers,
+        raw=exported.raw,
+        structure=exported.structure,
+        layers=exported.layers,
         images=_images(job, model.input, data),
         side=side,
         pruned=job.request.input_sizes is not None,
-        leaves=sized.leaves,
+        leaves=exported.leaves,
     )
 
 
@@ -257,7 +257,7 @@ def _images(job: Job, spec: InputSpec, data: DataSplits | None) -> Images:
     )
 
 
-# ---- what recovery knows
+# ---- what recovery measures
 
 
 def _measure_dense(job: Job, dense: Network) -> Network:
@@ -270,17 +270,17 @@ def _with_moments(job: Job, dense: Network, network: Network) -> Network:
     """Return a network of another shape with its own moments and the dense network's sensitivities."""
     if dense.recovery is None or not network.pruned:
         return network
-    # No moment here may come from images that are held back there.
+    # Images that are held back for the dense network must not give moments here.
     moments = _dense_moments(job, network, len(dense.recovery.images))
     if moments is not None and moments.held_back == dense.recovery.held_back:
-        # Candidates are to come near the model at the shape it was given at, not what it says of smaller pictures.
+        # Candidates are compared with the dense network's answers at its own shape, not with those to smaller images.
         moments = replace(moments, logits=dense.recovery.logits)
     known = {leaf: replace(item, leaf=network.leaves[leaf]) for leaf, item in dense.sensitivities.items()}
     return replace(network, recovery=moments, sensitivities=network.translate(known))
 
 
 def _dense_moments(job: Job, network: Network, most: int = CLOSED_FORM_IMAGES) -> RecoveryContext | None:
-    """Run the network once over calibration images: what the closed form needs for every candidate."""
+    """Return the moments that the closed form needs for every candidate, from one pass over calibration images."""
     pattern = "n:m" in job.request.kinds
     wanted_by = pattern or ("structured" in job.request.kinds and network.structure.groups)
     if not job.recovery.base.needs_moments or network.data is None or not wanted_by:
@@ -300,7 +300,7 @@ def _dense_moments(job: Job, network: Network, most: int = CLOSED_FORM_IMAGES) -
 
 
 def _sensitivities(job: Job, dense: Network) -> dict[Axis, Sensitivity]:
-    """Measure each group's sensitivity: which selection of channels suits it, and what a budget removes first."""
+    """Return each group's sensitivity, by which channels are selected and budgets are allocated."""
     if dense.recovery is None or "structured" not in job.request.kinds:
         return {}
     allowed = dense.allowed_widths(job)
@@ -308,7 +308,7 @@ def _sensitivities(job: Job, dense: Network) -> dict[Axis, Sensitivity]:
     stored = job.store.load_arrays("sensitivities", key)
     if stored is not None:
         found = from_arrays(dense.structure, stored)
-        # The orders are the costly part of them, and selections ask for them again.
+        # The orders take long to compute, and selections need them again.
         dense.recovery.orders.update({leaf: item.surgeon for leaf, item in found.items()})
         return found
     with job.stages.stage("sensitivities") as advance:
@@ -318,7 +318,7 @@ def _sensitivities(job: Job, dense: Network) -> dict[Axis, Sensitivity]:
 
 
 def _branches(job: Job, dense: Network) -> tuple[MeasuredBranch, ...]:
-    """Measure what removing each residual branch costs, where a budget may ask for it."""
+    """Return what removing each residual branch costs, where there are budgets."""
     if dense.recovery is None or not job.budgets:
         return ()
     found = find_branches(dense.raw.model, dense.structure)
@@ -361,6 +361,6 @@ def _write_dense(job: Job, dense: Network) -> Reference:
             advance(done, total)
 
         logits = run_onnx(file, dense.images.validation(), cores(), count)
-        # Decoding may have left images out, so the labels are read after it.
+        # The labels are read after the images, because images that cannot be decoded are left out.
         labels = job.data.validation.labels
         return Reference(labels, logits, compare_logits(logits, labels, None).accuracy_top1)

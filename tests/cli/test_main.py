@@ -25,7 +25,7 @@ from mm_edge.formats.registry import FORMATS, Format
 from mm_edge.records import Report, from_json
 from mm_edge.run.options import Flags, list_options
 from mm_edge.run.recoveries import RECOVERIES, Recovery
-from mm_edge.run.request import GROUPS, Request
+from mm_edge.run.request import SECTIONS, Request
 
 ONE = ("--signals", "magnitude", "--strategies", "balanced", "--no-bench", "--input-size", "3,32,32")
 
@@ -441,7 +441,7 @@ def test_the_list_of_commands_says_what_each_command_says_of_itself() -> None:
 def test_help_shows_every_option_in_its_group_with_its_default() -> None:
     shown = CliRunner().invoke(main, ["prune-export", "--help"], terminal_width=110).stdout
     titles = [line[:-1] for line in shown.splitlines() if line[:1] not in ("", " ") and line.endswith(":")]
-    assert titles == [*GROUPS, "Other options"]
+    assert titles == [*SECTIONS, "Other options"]
     plain = " ".join(shown.split())
     for name, item in list_options(Request).items():
         if isinstance(item.kind, Flags):

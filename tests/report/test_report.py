@@ -17,7 +17,7 @@ from mm_edge.records import (
     Candidate,
     Chosen,
     Constraints,
-    DenseRow,
+    DenseFigures,
     Latency,
     ModelInfo,
     Parity,
@@ -69,7 +69,7 @@ def make_report(*rows: Candidate, chosen: int | None = 0, **changes: object) -> 
         target={"name": "host", "threads": 1},
         environment={"python": "3.11"},
         data={"splits": {"calibration": 4, "validation": 2, "test": 2}},
-        dense=DenseRow(
+        dense=DenseFigures(
             accuracy_top1=0.9,
             latency_ms=Latency(p50=2.0, p90=2.1, p99=2.5, samples=200, threads=1, source="host"),
             peak_memory_bytes=None,

@@ -23,7 +23,7 @@ from mm_edge.load.models import LoadedModel, LoadOptions, load_model
 from mm_edge.plan.ranges import apply_constraints, rule_ranges
 from mm_edge.plan.strategies import assign
 from mm_edge.progress import Stages
-from mm_edge.records import Candidate, DenseRow, Latency, Report
+from mm_edge.records import Candidate, DenseFigures, Latency, Report
 from mm_edge.run.recover import worth_training
 from mm_edge.run.request import make_request
 
@@ -169,7 +169,7 @@ def row(
     )
 
 
-DENSE = DenseRow(0.9, Latency(), None, None, 1, 100)
+DENSE = DenseFigures(0.9, Latency(), None, None, 1, 100)
 
 
 def test_the_front_and_the_best_of_each_budget_are_worth_training() -> None:
