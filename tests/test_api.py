@@ -17,7 +17,7 @@ from mm_edge import api
 from mm_edge.api import Result
 from mm_edge.errors import UsageError
 from mm_edge.formats.registry import FORMATS, Format
-from mm_edge.plan.signals import SIGNALS, Signal
+from mm_edge.plan.signals import SIGNALS, Signal, magnitude
 from mm_edge.plan.strategies import STRATEGIES
 from mm_edge.records import Candidate, Chosen, Constraints, DenseFigures, Latency, ModelInfo, Report, from_json, to_json
 from mm_edge.run.options import Flags, list_options
@@ -29,7 +29,7 @@ FILE_ONLY = {"arch", "input_size", "trust_pickle"}
 
 
 def make_report(chosen: bool = True) -> Report:
-    row = Candidate(
+    candidate = Candidate(
         "magnitude/balanced/structured/fp32",
         "magnitude",
         "balanced",
@@ -49,8 +49,8 @@ def make_report(chosen: bool = True) -> Report:
         environment={},
         data={},
         dense=DenseFigures(0.91, Latency(), None, 800, 200, 2000),
-        candidates=(row,),
-        chosen=Chosen(row.id, "the only one") if chosen else None,
+        candidates=(candidate,),
+        chosen=Chosen(candidate.id, "the only one") if chosen else None,
         constraints=Constraints(),
         skipped_groups=(),
         warnings=("one", "two"),
@@ -232,8 +232,8 @@ def test_target_data_and_run_directory_may_be_given_by_position(asked: list[Requ
 
 
 def test_a_name_added_to_a_registry_counts_at_once(asked: list[Request], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(SIGNALS, "taylor", Signal("a first-order estimate"))
-    monkeypatch.setitem(FORMATS, "my-runtime", Format("Also write it for my runtime."))
+    monkeypatch.setitem(SIGNALS, "taylor", Signal("a first-order estimate", False, magnitude))
+    monkeypatch.setitem(FORMATS, "my-runtime", Format("Also write it for my runtime.", lambda *_: []))
     monkeypatch.setitem(RECOVERIES, "nothing-at-all", Recovery("does nothing"))
     request = make_request(signals="taylor", my_runtime=True, recover="nothing-at-all", data="images")
     assert (request.signals, request.formats, request.recover) == (("taylor",), ("my-runtime",), "nothing-at-all")
@@ -328,7 +328,7 @@ def test_a_job_runs_with_progress_on_standard_error(tmp_path: Path, capfd: pytes
     )
     out, err = capfd.readouterr()
     assert out == "" and "candidates: " in err
-    assert [row.id for row in result.candidates] == ["magnitude/balanced/structured/fp32"]
+    assert [candidate.id for candidate in result.candidates] == ["magnitude/balanced/structured/fp32"]
     assert result.folder == tmp_path / "run"
     assert result.chosen_path is not None and result.chosen_path.is_file()
     assert result == from_json(Report, json.loads((tmp_path / "run" / "report.json").read_text()))

@@ -34,7 +34,7 @@ class Entry:
         return command
 
 
-COMMANDS = {
+SUBCOMMANDS = {
     "prune-export": Entry(
         "mm_edge.cli.prune_export", "prune_export", "Prune MODEL for a target, export ONNX, measure, and report."
     ),
@@ -92,7 +92,7 @@ class Commands(click.Group):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Start with every subcommand of the package."""
         super().__init__(*args, **kwargs)
-        self.commands = LazyCommands(COMMANDS)
+        self.commands = LazyCommands(SUBCOMMANDS)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the names in the order of the table."""
@@ -101,7 +101,7 @@ class Commands(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the subcommands with their help, without importing them."""
         with formatter.section("Commands"):
-            formatter.write_dl([(name, entry.help) for name, entry in COMMANDS.items()])
+            formatter.write_dl([(name, entry.help) for name, entry in SUBCOMMANDS.items()])
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command."""
@@ -126,7 +126,7 @@ class Commands(click.Group):
             ctx.exit(1)
 
 
-EPILOG = """\b
+COMPLETION = """\b
 Completion of commands, options and names, for this shell:
   bash  eval "$(_MM_EDGE_COMPLETE=bash_source mm-edge)"
   zsh   eval "$(_MM_EDGE_COMPLETE=zsh_source mm-edge)"
@@ -137,7 +137,7 @@ Completion of commands, options and names, for this shell:
 @click.group(
     "mm-edge",
     cls=Commands,
-    epilog=EPILOG,
+    epilog=COMPLETION,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 @click.version_option(__version__, prog_name="mm-edge")

@@ -88,7 +88,7 @@ def _accuracy_on_device(given: Circumstances) -> None:
 
 def _training_images(given: Circumstances) -> None:
     least = RECOVERIES[given.request.recover].least_images
-    if least and (given.data is None or given.data.calibration.places < least):
+    if least and (given.data is None or given.data.calibration.position_count < least):
         raise UsageError(
             f"--recover {given.request.recover} trains on calibration images, and there are none; "
             "give --split a first part"

@@ -14,7 +14,7 @@ import numpy as np
 from mm_edge.formats.conversion import CalibrationImages, QuantReport
 from mm_edge.formats.precisions import PRECISIONS
 from mm_edge.records import Candidate, DenseFigures, candidate_id, file_name
-from mm_edge.run.job import BATCH, Job
+from mm_edge.run.job import IMAGES_PER_BATCH, Job
 from mm_edge.run.make import MakeSettings, dense_candidate, judge_artifact
 from mm_edge.run.networks import Network, Networks
 from mm_edge.run.reuse import load_or_make
@@ -103,7 +103,7 @@ def _calibration_images(network: Network) -> CalibrationImages | None:
     if network.data is None:
         return None
     wanted = network.data.calibration.take(CALIBRATION_IMAGES + HELD_BACK_IMAGES)
-    images = np.concatenate([batch for batch, _ in wanted.batches(BATCH)])
+    images = np.concatenate([batch for batch, _ in wanted.batches(IMAGES_PER_BATCH)])
     cut = max(1, len(images) * CALIBRATION_IMAGES // (CALIBRATION_IMAGES + HELD_BACK_IMAGES))
     return CalibrationImages(images[:cut], images[cut:] if cut < len(images) else images)
 

@@ -13,7 +13,7 @@ from mm_edge.graph.groups import Structure
 from mm_edge.quality.evaluation import compare_logits, run_onnx
 from mm_edge.records import Candidate, Chosen, DenseFigures, Report, SkippedGroup, candidate_id, from_json, to_json
 from mm_edge.report import write_report
-from mm_edge.run.job import BATCH, Job
+from mm_edge.run.job import IMAGES_PER_BATCH, Job
 from mm_edge.run.make import MakeSettings
 from mm_edge.run.measure import how_to_measure
 from mm_edge.run.networks import Network, Networks
@@ -107,7 +107,9 @@ def _test_accuracy(job: Job, network: Network, settings: MakeSettings, candidate
         return None
     assert candidate.artifact is not None
     with job.stages.stage("test"):
-        logits = run_onnx(job.folder / candidate.artifact, network.data.test.batches(BATCH), settings.threads)
+        logits = run_onnx(
+            job.folder / candidate.artifact, network.data.test.batches(IMAGES_PER_BATCH), settings.threads
+        )
         return compare_logits(logits, network.data.test.labels, None).accuracy_top1
 
 

@@ -21,7 +21,7 @@ from mm_edge.run.request import Request
 from mm_edge.store import RunStore
 
 LIBRARIES = ("torch", "timm", "onnxruntime", "onnxscript")
-BATCH = 32
+IMAGES_PER_BATCH = 32
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from mm_edge.plan.counts import count_macs, count_parameters
 from mm_edge.plan.masks import measure_sparsity
 from mm_edge.plan.n_m import reduced_axes, require_pattern
 from mm_edge.plan.plans import PATTERN, ChannelPlan, Plan, WeightPlan
-from mm_edge.quality.evaluation import Judgement, Reference, judge, run_onnx
+from mm_edge.quality.evaluation import Judgement, Reference, judge_logits, run_onnx
 from mm_edge.quality.parity import Run, compare, onnx_runner, require, torch_runner
 from mm_edge.records import Candidate, Parity, candidate_id, file_name
 from mm_edge.run.networks import Network
@@ -54,7 +54,7 @@ class MakeSettings:
         folder: the run directory.
         recovery: name of the recovery that every candidate gets when it is made.
         select: which channels stay: by the "signal", by optimal brain surgeon ("obs"), or the better ("auto").
-        held_out: whether held-back images judge a later recovery, so that weights must not be solved on them.
+        held_out: whether held-back images judge_logits a later recovery, so that weights must not be solved on them.
         threads: how many images are run at a time.
         labels: names of the classes, written into every artifact.
         provenance: model, target and versions, written into every artifact.
@@ -92,7 +92,7 @@ class Solved:
 
 
 def make_candidate(network: Network, plan: Plan, settings: MakeSettings, *, walked: bool = False) -> Candidate:
-    """Make, save, verify and judge one candidate.
+    """Make, save, verify and judge_logits one candidate.
 
     With `walked` the recovery takes its second, slower step as well, from input to output of the pruned network.
 
@@ -107,7 +107,7 @@ def make_candidate(network: Network, plan: Plan, settings: MakeSettings, *, walk
 
 
 def make_control(network: Network, settings: MakeSettings) -> Candidate:
-    """Make, save, verify and judge the dense network at another size.
+    """Make, save, verify and judge_logits the dense network at another size.
 
     Raises:
         ParityError: the artifact does not agree with the network; nothing is kept of it.
@@ -167,7 +167,7 @@ def save_candidate(
     recovered: str | None,
     name: str,
 ) -> Candidate:
-    """Save the compact model of the masked `tensors` as `name`, verify it against `reference`, and judge it.
+    """Save the compact model of the masked `tensors` as `name`, verify it against `reference`, and judge_logits it.
 
     Raises:
         ParityError: the artifact does not agree with its masked model; nothing is kept of it.
@@ -246,7 +246,7 @@ def judge_artifact(network: Network, settings: MakeSettings, artifact: Path) -> 
     """Return the accuracy of a model file and its agreement with dense on validation images; None without images."""
     if network.images.validation is None:
         return NOT_JUDGED
-    return judge(run_onnx(artifact, network.images.validation(), settings.threads), settings.reference)
+    return judge_logits(run_onnx(artifact, network.images.validation(), settings.threads), settings.reference)
 
 
 # ---- the masked state, kept beside the artifact

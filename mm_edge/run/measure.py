@@ -18,15 +18,15 @@ from mm_edge.bench import MINIMUM_PAIRS
 from mm_edge.bench.session import (
     Measurement,
     environment,
-    evaluate,
-    evaluate_in_pieces,
     measure_memory,
     measure_pair,
     merge_doubts,
+    run_model,
+    run_model_in_pieces,
 )
 from mm_edge.bench.target import Target, matches_this_machine
 from mm_edge.bench.transport import Transport
-from mm_edge.quality.evaluation import Reference, compare_logits, judge
+from mm_edge.quality.evaluation import Reference, compare_logits, judge_logits
 from mm_edge.quality.parity import compare_with_outputs
 from mm_edge.records import Candidate, DenseFigures, Latency
 from mm_edge.run.job import Job
@@ -120,7 +120,7 @@ def _emulate(
             assert candidate.artifact is not None
             network = networks.at(candidate.input_shape[-1])
             artifact, file = job.folder / candidate.artifact, files[network.side]
-            outputs = evaluate(artifact, file, job.target, transport=transport)
+            outputs = run_model(artifact, file, job.target, transport=transport)
             found = compare_with_outputs(artifact, outputs, network.images.parity, network.images.parity_kind)
             job.note(
                 f"{candidate.id}, emulated: top-1 agrees with this machine's on {found.top1_agreement:.0%} of "
@@ -149,7 +149,7 @@ def _judge_on_device(
             assert candidate.artifact is not None
             side = networks.at(candidate.input_shape[-1]).side
             logits = _device_logits(job, job.folder / candidate.artifact, pieces[side], fingerprint)
-            judged.append(replace(candidate, **judge(logits, own)))
+            judged.append(replace(candidate, **judge_logits(logits, own)))
             differences.append(abs((judged[-1].accuracy_top1 or 0.0) - (candidate.accuracy_top1 or 0.0)))
             advance(index + 1, len(candidates))
     job.note(
@@ -175,7 +175,7 @@ def _device_logits(job: Job, model: Path, pieces: Sequence[Path], fingerprint: s
     key = job.key(data=job.data_key, artifact=hash_file(model), target=job.target, fingerprint=fingerprint)
     stored = job.store.load_arrays(f"device_logits/{model.stem}", key)
     if stored is None:
-        stored = {"logits": evaluate_in_pieces(model, pieces, job.target, transport=job.transport)}
+        stored = {"logits": run_model_in_pieces(model, pieces, job.target, transport=job.transport)}
         job.store.save_arrays(f"device_logits/{model.stem}", key, stored)
     return stored["logits"]
 

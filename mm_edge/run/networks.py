@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import onnx_ir as ir
@@ -21,7 +21,7 @@ from mm_edge.graph.depth import find_branches
 from mm_edge.graph.export import RawGraph, read_raw
 from mm_edge.graph.groups import Structure, read_structure
 from mm_edge.graph.layers import read_layers
-from mm_edge.graph.sizes import T, auto_sizes, export_at, remake, square_side, total_stride
+from mm_edge.graph.sizes import auto_sizes, export_at, remake, square_side, total_stride
 from mm_edge.graph.widths import AllowedWidths
 from mm_edge.load.data import DataSplits, noise_batches
 from mm_edge.load.models import LoadedModel
@@ -32,12 +32,14 @@ from mm_edge.records import InputSpec, Layer
 from mm_edge.recover.closed_form.branches import MeasuredBranch, measure_branches
 from mm_edge.recover.closed_form.context import RecoveryContext, build_context
 from mm_edge.recover.closed_form.sensitivity import Sensitivity, from_arrays, measure_sensitivities, to_arrays
-from mm_edge.run.job import BATCH, Job
+from mm_edge.run.job import IMAGES_PER_BATCH, Job
 from mm_edge.runtime import cores
 
 CLOSED_FORM_IMAGES = 500
 RECOVERY_IMAGES = 128
 PARITY_IMAGES = 8
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,7 @@ def build_networks(job: Job) -> Networks:
 
 def recovery_images(data: DataSplits) -> Float32Array:
     """Return the calibration images (N, C, H, W) that the closed form works from."""
-    return np.concatenate([batch for batch, _ in data.calibration.take(CLOSED_FORM_IMAGES).batches(BATCH)])
+    return np.concatenate([batch for batch, _ in data.calibration.take(CLOSED_FORM_IMAGES).batches(IMAGES_PER_BATCH)])
 
 
 def labels_of(job: Job) -> tuple[str, ...]:
@@ -252,8 +254,8 @@ def _images(job: Job, spec: InputSpec, data: DataSplits | None) -> Images:
     return Images(
         parity=parity,
         parity_kind="images" if len(source) else "noise",
-        recovery=(lambda: (images for images, _ in recovery.batches(BATCH))) if len(recovery) else None,
-        validation=(lambda: validation.batches(BATCH)) if len(validation) else None,
+        recovery=(lambda: (images for images, _ in recovery.batches(IMAGES_PER_BATCH))) if len(recovery) else None,
+        validation=(lambda: validation.batches(IMAGES_PER_BATCH)) if len(validation) else None,
     )
 
 

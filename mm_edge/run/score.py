@@ -14,7 +14,7 @@ from mm_edge.plan.ranges import observed_ranges, rule_ranges
 from mm_edge.plan.scores import GRASP_IMAGES, Scores, gradients, hessian_gradient_products, score_weights
 from mm_edge.plan.signals import need_gradient, without_gradient
 from mm_edge.records import Layer, SparsityRange
-from mm_edge.run.job import BATCH, Job
+from mm_edge.run.job import IMAGES_PER_BATCH, Job
 from mm_edge.run.networks import Network
 from mm_edge.runtime import release_memory
 
@@ -106,4 +106,4 @@ class _Batches:
 def _gradient_batch(model: LoadedModel) -> int:
     """Return how many images a backward pass holds at once: GRADIENT_PIXELS bounds the activations kept for it."""
     _, height, width = model.input.shape
-    return max(1, min(BATCH, GRADIENT_PIXELS // (height * width)))
+    return max(1, min(IMAGES_PER_BATCH, GRADIENT_PIXELS // (height * width)))

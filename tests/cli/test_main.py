@@ -20,7 +20,7 @@ from click.shell_completion import ShellComplete
 from click.testing import CliRunner, Result
 from tiny_job import save_checkpoint, write_images
 
-from mm_edge.cli.main import COMMANDS, main
+from mm_edge.cli.main import SUBCOMMANDS, main
 from mm_edge.formats.registry import FORMATS, Format
 from mm_edge.records import Report, from_json
 from mm_edge.run.options import Flags, list_options
@@ -432,7 +432,7 @@ def test_the_module_runs_as_the_command() -> None:
 
 def test_the_list_of_commands_says_what_each_command_says_of_itself() -> None:
     shown = run("--help").stdout
-    for name, entry in COMMANDS.items():
+    for name, entry in SUBCOMMANDS.items():
         assert f"  {name} " in shown
         if name != "bench":  # its own help goes on about the models
             assert (main.commands[name].help or "").startswith(entry.help), name
@@ -454,7 +454,7 @@ def test_help_shows_every_option_in_its_group_with_its_default() -> None:
 
 def test_help_shows_a_name_that_was_added_to_a_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(RECOVERIES, "my-own", Recovery("does what I want"))
-    monkeypatch.setitem(FORMATS, "my-runtime", Format("Also write it for my runtime."))
+    monkeypatch.setitem(FORMATS, "my-runtime", Format("Also write it for my runtime.", lambda *_: []))
     plain = " ".join(run("prune-export", "--help").stdout.split())
     assert "my-own (does what I want)" in plain
     assert "--my-runtime Also write it for my runtime." in plain
