@@ -20,7 +20,7 @@ import mm_edge  # noqa: F401  (first: makes timm importable beside CPU-only torc
 import numpy as np
 
 from mm_edge.bench.qemu import QemuTransport
-from mm_edge.bench.session import evaluate
+from mm_edge.bench.session import run_model
 from mm_edge.bench.target import load_target
 from mm_edge.formats.quantize import quantise
 from mm_edge.load.data import DataSplits, open_data
@@ -48,7 +48,7 @@ def compare(model: Path, data: DataSplits, folder: Path) -> dict[str, Any]:
         artifact = folder / f"{core}.onnx"
         report = quantise(model, artifact, target, [images[:CALIBRATION]], images[CALIBRATION:])
         here = run_onnx(artifact, [(tested, labels)], 1)
-        there = evaluate(artifact, folder / "images.npy", target, transport=QemuTransport(core))
+        there = run_model(artifact, folder / "images.npy", target, transport=QemuTransport(core))
         found[core] = {
             "scheme": report.scheme,
             "images": len(tested),

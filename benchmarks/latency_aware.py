@@ -62,8 +62,8 @@ from mm_edge.recover.closed_form.sensitivity import (
     to_arrays,
 )
 from mm_edge.recover.closed_form.structured import recover_closed_form
-from mm_edge.run.clock import Clock, open_clock
 from mm_edge.run.plan import MEASURED_AIM, MEASURED_WINDOW
+from mm_edge.run.timing import DeviceTimer, open_timer
 from mm_edge.runtime import cores
 from mm_edge.store import RunStore
 
@@ -90,9 +90,9 @@ class Network:
     def dense(self) -> Path:
         return self.folder / "dense.onnx"
 
-    def share(self, clock: Clock, keep: Keep, *, quiet: bool = False) -> float:
+    def share(self, timer: DeviceTimer, keep: Keep, *, quiet: bool = False) -> float:
         """Return the measured time of what is kept as a share of the dense network's."""
-        return clock.share({}, self.raw, self.structure, keep, quiet=quiet)
+        return timer.share({}, self.raw, self.structure, keep, quiet=quiet)
 
 
 def main() -> None:
@@ -145,15 +145,15 @@ def compare(network: Network, target: Target, shares: list[float]) -> dict[str, 
     sensitivities = read_sensitivities(network.folder / "sensitivities.safetensors", context, network.allowed)
     answers = run_onnx(network.dense, network.judged.batches(BATCH), cores())
     with LocalTransport() as transport:
-        clock = open_clock(network.dense, target, transport, RunStore(network.folder))
-        assert clock is not None
+        timer = open_timer(network.dense, target, transport, RunStore(network.folder))
+        assert timer is not None
         start = time.monotonic()
-        timed = partial(network.share, clock)
+        timed = partial(network.share, timer)
         table = measure_table(structure, network.allowed, partial(timed, quiet=True))
         seconds = round(time.monotonic() - start, 1)
         costs = {"macs": structure.mac_cost, "latency": fit_time(structure.mac_cost, table)}
         result: dict[str, Any] = {
-            "dense_ms": round(clock.dense_ms(), 3),
+            "dense_ms": round(timer.dense_ms(), 3),
             "table_seconds_this_run": seconds,
             "fixed_share": round(costs["latency"].fixed, 3),
             "time_per_macs_of_groups": ratios(structure, table),
@@ -165,7 +165,7 @@ def compare(network: Network, target: Target, shares: list[float]) -> dict[str, 
             for name, cost in costs.items():
                 row = network.folder / f"row-{share}-{name}.json"
                 if not row.exists():
-                    found = run_row(network, context, sensitivities, cost, share, timed, answers, clock, transport)
+                    found = run_row(network, context, sensitivities, cost, share, timed, answers, timer, transport)
                     row.write_text(json.dumps({"asked": share, "by": name, **found}))
                 result["rows"].append(json.loads(row.read_text()))
                 print(network.name, row.read_text(), flush=True)
@@ -216,7 +216,7 @@ def run_row(
     share: float,
     timed: Any,
     answers: np.ndarray,
-    clock: Clock,
+    timer: DeviceTimer,
     transport: LocalTransport,
 ) -> dict[str, Any]:
     structure = network.structure
@@ -236,7 +236,7 @@ def run_row(
     artifact = network.folder / f"{share}-{'macs' if cost.fixed == 0 else 'latency'}.onnx"
     model = materialise(network.raw, structure, {**met.draft.keep, **found.keep}, found.tensors)
     write_model(ir.to_proto(deploy(model)), artifact)
-    final = measure_pair(network.dense, artifact, clock.target, transport=transport, pairs=FINAL_PAIRS)
+    final = measure_pair(network.dense, artifact, timer.target, transport=transport, pairs=FINAL_PAIRS)
     logits = run_onnx(artifact, network.judged.batches(BATCH), cores())
     judged = compare_logits(logits, network.judged.labels, answers)
     dense = compare_logits(answers, network.judged.labels, None)

@@ -1,4 +1,4 @@
-"""The job as one function: what the command line and Python callers share.
+"""`prune_export`, the Python function, and `run_job`, which the command line calls as well.
 
 Everything that can be refused is refused before the run directory is touched.
 """
@@ -27,7 +27,7 @@ from mm_edge.run.options import Flag, Flags, Option, list_options, type_name
 from mm_edge.run.request import Request, make_request
 from mm_edge.run.start import start
 
-# Options on how to read a file, which a module in memory has no use for.
+# Options on how to read a file; they are refused for a module in memory.
 FILE_OPTIONS = ("arch", "input_size", "trust_pickle")
 # Options that may be given by position, after the module and the example input.
 BY_POSITION = ("target", "data", "out")
@@ -36,10 +36,10 @@ WIDTH = 110
 
 @dataclass(frozen=True, eq=False)
 class Result(Report):
-    """The report of a run, with where its files lie; it equals the Report that report.json holds.
+    """The report of a run, and the run directory. It is equal to the Report that report.json holds.
 
     Attributes:
-        folder: run directory.
+        folder: the run directory.
     """
 
     folder: Path = field(default=Path(), metadata={"json": False})
@@ -52,27 +52,28 @@ class Result(Report):
     @property
     def chosen_path(self) -> Path | None:
         """The file of the chosen candidate; None where none was chosen."""
-        row = find_chosen(self)
-        return None if row is None or row.artifact is None else self.folder / row.artifact
+        candidate = find_chosen(self)
+        return None if candidate is None or candidate.artifact is None else self.folder / candidate.artifact
 
     def __eq__(self, other: object) -> bool:
-        """Compare as reports: two runs with the same report are equal wherever they lie."""
+        """Return whether the reports are equal; the folders may differ."""
         return isinstance(other, Report) and _sections(self) == _sections(other)
 
     __hash__ = None  # type: ignore[assignment]  # as for Report, which holds dicts
 
     def __str__(self) -> str:
         """Return a summary of at most ten lines."""
-        dense, row = self.dense, find_chosen(self)
+        dense, chosen = self.dense, find_chosen(self)
         lines = [
             write_headline(self),
             f"dense:       {self.model.name}, top-1 {show_percent(dense.accuracy_top1)}, p50 "
             f"{show_ms(dense.latency_ms.p50)}, file {show_bytes(dense.file_bytes)}",
         ]
-        if row is not None:
+        if chosen is not None:
             lines += [
-                f"chosen:      {row.id}, top-1 {show_percent(row.accuracy_top1)}, p50 {show_ms(row.latency_ms.p50)}, "
-                f"speed-up {show_ratio(row.speedup)}, file {show_bytes(row.file_bytes)}",
+                f"chosen:      {chosen.id}, top-1 {show_percent(chosen.accuracy_top1)}, p50 "
+                f"{show_ms(chosen.latency_ms.p50)}, speed-up {show_ratio(chosen.speedup)}, file "
+                f"{show_bytes(chosen.file_bytes)}",
                 f"chosen file: {self.chosen_path}",
             ]
         front = sum(candidate.pareto for candidate in self.candidates)

@@ -31,12 +31,12 @@ _NMS_SCHEMAS = {
 
 _WATCHED = ("torchvision", "timm")
 
-# A library's definitions vanish with the object that made them, so it lives as long as the process.
+# The object is kept as long as the process runs, because its definitions are removed with it.
 _declared: torch.library.Library | None = None
 
 
 class _Watcher(importlib.abc.MetaPathFinder):
-    """Finds no module; calls `make_timm_importable` before the first import of torchvision or timm, then leaves."""
+    """Finds no module; calls `make_timm_importable` before the first import of torchvision or timm, once."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
@@ -52,7 +52,7 @@ class _Watcher(importlib.abc.MetaPathFinder):
                 if not self._done:
                     self._done = True
                     make_timm_importable()
-                    # A new list: the import at work is still going through the old one.
+                    # Assign a new list, because the current import iterates over the old one.
                     sys.meta_path = [finder for finder in sys.meta_path if finder is not self]
         return None
 
@@ -84,7 +84,7 @@ def make_timm_importable() -> None:
 
 
 def _load_compiled_operators() -> bool:
-    """Load torchvision's compiled library the way torchvision does; False when it refuses, True when there is none."""
+    """Load torchvision's compiled library as torchvision does; return False if that fails, True if there is none."""
     spec = importlib.util.find_spec("torchvision")
     if spec is None or not spec.submodule_search_locations:
         return True

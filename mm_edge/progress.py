@@ -17,16 +17,17 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
+# Reports progress: (steps done, of how many).
 Advance = Callable[[int, int], None]
 
 LOG_INTERVAL_S = 10.0
 
 
 class Stages:
-    """Times the stages of a run and shows the one at work.
+    """Times the stages of a run and shows the progress of the current one.
 
     Attributes:
-        seconds: wall-clock seconds per stage, in the order they ran; a resumed stage counts what it took this time.
+        seconds: wall-clock seconds per stage, in the order they ran; for a resumed stage, of this run alone.
     """
 
     def __init__(self, console: Console | None = None) -> None:
@@ -35,7 +36,7 @@ class Stages:
         self._console = console
 
     def tell(self, line: str) -> None:
-        """Show one line that is no stage, such as a connection being made again."""
+        """Show one line, for example that a lost connection is made again."""
         if self._console is not None:
             self._console.print(line, highlight=False, markup=False)
 
@@ -64,7 +65,7 @@ class Stages:
         self._console.print(f"[dim]{name}: {time.monotonic() - start:.1f} s[/dim]", highlight=False)
 
     def _log(self, name: str) -> Advance:
-        """Return an `Advance` for a log: a line now and then instead of a bar."""
+        """Return an `Advance` that prints a line every LOG_INTERVAL_S seconds, for output that is no terminal."""
         console, last = self._console, time.monotonic()
 
         def advance(done: int, total: int) -> None:

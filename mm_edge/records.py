@@ -58,7 +58,7 @@ class Layer:
     Attributes:
         fqn: name of the weight tensor, e.g. "layer1.0.conv1.weight".
         kind: "conv", "depthwise" or "linear".
-        role: place in the network, a key of the rule table in ranges.py.
+        role: function in the network, a key of the rule table in ranges.py.
         shape: as PyTorch stores it (out, in, *kernel).
         index: position in graph order, from 0.
         stage: resolution stage of the network, from 0 (down-sampling starts a new one).
@@ -142,8 +142,8 @@ class Parity:
 
 
 @dataclass(frozen=True)
-class DenseRow:
-    """The dense model's own measurements."""
+class DenseFigures:
+    """The measurements of the dense network."""
 
     accuracy_top1: float | None
     latency_ms: Latency
@@ -155,12 +155,12 @@ class DenseRow:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One row of the report: what was made, what it costs and what it buys.
+    """One candidate: what was made, its cost and its accuracy.
 
-    `file_bytes` is of the `artifact`, or of the `stored_file` where zeros were squeezed out. `accuracy_top1` is on
-    validation images; `accuracy_drop` in points of dense minus this. `epochs` is how many a fine-tuned row was trained,
-    `stopped` why it ended, or what block-wise tuning came to. `planned_by` says of a budget's row what its cost was
-    planned by, and whether that was counted or measured.
+    `file_bytes` is the size of the `artifact`, or of the `stored_file`, which holds no zeros. `accuracy_top1` is on
+    validation images; `accuracy_drop` is dense minus this, in points. `epochs` is the number of epochs of fine-tuning,
+    `stopped` why it ended, or the outcome of block-wise tuning. `planned_by` says how the cost of a candidate was
+    planned for its budget, and whether it was counted or measured.
     """
 
     id: str
@@ -195,12 +195,12 @@ class Candidate:
 
     @property
     def is_pruned(self) -> bool:
-        """Whether anything was removed: a whole network on smaller pictures, tuned, is a candidate as well."""
+        """Whether anything was removed; a budget may also ask for the unpruned network at a smaller input size."""
         return self.kind != "dense" and (self.sparsity > 0 or bool(self.removed_blocks))
 
     @property
     def is_budget(self) -> bool:
-        """Whether it was planned to meet a budget, and not by a strategy."""
+        """Whether it was planned for a budget, and not by a strategy."""
         return self.planned_by is not None
 
 
@@ -225,7 +225,7 @@ def _id_without_size(signal: str, strategy: str, kind: str, precision: str, side
 
 @dataclass(frozen=True)
 class Chosen:
-    """The candidate picked, why, and its accuracy on test images (read once, at the end)."""
+    """The chosen candidate, the reason, and its accuracy on test images (read once, at the end)."""
 
     id: str
     reason: str
@@ -261,7 +261,7 @@ class Budget:
 
     @property
     def is_time(self) -> bool:
-        """Whether it is met by time, which has to be measured."""
+        """Whether it limits time, which has to be measured."""
         return self.kind in ("speedup", "latency")
 
     def _text(self, form: str) -> str:
@@ -271,13 +271,13 @@ class Budget:
 def asked_budgets(macs: Sequence[float], limits: Constraints, kinds: Sequence[str]) -> tuple[Budget, ...]:
     """Return the budgets that candidates are made for.
 
-    A constraint adds some where structured candidates are made: nothing else makes a network faster or smaller at will.
+    A constraint adds a budget where structured candidates are made: only these can be scaled to a time or a size.
     """
     budgets = tuple(Budget("macs", fraction) for fraction in macs)
-    return (*budgets, *constraining(limits)) if "structured" in kinds else budgets
+    return (*budgets, *constraint_budgets(limits)) if "structured" in kinds else budgets
 
 
-def constraining(limits: Constraints) -> tuple[Budget, ...]:
+def constraint_budgets(limits: Constraints) -> tuple[Budget, ...]:
     """Return the budgets that constraints set."""
     asked = (("latency", limits.latency_ms), ("speedup", limits.speedup), ("size", limits.size_bytes))
     return tuple(Budget(kind, value) for kind, value in asked if value is not None)
@@ -285,7 +285,7 @@ def constraining(limits: Constraints) -> tuple[Budget, ...]:
 
 @dataclass(frozen=True)
 class BudgetOutcome:
-    """What was asked of a budget (the option), the row that won under it, or None, and the sentence that says so."""
+    """A budget as it was asked for, the id of the best candidate that meets it, or None, and a sentence about it."""
 
     asked: str
     winner: str | None
@@ -294,7 +294,7 @@ class BudgetOutcome:
 
 @dataclass(frozen=True)
 class SkippedGroup:
-    """A coupled group that keeps its full width, the layers it holds and why."""
+    """A coupled group that keeps its full width, its layers and the reason."""
 
     group: str
     layers: tuple[str, ...]
@@ -303,13 +303,13 @@ class SkippedGroup:
 
 @dataclass(frozen=True)
 class Report:
-    """report.json: the contract other tools read."""
+    """report.json, which other tools read."""
 
     model: ModelInfo
     target: dict[str, Any]
     environment: dict[str, Any]
     data: dict[str, Any]
-    dense: DenseRow
+    dense: DenseFigures
     candidates: tuple[Candidate, ...]
     chosen: Chosen | None
     constraints: Constraints

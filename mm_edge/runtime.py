@@ -21,7 +21,7 @@ import onnxruntime
 from mm_edge.errors import ModelError, first_line
 
 Item = TypeVar("Item")
-Result = TypeVar("Result")
+Output = TypeVar("Output")
 
 MOST = 8  # With more, the results that wait in memory grow faster than the speed.
 ERRORS, FATAL = 3, 4  # What ONNX Runtime writes on stderr: errors without warnings, or fatal errors alone.
@@ -46,10 +46,10 @@ def open_session(model: Path | bytes, threads: int = 1, *, severity: int = ERROR
     try:
         return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's own exception types have no common base
-        raise ModelError(f"ONNX Runtime cannot load {describe(model)}: {first_line(error)}") from error
+        raise ModelError(f"ONNX Runtime cannot load {model_name(model)}: {first_line(error)}") from error
 
 
-def describe(model: Path | bytes) -> str:
+def model_name(model: Path | bytes) -> str:
     """Return what a message calls the model: its file, or "the model" for one in memory."""
     return f"'{model}'" if isinstance(model, Path) else "the model"
 
@@ -60,7 +60,7 @@ def cores() -> int:
     return min(MOST, usable)
 
 
-def in_order(work: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
+def in_order(work: Callable[[Item], Output], items: Iterable[Item], workers: int) -> Iterator[Output]:
     """Yield work(item) of every item, in their order; at most `workers` results wait to be taken.
 
     What `work` raises is raised where its result would have come.
@@ -69,7 +69,7 @@ def in_order(work: Callable[[Item], Result], items: Iterable[Item], workers: int
         yield from map(work, items)
         return
     with ThreadPoolExecutor(workers) as pool:
-        waiting: deque[Future[Result]] = deque()
+        waiting: deque[Future[Output]] = deque()
         try:
             for item in items:
                 waiting.append(pool.submit(work, item))

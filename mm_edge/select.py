@@ -1,12 +1,12 @@
-"""Which candidates are worth looking at, and which one is taken.
+"""Marks the candidates on the Pareto front, and chooses one of them.
 
     cost(c)      p50 latency where latencies were measured, else MACs      (less is better)
     quality(c)   top-1 accuracy on validation images                       (more is better)
-    c is on the Pareto front  <=>  nothing else, the dense model included, is at least as good in both
+    c is on the Pareto front  <=>  nothing else, the dense network included, is at least as good in both
                                    and better in one
 
 The choice, in this order:
-    nothing asked       the fastest within 1 point of the dense model, else the most accurate
+    no constraint       the fastest within 1 point of the dense network, else the most accurate
     --max-drop alone    the fastest within it
     --latency, --speedup, --size (with or without --max-drop)    the most accurate that meets them all
 Without accuracy there is no front, and the least sparse stands in for the most accurate; without latency the fewest
@@ -19,28 +19,34 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 from mm_edge.errors import ConstraintError
-from mm_edge.records import Budget, BudgetOutcome, Candidate, Chosen, Constraints, DenseRow, constraining
+from mm_edge.records import Budget, BudgetOutcome, Candidate, Chosen, Constraints, DenseFigures, constraint_budgets
 
 FREE_DROP_POINTS = 1.0
 
-# Points and ratios come out of subtractions and divisions: 100 * (0.91 - 0.90) is a hair above 1.
+# Rounding in floating point is no miss: 100 * (0.91 - 0.90) is slightly above 1.
 _TOLERANCE = 1e-9
 
 
 @dataclasses.dataclass(frozen=True)
 class _Limit:
-    """One constraint: what it is called, how to read the value, and by how much a value misses it (0: met)."""
+    """One constraint.
+
+    Attributes:
+        asked: the option as it was given.
+        describe: returns what a candidate reaches, for messages.
+        miss: returns the share by which a candidate misses it; 0 or less where it is met, None where it is not known.
+    """
 
     asked: str
     describe: Callable[[Candidate], str]
     miss: Callable[[Candidate], float | None]
 
 
-def mark_pareto(candidates: Sequence[Candidate], dense: DenseRow | None = None) -> tuple[Candidate, ...]:
+def mark_pareto(candidates: Sequence[Candidate], dense: DenseFigures | None = None) -> tuple[Candidate, ...]:
     """Return the candidates in their order with `pareto` set by accuracy against latency (MACs where none is measured).
 
     A candidate without accuracy, or without latency where others have one, is not marked: it cannot be compared.
-    With `dense`, a candidate that is no better than the dense model in both is not marked either.
+    With `dense`, a candidate that is no better than the dense network in both is not marked either.
     """
     measured = _latency_measured(candidates)
     points = [_point(c.accuracy_top1, c.latency_ms.p50 if measured else c.macs) for c in candidates]
@@ -54,8 +60,8 @@ def mark_pareto(candidates: Sequence[Candidate], dense: DenseRow | None = None) 
     )
 
 
-def choose(dense: DenseRow, candidates: Sequence[Candidate], constraints: Constraints) -> Chosen:
-    """Return the candidate to take and why; its test accuracy is not read here.
+def choose(dense: DenseFigures, candidates: Sequence[Candidate], constraints: Constraints) -> Chosen:
+    """Return the chosen candidate and the reason. Test images are not used here.
 
     Raises:
         ConstraintError: none meets the constraints (the message names the nearest), or there is no candidate.
@@ -70,12 +76,12 @@ def choose(dense: DenseRow, candidates: Sequence[Candidate], constraints: Constr
     if not fitting:
         raise ConstraintError(_nearest_miss(candidates, limits, asked))
     only_drop = constraints == Constraints(max_drop=constraints.max_drop)
-    best = _fastest(fitting) if only_drop else _best_kept(fitting)
-    kind = _fastest_words(fitting) if only_drop else _best_kept_words(fitting)
+    best = _fastest(fitting) if only_drop else _most_accurate(fitting)
+    kind = _fastest_words(fitting) if only_drop else _most_accurate_words(fitting)
     return Chosen(best.id, f"the {kind} that meets {asked}: {_describe(dense, best)}")
 
 
-def _choose_freely(dense: DenseRow, candidates: Sequence[Candidate]) -> Chosen:
+def _choose_freely(dense: DenseFigures, candidates: Sequence[Candidate]) -> Chosen:
     drops = [c for c in candidates if c.accuracy_drop is not None]
     if not drops:
         best = _fastest(candidates)
@@ -85,19 +91,19 @@ def _choose_freely(dense: DenseRow, candidates: Sequence[Candidate]) -> Chosen:
         best = _fastest(close)
         reason = f"the {_fastest_words(close)} within 1 point of dense on validation images: {_describe(dense, best)}"
         return Chosen(best.id, reason)
-    best = _best_kept(drops)
+    best = _most_accurate(drops)
     reason = f"none is within 1 point of dense on validation images, so the most accurate: {_describe(dense, best)}"
     return Chosen(best.id, reason)
 
 
-def _limits(dense: DenseRow, candidates: Sequence[Candidate], asked: Constraints) -> list[_Limit]:
+def _limits(dense: DenseFigures, candidates: Sequence[Candidate], asked: Constraints) -> list[_Limit]:
     limits = []
     if (drop := asked.max_drop) is not None:
         limits.append(_Limit(f"--max-drop {drop:g}", _describe_drop, lambda c: _over(c.accuracy_drop, drop)))
-    return [*limits, *(_limit_of(dense, candidates, budget) for budget in constraining(asked))]
+    return [*limits, *(_limit_of(dense, candidates, budget) for budget in constraint_budgets(asked))]
 
 
-def _limit_of(dense: DenseRow, candidates: Sequence[Candidate], budget: Budget) -> _Limit:
+def _limit_of(dense: DenseFigures, candidates: Sequence[Candidate], budget: Budget) -> _Limit:
     value = budget.value
     if budget.kind == "latency":
         return _Limit(budget.asked, _describe_latency, lambda c: _over(c.latency_ms.p50, value))
@@ -113,11 +119,12 @@ def _limit_of(dense: DenseRow, candidates: Sequence[Candidate], budget: Budget) 
     )
 
 
-def judge_budget(dense: DenseRow, candidates: Sequence[Candidate], budget: Budget) -> BudgetOutcome:
-    """Return which structured fp32 row is the most accurate that meets a budget, beside the best of the other kind.
+def judge_budget(dense: DenseFigures, candidates: Sequence[Candidate], budget: Budget) -> BudgetOutcome:
+    """Return the most accurate structured fp32 candidate that meets a budget, and a sentence that says so.
 
-    Rows allocated by measured sensitivity and those of the strategies, scaled to the budget or not, compete; equal
-    accuracy goes to the smaller divergence. Where a control that meets it is more accurate still, that is said.
+    Candidates by measured sensitivity are compared with those of the strategies, scaled to the budget or not; the
+    sentence names the best of both. Equal accuracy goes to the smaller divergence. A control that meets the budget and
+    is more accurate is named too.
     """
     limit = _limit_of(dense, candidates, budget)
     fitting = [c for c in candidates if c.precision == "fp32" and _met(limit.miss(c))]
@@ -136,7 +143,7 @@ def judge_budget(dense: DenseRow, candidates: Sequence[Candidate], budget: Budge
         sentence += f"; the best by {whose} is {second.id} ({_describe_quality(second)})"
     else:
         sentence += f"; no candidate by {whose} meets it"
-    # The dense network at its own size is no fp32 candidate, so those of kind "dense" are controls.
+    # Of kind "dense" in fp32 there are controls alone: at its own size the dense network is no candidate.
     controls = [c for c in fitting if c.kind == "dense" and c.accuracy_top1 is not None and quality(c) > quality(best)]
     if controls:
         control = max(controls, key=quality)
@@ -145,7 +152,7 @@ def judge_budget(dense: DenseRow, candidates: Sequence[Candidate], budget: Budge
 
 
 def quality(c: Candidate) -> tuple[float, float]:
-    """Return what ranks rows by: accuracy, and where it is equal the smaller divergence from dense."""
+    """Return the key that sorts candidates by accuracy, and at equal accuracy by smaller divergence from dense."""
     return (c.accuracy_top1 or 0.0, -(c.kl_to_dense if c.kl_to_dense is not None else float("inf")))
 
 
@@ -169,7 +176,7 @@ def _nearest_miss(candidates: Sequence[Candidate], limits: Sequence[_Limit], ask
 
 
 def _over(value: float | None, limit: float) -> float | None:
-    """Return by what share `value` exceeds `limit`; a share of 1 where the limit is smaller than that."""
+    """Return the share of `limit` by which `value` exceeds it; limits below 1e-3 count as 1e-3."""
     return None if value is None else (value - limit) / max(abs(limit), 1e-3)
 
 
@@ -186,7 +193,7 @@ def _latency_measured(candidates: Sequence[Candidate]) -> bool:
 
 
 def _fastest(candidates: Sequence[Candidate]) -> Candidate:
-    """Return the one of least p50 latency (least MACs where none is measured); ties go to the more accurate."""
+    """Return the candidate of least p50 latency (least MACs where none is measured), at a tie the more accurate."""
     measured = _latency_measured(candidates)
 
     def rank(c: Candidate) -> tuple[float, float, int]:
@@ -196,8 +203,8 @@ def _fastest(candidates: Sequence[Candidate]) -> Candidate:
     return min(candidates, key=rank)
 
 
-def _best_kept(candidates: Sequence[Candidate]) -> Candidate:
-    """Return the most accurate (the least sparse where accuracy is not measured); ties go to the faster."""
+def _most_accurate(candidates: Sequence[Candidate]) -> Candidate:
+    """Return the most accurate candidate (the least sparse where accuracy is not measured), at a tie the faster."""
     rated = [c for c in candidates if c.accuracy_top1 is not None]
     if not rated:
         least = min(c.sparsity for c in candidates)
@@ -210,7 +217,7 @@ def _fastest_words(candidates: Sequence[Candidate]) -> str:
     return "fastest" if _latency_measured(candidates) else "one of fewest MACs (latency was not measured)"
 
 
-def _best_kept_words(candidates: Sequence[Candidate]) -> str:
+def _most_accurate_words(candidates: Sequence[Candidate]) -> str:
     rated = any(c.accuracy_top1 is not None for c in candidates)
     return "most accurate" if rated else "least sparse (accuracy was not measured)"
 
@@ -223,7 +230,7 @@ def _dominates(a: tuple[float, float], b: tuple[float, float]) -> bool:
     return a[0] >= b[0] and a[1] <= b[1] and a != b
 
 
-def _describe(dense: DenseRow, c: Candidate) -> str:
+def _describe(dense: DenseFigures, c: Candidate) -> str:
     speed = _describe_macs(dense, c)
     if c.speedup is not None and c.latency_ms.p50 is not None:
         speed = f"{_describe_speedup(c)} ({_describe_latency(c)})"
@@ -248,7 +255,7 @@ def _describe_speedup(c: Candidate) -> str:
     return "speed-up not measured" if c.speedup is None else f"speed-up {c.speedup:.2f}x"
 
 
-def _describe_macs(dense: DenseRow, c: Candidate) -> str:
+def _describe_macs(dense: DenseFigures, c: Candidate) -> str:
     share = 100 * c.macs / max(dense.macs, 1)
     return f"{share:.0f} % of the dense MACs (speed-up not measured)"
 

@@ -1,4 +1,4 @@
-"""The run directory: what each stage made, kept so that a second run redoes only what changed.
+"""The run directory, which stores what each stage made, so that a second run repeats only what changed.
 
 A stage is stored under a name, with the hash of everything it depends on (its key) and a digest of its content:
 
@@ -6,7 +6,7 @@ A stage is stored under a name, with the hash of everything it depends on (its k
     DIR/.mm-edge/NAME.safetensors   arrays, with "key" and "digest" in the header's metadata
 
 One file per name: a stage whose key changed replaces its predecessor. A file that is absent, cut short, altered or of
-another key reads as "not there", and the stage is done again. Writes go to a temporary name first and are moved into
+another key counts as absent, and the stage is done again. Writes go to a temporary name first and are moved into
 place when complete, so that a killed run leaves whole files only. Nothing is pickled.
 """
 
@@ -61,10 +61,10 @@ def hash_file(path: Path) -> str:
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn what the disk refuses while `path` is written into one line.
+    """Turn an OSError that is raised while `path` is written into a JobError of one line.
 
     Raises:
-        JobError: the disk is full, or the place cannot be written.
+        JobError: the disk is full, or the path cannot be written.
     """
     try:
         yield
@@ -78,7 +78,7 @@ def write_atomically(path: Path, content: bytes) -> None:
     """Write `content` to `path` so that a reader sees the old file or the whole new one; makes the folder.
 
     Raises:
-        JobError: the disk is full, or the place cannot be written.
+        JobError: the disk is full, or the path cannot be written.
     """
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -95,7 +95,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 class RunStore:
-    """The stages kept in one run directory."""
+    """The stages stored in one run directory."""
 
     def __init__(self, folder: Path) -> None:
         """Open `folder`, making it if needed.
@@ -116,10 +116,10 @@ class RunStore:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the directory for this run; the system lets go of it even when the process is killed.
+        """Lock the directory for this run; the system releases the lock even when the process is killed.
 
         Raises:
-            UsageError: another run holds it.
+            UsageError: another run has locked it.
         """
         with (self._stages / "lock").open("a+") as file:
             try:
@@ -137,12 +137,12 @@ class RunStore:
             yield
 
     def _clean(self) -> None:
-        """Remove what a killed run was writing: never read, it would only take room."""
+        """Remove the temporary files that a killed run left."""
         for path in self.folder.rglob(".*.tmp"):
             path.unlink(missing_ok=True)
 
     def clear(self) -> None:
-        """Forget every stage; the artifacts in the directory stay."""
+        """Remove every stored stage; the artifacts in the directory stay."""
         for path in self._stages.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)
@@ -150,10 +150,10 @@ class RunStore:
                 path.unlink()
 
     def save_json(self, name: str, key: Mapping[str, Any], value: Any, files: Iterable[Path] = ()) -> None:
-        """Keep `value` (records allowed), and the digests of `files` it speaks of, which lie in the directory.
+        """Store `value` (records allowed), and the digests of `files` in the directory that belong to it.
 
         Raises:
-            JobError: the disk is full, or the place cannot be written.
+            JobError: the disk is full, or the path cannot be written.
         """
         plain = to_json(value)
         entry = {
@@ -165,7 +165,7 @@ class RunStore:
         write_atomically(self._path(name, ".json"), json.dumps(entry, indent=1).encode())
 
     def load_json(self, name: str, key: Mapping[str, Any]) -> Any | None:
-        """Return what was kept under `name` for this `key`; None where it, or a file it speaks of, is not as it was."""
+        """Return what was stored under `name` for this `key`; None if it or one of its files is missing or changed."""
         try:
             entry = json.loads(self._path(name, ".json").read_bytes())
             if entry["key"] != hash_key(key) or entry["digest"] != _sha256(_canonical(entry["value"])):
@@ -177,7 +177,7 @@ class RunStore:
         return entry["value"]
 
     def load_record(self, name: str, key: Mapping[str, Any], kind: type[T]) -> T | None:
-        """Return the record of type `kind` kept under `name` for this `key`, or None."""
+        """Return the record of type `kind` stored under `name` for this `key`, or None."""
         value = self.load_json(name, key)
         if value is None:
             return None
@@ -187,18 +187,18 @@ class RunStore:
             return None
 
     def save_arrays(self, name: str, key: Mapping[str, Any], arrays: Mapping[str, Array]) -> None:
-        """Keep `arrays`.
+        """Store `arrays`.
 
         Raises:
-            JobError: the disk is full, or the place cannot be written.
+            JobError: the disk is full, or the path cannot be written.
         """
-        # Not ascontiguousarray, which makes one axis out of none.
+        # Not ascontiguousarray, which gives an array without axes one axis.
         tidy = {array_name: np.asarray(array, order="C") for array_name, array in arrays.items()}
         metadata = {"key": hash_key(key), "digest": _hash_arrays(tidy)}
         write_atomically(self._path(name, ".safetensors"), safetensors.numpy.save(tidy, metadata=metadata))
 
     def load_arrays(self, name: str, key: Mapping[str, Any]) -> Arrays | None:
-        """Return the arrays kept under `name` for this `key`; None where they are not as they were."""
+        """Return the arrays stored under `name` for this `key`; None if they are missing or have changed."""
         path = self._path(name, ".safetensors")
         try:
             with safetensors.safe_open(path, framework="numpy") as file:
@@ -211,7 +211,7 @@ class RunStore:
         return arrays if metadata.get("digest") == _hash_arrays(arrays) else None
 
     def remove_arrays(self, name: str) -> None:
-        """Forget the arrays kept under `name`, where there are any."""
+        """Remove the arrays stored under `name`, if there are any."""
         self._path(name, ".safetensors").unlink(missing_ok=True)
 
     def _path(self, name: str, suffix: str) -> Path:

@@ -17,19 +17,19 @@ from mm_edge import api
 from mm_edge.api import Result
 from mm_edge.errors import UsageError
 from mm_edge.formats.registry import FORMATS, Format
-from mm_edge.plan.signals import SIGNALS, Signal
+from mm_edge.plan.signals import SIGNALS, Signal, magnitude
 from mm_edge.plan.strategies import STRATEGIES
-from mm_edge.records import Candidate, Chosen, Constraints, DenseRow, Latency, ModelInfo, Report, from_json, to_json
+from mm_edge.records import Candidate, Chosen, Constraints, DenseFigures, Latency, ModelInfo, Report, from_json, to_json
 from mm_edge.run.options import Flags, list_options
 from mm_edge.run.recoveries import RECOVERIES, Recovery
-from mm_edge.run.request import GROUPS, RULES, ModelOptions, Request, make_model_options, make_request
+from mm_edge.run.request import RULES, SECTIONS, ModelOptions, Request, make_model_options, make_request
 
 IMAGES = torch.zeros(1, 3, 16, 16)
 FILE_ONLY = {"arch", "input_size", "trust_pickle"}
 
 
 def make_report(chosen: bool = True) -> Report:
-    row = Candidate(
+    candidate = Candidate(
         "magnitude/balanced/structured/fp32",
         "magnitude",
         "balanced",
@@ -48,9 +48,9 @@ def make_report(chosen: bool = True) -> Report:
         target={"name": "host"},
         environment={},
         data={},
-        dense=DenseRow(0.91, Latency(), None, 800, 200, 2000),
-        candidates=(row,),
-        chosen=Chosen(row.id, "the only one") if chosen else None,
+        dense=DenseFigures(0.91, Latency(), None, 800, 200, 2000),
+        candidates=(candidate,),
+        chosen=Chosen(candidate.id, "the only one") if chosen else None,
         constraints=Constraints(),
         skipped_groups=(),
         warnings=("one", "two"),
@@ -232,8 +232,8 @@ def test_target_data_and_run_directory_may_be_given_by_position(asked: list[Requ
 
 
 def test_a_name_added_to_a_registry_counts_at_once(asked: list[Request], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(SIGNALS, "taylor", Signal("a first-order estimate"))
-    monkeypatch.setitem(FORMATS, "my-runtime", Format("Also write it for my runtime."))
+    monkeypatch.setitem(SIGNALS, "taylor", Signal("a first-order estimate", False, magnitude))
+    monkeypatch.setitem(FORMATS, "my-runtime", Format("Also write it for my runtime.", lambda *_: []))
     monkeypatch.setitem(RECOVERIES, "nothing-at-all", Recovery("does nothing"))
     request = make_request(signals="taylor", my_runtime=True, recover="nothing-at-all", data="images")
     assert (request.signals, request.formats, request.recover) == (("taylor",), ("my-runtime",), "nothing-at-all")
@@ -263,7 +263,7 @@ def test_every_option_is_in_the_signature_and_in_the_help_with_type_and_default(
 def test_every_field_is_an_option_in_a_group_and_the_defaults_agree() -> None:
     options = list_options(Request)
     assert list(options) == [field.name for field in dataclasses.fields(Request)]
-    assert {item.group for item in options.values()} == set(GROUPS)
+    assert {item.section for item in options.values()} == set(SECTIONS)
     assert make_request() == Request()
     assert make_model_options() == ModelOptions()
     assert Request().constraints == Constraints()
@@ -328,7 +328,7 @@ def test_a_job_runs_with_progress_on_standard_error(tmp_path: Path, capfd: pytes
     )
     out, err = capfd.readouterr()
     assert out == "" and "candidates: " in err
-    assert [row.id for row in result.candidates] == ["magnitude/balanced/structured/fp32"]
+    assert [candidate.id for candidate in result.candidates] == ["magnitude/balanced/structured/fp32"]
     assert result.folder == tmp_path / "run"
     assert result.chosen_path is not None and result.chosen_path.is_file()
     assert result == from_json(Report, json.loads((tmp_path / "run" / "report.json").read_text()))

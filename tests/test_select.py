@@ -1,4 +1,4 @@
-"""The Pareto front and the choice, on rows small enough to check by eye."""
+"""The Pareto front and the choice, on candidates small enough to check by eye."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mm_edge.errors import ConstraintError
-from mm_edge.records import Budget, Candidate, Constraints, DenseRow, Latency
+from mm_edge.records import Budget, Candidate, Constraints, DenseFigures, Latency
 from mm_edge.select import choose, judge_budget, mark_pareto
 
-DENSE = DenseRow(
+DENSE = DenseFigures(
     accuracy_top1=0.90,
     latency_ms=Latency(p50=10.0, p90=11.0, p99=12.0, samples=200, threads=1, source="host"),
     peak_memory_bytes=None,
@@ -22,7 +22,9 @@ DENSE = DenseRow(
 )
 
 
-def row(name: str, accuracy: float | None, p50: float | None, macs: int = 50, size: int | None = 2000) -> Candidate:
+def candidate(
+    name: str, accuracy: float | None, p50: float | None, macs: int = 50, size: int | None = 2000
+) -> Candidate:
     return Candidate(
         id=name,
         signal="product",
@@ -41,24 +43,26 @@ def row(name: str, accuracy: float | None, p50: float | None, macs: int = 50, si
     )
 
 
-SLOW_GOOD = row("slow-good", 0.899, 8.0, 80, 3500)
-MIDDLE = row("middle", 0.89, 6.0, 60, 3000)
-BEATEN = row("beaten", 0.88, 7.0, 70, 3000)
-FAST_BAD = row("fast-bad", 0.60, 3.0, 30, 1000)
-ROWS = (FAST_BAD, BEATEN, MIDDLE, SLOW_GOOD)
+SLOW_GOOD = candidate("slow-good", 0.899, 8.0, 80, 3500)
+MIDDLE = candidate("middle", 0.89, 6.0, 60, 3000)
+BEATEN = candidate("beaten", 0.88, 7.0, 70, 3000)
+FAST_BAD = candidate("fast-bad", 0.60, 3.0, 30, 1000)
+CANDIDATES = (FAST_BAD, BEATEN, MIDDLE, SLOW_GOOD)
 
 
-def front(*rows: Candidate, dense: DenseRow | None = None) -> list[str]:
-    return [c.id for c in mark_pareto(rows, dense) if c.pareto]
+def front(*candidates: Candidate, dense: DenseFigures | None = None) -> list[str]:
+    return [c.id for c in mark_pareto(candidates, dense) if c.pareto]
 
 
 def test_the_front_by_hand() -> None:
-    assert front(*ROWS) == ["fast-bad", "middle", "slow-good"]
-    assert [c.id for c in mark_pareto(ROWS)] == [c.id for c in ROWS]
+    assert front(*CANDIDATES) == ["fast-bad", "middle", "slow-good"]
+    assert [c.id for c in mark_pareto(CANDIDATES)] == [c.id for c in CANDIDATES]
 
 
-def test_equal_rows_share_the_front_and_a_tie_in_one_is_beaten() -> None:
-    assert front(row("a", 0.8, 5.0), row("b", 0.8, 5.0), row("c", 0.8, 6.0), row("d", 0.7, 5.0)) == ["a", "b"]
+def test_equal_candidates_share_the_front_and_a_tie_in_one_is_beaten() -> None:
+    assert front(
+        candidate("a", 0.8, 5.0), candidate("b", 0.8, 5.0), candidate("c", 0.8, 6.0), candidate("d", 0.7, 5.0)
+    ) == ["a", "b"]
 
 
 def test_a_mark_from_before_does_not_stay() -> None:
@@ -68,33 +72,36 @@ def test_a_mark_from_before_does_not_stay() -> None:
 
 
 def test_macs_stand_in_when_no_latency_was_measured() -> None:
-    assert front(row("a", 0.8, None, 60), row("b", 0.8, None, 50), row("c", 0.9, None, 90)) == ["b", "c"]
+    assert front(candidate("a", 0.8, None, 60), candidate("b", 0.8, None, 50), candidate("c", 0.9, None, 90)) == [
+        "b",
+        "c",
+    ]
 
 
-def test_a_row_without_latency_is_not_compared_with_measured_ones() -> None:
-    assert front(row("a", 0.8, 5.0), row("unmeasured", 0.99, None, 1)) == ["a"]
+def test_a_candidate_without_latency_is_not_compared_with_measured_ones() -> None:
+    assert front(candidate("a", 0.8, 5.0), candidate("unmeasured", 0.99, None, 1)) == ["a"]
 
 
 def test_without_accuracy_nothing_is_marked() -> None:
-    assert front(row("a", None, 5.0), row("b", None, 4.0)) == []
+    assert front(candidate("a", None, 5.0), candidate("b", None, 4.0)) == []
 
 
 def test_what_dense_beats_is_not_on_the_front() -> None:
-    slower = row("slower", 0.85, 11.0)
+    slower = candidate("slower", 0.85, 11.0)
     assert front(slower) == ["slower"]
     assert front(slower, MIDDLE, dense=DENSE) == ["middle"]
 
 
 @given(st.lists(st.tuples(st.integers(0, 6), st.integers(1, 6)), max_size=12))
 def test_the_front_is_what_nothing_dominates(points: list[tuple[int, int]]) -> None:
-    rows = mark_pareto([row(str(i), a / 10, float(t)) for i, (a, t) in enumerate(points)])
-    for (a, t), marked in zip(points, rows, strict=True):
+    candidates = mark_pareto([candidate(str(i), a / 10, float(t)) for i, (a, t) in enumerate(points)])
+    for (a, t), marked in zip(points, candidates, strict=True):
         beaten = any((b >= a and s < t) or (b > a and s <= t) for b, s in points)
         assert marked.pareto is not beaten
 
 
 def test_nothing_asked_takes_the_fastest_within_one_point() -> None:
-    chosen = choose(DENSE, ROWS, Constraints())
+    chosen = choose(DENSE, CANDIDATES, Constraints())
     assert chosen.id == "middle"  # exactly one point below, which 100 * (0.90 - 0.89) overshoots
     assert chosen.reason == (
         "the fastest within 1 point of dense on validation images: "
@@ -110,7 +117,9 @@ def test_nothing_asked_and_none_close_takes_the_most_accurate() -> None:
 
 
 def test_a_gain_reads_as_a_gain() -> None:
-    assert choose(DENSE, [row("up", 0.91, 5.0)], Constraints()).reason.endswith("accuracy 1.00 points above dense")
+    assert choose(DENSE, [candidate("up", 0.91, 5.0)], Constraints()).reason.endswith(
+        "accuracy 1.00 points above dense"
+    )
 
 
 @pytest.mark.parametrize(
@@ -129,11 +138,11 @@ def test_a_gain_reads_as_a_gain() -> None:
     ],
 )
 def test_what_is_asked_decides(asked: Constraints, expected: str) -> None:
-    assert choose(DENSE, ROWS, asked).id == expected
+    assert choose(DENSE, CANDIDATES, asked).id == expected
 
 
 def test_the_reason_names_what_was_asked() -> None:
-    assert choose(DENSE, ROWS, Constraints(max_drop=2.5, speedup=1.3)).reason == (
+    assert choose(DENSE, CANDIDATES, Constraints(max_drop=2.5, speedup=1.3)).reason == (
         "the most accurate that meets --max-drop 2.5 and --speedup 1.3: "
         "speed-up 1.67x (p50 6 ms), accuracy 1.00 points below dense"
     )
@@ -141,7 +150,7 @@ def test_the_reason_names_what_was_asked() -> None:
 
 def test_none_fits_names_the_nearest_miss() -> None:
     with pytest.raises(ConstraintError) as caught:
-        choose(DENSE, ROWS, Constraints(max_drop=1.5, speedup=1.8))
+        choose(DENSE, CANDIDATES, Constraints(max_drop=1.5, speedup=1.8))
     assert str(caught.value) == (
         "no candidate meets --max-drop 1.5 and --speedup 1.8; the nearest is middle: "
         "accuracy 1.00 points below dense, speed-up 1.67x; relax what it misses, or keep dense"
@@ -150,96 +159,96 @@ def test_none_fits_names_the_nearest_miss() -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "rows", "message"),
+    ("asked", "candidates", "message"),
     [
         (
             Constraints(latency_ms=5),
-            [row("a", 0.9, None)],
+            [candidate("a", 0.9, None)],
             "--latency 5 cannot be checked: what it limits was not measured for any candidate",
         ),
         (
             Constraints(max_drop=1, size_bytes=5000),
-            [row("a", None, 5.0)],
+            [candidate("a", None, 5.0)],
             "--max-drop 1 cannot be checked: what it limits was not measured for any candidate",
         ),
         (
             Constraints(latency_ms=2, size_bytes=500),
-            ROWS,
+            CANDIDATES,
             "no candidate meets --latency 2 and --size 500; the nearest is fast-bad: p50 3 ms, 1000 bytes; "
             "relax what it misses, or keep dense",
         ),
         (Constraints(), [], "no candidate was made, so there is nothing to choose from"),
     ],
 )
-def test_other_refusals(asked: Constraints, rows: list[Candidate], message: str) -> None:
+def test_other_refusals(asked: Constraints, candidates: list[Candidate], message: str) -> None:
     with pytest.raises(ConstraintError) as caught:
-        choose(DENSE, rows, asked)
+        choose(DENSE, candidates, asked)
     assert str(caught.value) == message
 
 
 def test_without_latency_macs_stand_in_and_the_reason_says_so() -> None:
-    rows = [row("a", 0.895, None, 60), row("b", 0.895, None, 50), row("c", 0.2, None, 10)]
-    free = choose(DENSE, rows, Constraints())
+    candidates = [candidate("a", 0.895, None, 60), candidate("b", 0.895, None, 50), candidate("c", 0.2, None, 10)]
+    free = choose(DENSE, candidates, Constraints())
     assert free.id == "b"
     assert free.reason == (
         "the one of fewest MACs (latency was not measured) within 1 point of dense on validation images: "
         "50 % of the dense MACs (speed-up not measured), accuracy 0.50 points below dense"
     )
-    asked = choose(DENSE, rows, Constraints(speedup=1.5))
+    asked = choose(DENSE, candidates, Constraints(speedup=1.5))
     assert asked.id == "b"
     assert "speed-up not measured" in asked.reason
 
 
 def test_without_accuracy_the_choice_says_so() -> None:
-    rows = [row("a", None, 5.0, 60), row("b", None, 4.0, 50)]
-    free = choose(DENSE, rows, Constraints())
+    candidates = [candidate("a", None, 5.0, 60), candidate("b", None, 4.0, 50)]
+    free = choose(DENSE, candidates, Constraints())
     assert (free.id, free.reason) == ("b", "the fastest, accuracy not measured: speed-up 2.50x (p50 4 ms)")
-    asked = choose(DENSE, rows, Constraints(speedup=1.5))
+    asked = choose(DENSE, candidates, Constraints(speedup=1.5))
     assert asked.id == "a"
     assert asked.reason.startswith("the least sparse (accuracy was not measured) that meets --speedup 1.5: ")
 
 
-def test_a_row_that_was_not_measured_is_not_chosen_over_measured_ones() -> None:
-    rows = [row("unmeasured", 0.9, None, 1), row("measured", 0.9, 9.0, 90)]
-    assert choose(DENSE, rows, Constraints()).id == "measured"
-    assert choose(DENSE, rows, Constraints(max_drop=1)).id == "measured"
+def test_a_candidate_that_was_not_measured_is_not_chosen_over_measured_ones() -> None:
+    candidates = [candidate("unmeasured", 0.9, None, 1), candidate("measured", 0.9, 9.0, 90)]
+    assert choose(DENSE, candidates, Constraints()).id == "measured"
+    assert choose(DENSE, candidates, Constraints(max_drop=1)).id == "measured"
 
 
-# --- which rows win under a budget ----------------------------------------------------------------------------------
+# --- which candidates win under a budget ----------------------------------------------------------------------------
 
 
-def allocated(name: str, accuracy: float | None, p50: float, kl: float, **changes: object) -> Candidate:
-    found = row(name, accuracy, p50)
-    return dataclasses.replace(found, signal="sensitivity", kl_to_dense=kl, **changes)
+def allocated(name: str, accuracy: float | None, p50: float, kl: float) -> Candidate:
+    found = candidate(name, accuracy, p50)
+    return dataclasses.replace(found, signal="sensitivity", kl_to_dense=kl)
 
 
 def test_the_most_accurate_that_meets_a_budget_wins_and_the_best_of_the_others_is_named() -> None:
     speed = Budget("speedup", 1.5)
-    rows = (*ROWS, allocated("a", 0.885, 6.0, 0.1), allocated("slow", 0.9, 9.0, 0.01))
-    found = judge_budget(DENSE, rows, speed)
+    candidates = (*CANDIDATES, allocated("a", 0.885, 6.0, 0.1), allocated("slow", 0.9, 9.0, 0.01))
+    found = judge_budget(DENSE, candidates, speed)
     assert (found.asked, found.winner) == ("--speedup 1.5", "middle")
     assert found.reason == (
         "middle won under --speedup 1.5 (top-1 89.00 %); the best by measured sensitivity is a (top-1 88.50 %, KL 0.1)"
     )
     closer = (dataclasses.replace(MIDDLE, kl_to_dense=0.2), allocated("a", 0.89, 6.0, 0.1))
     assert judge_budget(DENSE, closer, speed).winner == "a"
-    assert judge_budget(DENSE, ROWS, speed).reason.endswith("; no candidate by measured sensitivity meets it")
-    assert judge_budget(DENSE, rows, Budget("macs", 0.4)).winner == "fast-bad"
-    assert judge_budget(DENSE, rows, Budget("size", 3000)).winner == "slow"
-    assert judge_budget(DENSE, rows, Budget("latency", 1)).reason == "no pruned candidate meets --latency 1"
+    assert judge_budget(DENSE, CANDIDATES, speed).reason.endswith("; no candidate by measured sensitivity meets it")
+    assert judge_budget(DENSE, candidates, Budget("macs", 0.4)).winner == "fast-bad"
+    assert judge_budget(DENSE, candidates, Budget("size", 3000)).winner == "slow"
+    assert judge_budget(DENSE, candidates, Budget("latency", 1)).reason == "no pruned candidate meets --latency 1"
 
 
 def test_a_control_that_beats_the_winner_is_named_and_without_accuracy_nothing_wins() -> None:
-    control = row("dense@6", 0.899, 5.0)
+    control = candidate("dense@6", 0.899, 5.0)
     control = dataclasses.replace(control, kind="dense", signal="none")
-    found = judge_budget(DENSE, (*ROWS, control), Budget("speedup", 1.5))
+    found = judge_budget(DENSE, (*CANDIDATES, control), Budget("speedup", 1.5))
     assert found.winner == "middle"
     assert found.reason.endswith("; dense@6, where nothing is pruned, is better than both (top-1 89.90 %)")
-    unknown = judge_budget(DENSE, (row("a", None, 5.0), row("b", None, 6.0)), Budget("speedup", 1.5))
+    unknown = judge_budget(DENSE, (candidate("a", None, 5.0), candidate("b", None, 6.0)), Budget("speedup", 1.5))
     assert unknown.winner is None
     assert unknown.reason == "2 candidates meet --speedup 1.5; accuracy was not measured, so none is called better"
 
 
-def test_the_reason_says_what_a_budgets_row_was_planned_by() -> None:
+def test_the_reason_says_what_a_budgets_candidate_was_planned_by() -> None:
     planned = dataclasses.replace(MIDDLE, planned_by="multiply-adds, counted")
     assert choose(DENSE, (planned,), Constraints(speedup=1.5)).reason.endswith("; planned by multiply-adds, counted")

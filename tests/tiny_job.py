@@ -20,6 +20,7 @@ def save_checkpoint(path: Path, **changes: object) -> Path:
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
+                assert module.running_mean is not None and module.running_var is not None
                 module.weight.uniform_(0.5, 1.5)
                 module.bias.uniform_(-0.3, 0.3)
                 module.running_mean.uniform_(-0.2, 0.2)

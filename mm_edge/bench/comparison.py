@@ -22,11 +22,11 @@ from mm_edge.bench.session import (
     EMULATED,
     Measurement,
     environment,
-    evaluate,
     measure_footprint,
     measure_null,
     measure_pair,
     merge_doubts,
+    run_model,
 )
 from mm_edge.bench.target import Target, pattern_options
 from mm_edge.bench.transport import Transport
@@ -157,7 +157,7 @@ def _compare_on_noise(comparison: Comparison, model: Path, compare: Compare) -> 
     with tempfile.TemporaryDirectory(prefix="mm-edge-noise-") as folder:
         images = Path(folder) / "noise.npy"
         np.save(images, noise)
-        outputs = evaluate(model, images, comparison.target, transport=comparison.transport)
+        outputs = run_model(model, images, comparison.target, transport=comparison.transport)
     return compare(model, outputs, noise, "noise")
 
 

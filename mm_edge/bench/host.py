@@ -15,7 +15,7 @@ MINIMUM_PYTHON = (3, 8)
 _FINGERPRINTED = ("isa", "cpu_model", "flags", "cpu_parts", "cores", "memory_bytes", "os", "host", "python", "numpy")
 
 
-def describe(info: Mapping[str, Any], target: Target, transport: str) -> dict[str, Any]:
+def describe_machine(info: Mapping[str, Any], target: Target, transport: str) -> dict[str, Any]:
     """Return the `environment` section: the device's `info`, how it was reached, and a fingerprint of it.
 
     `doubts` holds a sentence for each way the device differs from the target and each cause of unsteady times.

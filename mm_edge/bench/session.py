@@ -105,7 +105,7 @@ def environment(target: Target, transport: Transport) -> dict[str, Any]:
     """
     info = read_info(transport)
     require_ready(info, transport.name)
-    return host.describe(info, target, transport.name)
+    return host.describe_machine(info, target, transport.name)
 
 
 def read_info(transport: Transport) -> dict[str, Any]:
@@ -206,7 +206,7 @@ def measure_products(
     return list(zip(*kinds, strict=True))
 
 
-def evaluate(model: Path, images: Path, target: Target, *, transport: Transport) -> Float32Array:
+def run_model(model: Path, images: Path, target: Target, *, transport: Transport) -> Float32Array:
     """Return the first output of `model` on the device for every row of the .npy file `images`.
 
     Raises:
@@ -232,12 +232,12 @@ def evaluate(model: Path, images: Path, target: Target, *, transport: Transport)
     return np.frombuffer(data, dtype="<f4").reshape(shape).astype(np.float32)
 
 
-def evaluate_in_pieces(model: Path, pieces: Sequence[Path], target: Target, *, transport: Transport) -> Float32Array:
+def run_model_in_pieces(model: Path, pieces: Sequence[Path], target: Target, *, transport: Transport) -> Float32Array:
     """Return the first output of `model` on the device for every row of the .npy files `pieces`, in their order.
 
     Small pieces need little memory on the device, and each is sent once for all models.
     """
-    return np.concatenate([evaluate(model, piece, target, transport=transport) for piece in pieces])
+    return np.concatenate([run_model(model, piece, target, transport=transport) for piece in pieces])
 
 
 def run_options(target: Target) -> dict[str, Any]:

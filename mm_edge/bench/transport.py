@@ -112,7 +112,9 @@ class LocalTransport:
 
 def encode_request(command: str, options: Mapping[str, Any]) -> bytes:
     """Return the request as the worker reads it."""
-    return json.dumps({"schema_version": worker.SCHEMA_VERSION, "command": command, "options": dict(options)}).encode()
+    return json.dumps(
+        {"schema_version": worker.PROTOCOL_VERSION, "command": command, "options": dict(options)}
+    ).encode()
 
 
 class Finished:
@@ -226,9 +228,9 @@ def decode_answer(finished: Finished, device: str) -> dict[str, Any]:
     reply = _find_reply(finished.stdout)
     if reply is None:
         raise _no_answer(finished, device)
-    if reply.get("schema_version") != worker.SCHEMA_VERSION:
+    if reply.get("schema_version") != worker.PROTOCOL_VERSION:
         raise BenchError(
-            f"the worker on {device} speaks schema {reply.get('schema_version')!r}; this is {worker.SCHEMA_VERSION}"
+            f"the worker on {device} speaks schema {reply.get('schema_version')!r}; this is {worker.PROTOCOL_VERSION}"
         )
     error = reply.get("error")
     if error is not None:

@@ -45,7 +45,7 @@ import tempfile
 import time
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
-SCHEMA_VERSION = 1
+PROTOCOL_VERSION = 1
 RESULT_MARK = "MM-EDGE-RESULT "
 BLOCK = 4  # timed runs of one model before the other model runs
 SITTINGS = 3  # how often a measurement loads both models
@@ -588,12 +588,12 @@ def answer(text: str) -> Dict[str, Any]:
     try:
         request = json.loads(text)
         command = COMMANDS.get(request.get("command"))
-        if request.get("schema_version") != SCHEMA_VERSION or command is None:
-            raise WorkerError("request", "unknown request; this worker speaks schema %d" % SCHEMA_VERSION)
+        if request.get("schema_version") != PROTOCOL_VERSION or command is None:
+            raise WorkerError("request", "unknown request; this worker speaks schema %d" % PROTOCOL_VERSION)
         options = request.get("options") or {}
         if options.get("affinity") and hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(0, options["affinity"])
-        return {"schema_version": SCHEMA_VERSION, "result": command(options)}
+        return {"schema_version": PROTOCOL_VERSION, "result": command(options)}
     except WorkerError as error:
         return _failure(error.kind, str(error))
     except MemoryError:
@@ -603,7 +603,7 @@ def answer(text: str) -> Dict[str, Any]:
 
 
 def _failure(kind: str, message: str) -> Dict[str, Any]:
-    return {"schema_version": SCHEMA_VERSION, "error": {"kind": kind, "message": message}}
+    return {"schema_version": PROTOCOL_VERSION, "error": {"kind": kind, "message": message}}
 
 
 def main() -> None:

@@ -1,1 +1,1 @@
-"""The command line: parse, call, print. One file per command, imported when the command is used."""
+"""The command line: one file per command, imported when the command is used."""

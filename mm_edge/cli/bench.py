@@ -1,4 +1,4 @@
-"""The command `mm-edge bench`: measure ONNX models on a device. Importing this module costs click only."""
+"""The command `mm-edge bench`: measure ONNX models on a device. Importing this module imports click only."""
 
 from __future__ import annotations
 

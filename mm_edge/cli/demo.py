@@ -1,4 +1,4 @@
-"""`mm-edge demo`: the whole job on what comes with the package."""
+"""`mm-edge demo`: the whole job on the network and images that come with the package."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`mm-edge inspect`: what a model holds that can be pruned."""
+"""`mm-edge inspect`: what can be pruned in a model."""
 
 from __future__ import annotations
 
@@ -38,17 +38,19 @@ def _print(document: dict[str, Any]) -> None:
     layers = Table(
         "layer", "role", "shape", "MACs", "sparsity range", title=f"{len(document['layers'])} prunable layers"
     )
-    for row in document["layers"]:
-        bounds = f"{row['lo']:.0%} - {row['hi']:.0%}"
-        layers.add_row(row["fqn"], row["role"], "x".join(map(str, row["shape"])), f"{row['macs']:,}", bounds)
+    for layer in document["layers"]:
+        bounds = f"{layer['lo']:.0%} - {layer['hi']:.0%}"
+        shape = "x".join(map(str, layer["shape"]))
+        layers.add_row(layer["fqn"], layer["role"], shape, f"{layer['macs']:,}", bounds)
     console.print(layers)
     groups = Table(
         "group", "width", "tensors", title=f"{len(document['groups'])} coupled groups that can lose channels"
     )
-    for row in document["groups"]:
-        groups.add_row(row["id"], str(row["size"]), f"{len(row['tensors'])}: {', '.join(row['tensors'][:3])}")
+    for group in document["groups"]:
+        tensors = group["tensors"]
+        groups.add_row(group["id"], str(group["size"]), f"{len(tensors)}: {', '.join(tensors[:3])}")
     console.print(groups)
     pinned = Table("group", "width", "why it keeps its width", title=f"{len(document['pinned'])} pinned")
-    for row in document["pinned"]:
-        pinned.add_row(row["id"], str(row["size"]), row["reason"])
+    for group in document["pinned"]:
+        pinned.add_row(group["id"], str(group["size"]), group["reason"])
     console.print(pinned)

@@ -1,4 +1,4 @@
-"""The command `mm-edge`: its subcommands, and what errors look like."""
+"""The command `mm-edge`: its subcommands, and how errors are shown."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from mm_edge.errors import MMEdgeError
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a subcommand is found; it is imported when it is used, so that --help and --version start at once.
+    """The location of a subcommand, which is imported when it is used, so that --help and --version start at once.
 
     Attributes:
         module: the module that defines it.
         name: the click command there.
-        help: what `mm-edge --help` says of it.
+        help: its line in `mm-edge --help`.
     """
 
     module: str
@@ -34,7 +34,7 @@ class Entry:
         return command
 
 
-COMMANDS = {
+SUBCOMMANDS = {
     "prune-export": Entry(
         "mm_edge.cli.prune_export", "prune_export", "Prune MODEL for a target, export ONNX, measure, and report."
     ),
@@ -59,7 +59,7 @@ class LazyCommands(MutableMapping[str, click.Command]):
     """The subcommands by name; one is imported when it is looked up."""
 
     def __init__(self, entries: Mapping[str, Entry]) -> None:
-        """Hold `entries`; commands added later are held as they are."""
+        """Start with `entries`; commands may be added later."""
         self._commands: dict[str, Entry | click.Command] = dict(entries)
 
     def __getitem__(self, name: str) -> click.Command:
@@ -74,11 +74,11 @@ class LazyCommands(MutableMapping[str, click.Command]):
         self._commands[name] = command
 
     def __delitem__(self, name: str) -> None:
-        """Forget a command."""
+        """Remove a command."""
         del self._commands[name]
 
     def __iter__(self) -> Iterator[str]:
-        """Go through the names."""
+        """Iterate over the names."""
         return iter(self._commands)
 
     def __len__(self) -> int:
@@ -87,12 +87,12 @@ class LazyCommands(MutableMapping[str, click.Command]):
 
 
 class Commands(click.Group):
-    """Imports subcommands when they are used, and turns errors into one line and the exit code of the contract."""
+    """Imports subcommands when they are used, and turns errors into one line and their exit code."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Hold every subcommand."""
+        """Start with every subcommand of the package."""
         super().__init__(*args, **kwargs)
-        self.commands = LazyCommands(COMMANDS)
+        self.commands = LazyCommands(SUBCOMMANDS)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the names in the order of the table."""
@@ -101,7 +101,7 @@ class Commands(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the subcommands with their help, without importing them."""
         with formatter.section("Commands"):
-            formatter.write_dl([(name, entry.help) for name, entry in COMMANDS.items()])
+            formatter.write_dl([(name, entry.help) for name, entry in SUBCOMMANDS.items()])
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command."""
@@ -126,7 +126,7 @@ class Commands(click.Group):
             ctx.exit(1)
 
 
-EPILOG = """\b
+COMPLETION = """\b
 Completion of commands, options and names, for this shell:
   bash  eval "$(_MM_EDGE_COMPLETE=bash_source mm-edge)"
   zsh   eval "$(_MM_EDGE_COMPLETE=zsh_source mm-edge)"
@@ -137,7 +137,7 @@ Completion of commands, options and names, for this shell:
 @click.group(
     "mm-edge",
     cls=Commands,
-    epilog=EPILOG,
+    epilog=COMPLETION,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 @click.version_option(__version__, prog_name="mm-edge")

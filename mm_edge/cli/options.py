@@ -11,7 +11,7 @@ from click.shell_completion import CompletionItem
 
 from mm_edge.errors import MMEdgeError
 from mm_edge.run.options import Flag, Flags, Folder, Names, Number, Option, Patterns, Sides, Text, Whole, list_options
-from mm_edge.run.request import GROUPS
+from mm_edge.run.request import SECTIONS
 
 if TYPE_CHECKING:
     from click.types import OptionHelpExtra
@@ -24,7 +24,7 @@ _NEGATION = "--no-"
 
 
 class RecordCommand(click.Command):
-    """A command whose options are the fields of a record; --help shows them in their groups."""
+    """A command whose options are the fields of a record; --help shows them in their sections."""
 
     def __init__(self, *args: Any, record: type, only: Collection[str] | None = None, **kwargs: Any) -> None:
         """Take the options of `record`, or those of its fields that `only` names."""
@@ -33,7 +33,7 @@ class RecordCommand(click.Command):
         self._only = only
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        """Return all parameters; the choices among them are looked up at the first call for a context."""
+        """Return all parameters; choices are read from the registries at the first call for a context."""
         key = f"{__name__}.{self.name}"
         if key not in ctx.meta:
             ctx.meta[key] = [made for item in self._options() for made in _make(item)]
@@ -43,7 +43,7 @@ class RecordCommand(click.Command):
         return [item for name, item in list_options(self._record).items() if self._only is None or name in self._only]
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parse, then give every option the name of its field: --no-bench becomes bench=False."""
+        """Parse, then return every option by the name of its field: --no-bench becomes bench=False."""
         rest = super().parse_args(ctx, args)
         for item in self._options():
             if item.flag.startswith(_NEGATION):
@@ -51,17 +51,17 @@ class RecordCommand(click.Command):
         return rest
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the options group by group; the command's own come last."""
-        rows: dict[str, list[tuple[str, str]]] = {}
+        """Write the options section by section; those that are no field of the record come last."""
+        lines: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx) if isinstance(parameter, click.Option) else None
             if record is not None:
-                group = parameter.group if isinstance(parameter, RecordOption) else OTHER
-                rows.setdefault(group, []).append(record)
-        for group in (*GROUPS, OTHER):
-            if group in rows:
-                with formatter.section(group):
-                    formatter.write_dl(rows[group])
+                section = parameter.section if isinstance(parameter, RecordOption) else OTHER
+                lines.setdefault(section, []).append(record)
+        for section in (*SECTIONS, OTHER):
+            if section in lines:
+                with formatter.section(section):
+                    formatter.write_dl(lines[section])
 
 
 class RecordOption(click.Option):
@@ -70,7 +70,7 @@ class RecordOption(click.Option):
     def __init__(self, item: Option, *args: Any, **kwargs: Any) -> None:
         """Make the click option of `item`."""
         super().__init__(*args, **kwargs)
-        self.group = item.group
+        self.section = item.section
         self._kind = item.kind
 
     def get_help_extra(self, ctx: click.Context) -> OptionHelpExtra:
@@ -78,7 +78,7 @@ class RecordOption(click.Option):
         return {}
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
-        """Return what may follow `incomplete`; in a list that is the name after the last comma."""
+        """Return the completions of `incomplete`, which in a list are names after the last comma."""
         if isinstance(self._kind, Text) and self._kind.is_path:
             return [CompletionItem(incomplete, type="file")]
         try:
@@ -113,7 +113,7 @@ def _make(item: Option) -> Iterator[RecordOption]:
         yield RecordOption(item, [item.flag, name], is_flag=True, default=item.default and not negated, help=text)
         return
     multiple = isinstance(kind, Patterns)
-    # None tells an option that was left out from one given its default.
+    # The default None distinguishes an option that was left out from one that was given its default.
     yield RecordOption(
         item,
         [item.flag, item.name],

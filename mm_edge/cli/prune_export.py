@@ -14,7 +14,7 @@ from mm_edge.run.request import Request, make_request
 if TYPE_CHECKING:
     from mm_edge.api import Result
 
-EPILOG = """\b
+EXAMPLES = """\b
 Examples:
   mm-edge prune-export model.pt --target arm64
   mm-edge prune-export model.pt --data images/ --max-drop 1 --precision fp32,int8
@@ -22,7 +22,7 @@ Examples:
 """
 
 
-@click.command("prune-export", cls=RecordCommand, record=Request, epilog=EPILOG)
+@click.command("prune-export", cls=RecordCommand, record=Request, epilog=EXAMPLES)
 @click.argument("model", type=click.Path(readable=False))
 @click.option("--dynamic-batch", is_flag=True, hidden=True)
 def prune_export(model: str, dynamic_batch: bool, **given: Any) -> None:

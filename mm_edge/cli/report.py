@@ -1,4 +1,4 @@
-"""`mm-edge report`: the report of a run, again."""
+"""`mm-edge report`: print the report of a run directory."""
 
 from __future__ import annotations
 

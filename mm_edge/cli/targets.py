@@ -1,4 +1,4 @@
-"""The commands `mm-edge targets ...`: device profiles. Importing this module costs click only."""
+"""The commands `mm-edge targets ...`: device profiles. Importing this module imports click only."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def show_command(name: str, as_json: bool) -> None:
     for label, values in _facts(target):
         console.print(f"  {label}: {escape(values)}")
     table = Table(title="channel multiples")
-    data_types = list(dict.fromkeys(key for row in target.multiples.values() for key in row))
+    data_types = list(dict.fromkeys(key for by_type in target.multiples.values() for key in by_type))
     for heading in ("operator", *data_types):
         table.add_column(heading)
     for op_class in OP_CLASSES:
@@ -101,7 +101,7 @@ def _facts(target: Target) -> Iterator[tuple[str, str]]:
 def check_command(name: str, host: str | None, as_json: bool) -> None:
     """Report what the machine is and whether profile NAME describes it; exit 1 if it does not."""
     from mm_edge.bench.connect import open_transport
-    from mm_edge.bench.host import describe
+    from mm_edge.bench.host import describe_machine
     from mm_edge.bench.readiness import missing
     from mm_edge.bench.session import read_info
     from mm_edge.bench.target import load_target, mismatches, resolve_host
@@ -113,7 +113,7 @@ def check_command(name: str, host: str | None, as_json: bool) -> None:
         info = read_info(transport)
         device = transport.name
     target = resolve_host(profile, info["isa"], info["flags"])
-    record = describe(info, target, device)
+    record = describe_machine(info, target, device)
     problems = [*missing(info), *mismatches(target, info)]
     if as_json:
         click.echo(json.dumps({"target": target.name, "environment": to_json(record), "problems": problems}, indent=2))

@@ -1,4 +1,4 @@
-"""The network and the images `mm-edge demo` runs on: how they were made is in benchmarks/train_demo.py.
+"""The network and the images of `mm-edge demo`, which benchmarks/train_demo.py made.
 
 MODEL is a folder in the form timm reads (config.json, model.safetensors); IMAGES is a tar of class folders, images of
 Fashion-MNIST's test set, which the network was not trained on. NOTICE.md holds their licences.

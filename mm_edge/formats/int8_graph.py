@@ -20,7 +20,7 @@ from mm_edge.errors import ModelError
 WEIGHTED_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 BIASED_OPS = ("Conv", "ConvTranspose", "Gemm")  # their third operand is a bias, and ONNX Runtime requantises them
 OLDEST_OPSET = 13  # the first with one scale per channel
-OPSET = 17
+INT8_OPSET = 17
 EXTREMES = "__extremes"  # the output that `add_extremes_` adds
 
 
@@ -36,7 +36,7 @@ def read_ready(path: Path) -> onnx.ModelProto:
         raise ModelError(f"{path} is not an ONNX model ({type(error).__name__})") from error
     opset = next((entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")), 0)
     if opset < OLDEST_OPSET:
-        proto = onnx.version_converter.convert_version(proto, OPSET)
+        proto = onnx.version_converter.convert_version(proto, INT8_OPSET)
     seen: set[str] = set()
     for index, node in enumerate(proto.graph.node):
         if not node.name or node.name in seen:

@@ -24,7 +24,7 @@ from mm_edge.formats.device_files import write_model
 from mm_edge.records import InputSpec
 
 INPUT_NAME = "image"
-OPSET = 18  # the first whose Resize can antialias
+PREPROCESS_OPSET = 18  # the first whose Resize can antialias
 MODES = {"bicubic": "cubic", "bilinear": "linear"}
 _PREFIX = "preprocess_"
 
@@ -38,8 +38,8 @@ def bake_preprocess(model: onnx.ModelProto, spec: InputSpec) -> onnx.ModelProto:
     _check(model, spec)
     baked = onnx.ModelProto()
     baked.CopyFrom(model)
-    if next(entry.version for entry in baked.opset_import if entry.domain in ("", "ai.onnx")) < OPSET:
-        baked = onnx.version_converter.convert_version(baked, OPSET)
+    if next(entry.version for entry in baked.opset_import if entry.domain in ("", "ai.onnx")) < PREPROCESS_OPSET:
+        baked = onnx.version_converter.convert_version(baked, PREPROCESS_OPSET)
     graph = baked.graph
     feed = _feed(baked)
     steps = _Steps()

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mm_edge.graph.axes import Axis, AxisTable
-from mm_edge.graph.reading import Work
+from mm_edge.graph.reading import CostTerm
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Cost:
     """A cost that depends on how many indices each leaf keeps; each of `items` names its node or tensor."""
 
     table: AxisTable
-    items: tuple[Work, ...]
+    items: tuple[CostTerm, ...]
     fixed: float = 0.0
 
     def total(self, counts: Mapping[Axis, float] | None = None) -> float:
@@ -29,7 +29,7 @@ class Cost:
         kept = dict(counts or {})
         return self.fixed + sum(self.of_item(item, kept) for item in self.items)
 
-    def of_item(self, item: Work, counts: dict[Axis, float]) -> float:
+    def of_item(self, item: CostTerm, counts: dict[Axis, float]) -> float:
         """Return what one item costs."""
         product = float(item.constant)
         for axis in item.axes:

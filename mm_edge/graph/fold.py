@@ -27,10 +27,10 @@ MIXING = frozenset(
     "BatchNormalization LpNormalization GroupNormalization RMSNormalization".split()
 )
 
-Names = frozenset[str]
+NameSet = frozenset[str]
 
 
-def fold_weight_arithmetic_(model: ir.Model, parameters: Iterable[str]) -> Names:
+def fold_weight_arithmetic_(model: ir.Model, parameters: Iterable[str]) -> NameSet:
     """Fold, in place, what is computed by mixing elements of weights.
 
     Returns the parameters whose names now hold the results. Other parameters that were folded are removed.
@@ -55,7 +55,7 @@ def fold_weight_arithmetic_(model: ir.Model, parameters: Iterable[str]) -> Names
     return frozenset(folded)
 
 
-def _weights_only(model: ir.Model, parameters: Names) -> dict[ir.Value, Names]:
+def _weights_only(model: ir.Model, parameters: NameSet) -> dict[ir.Value, NameSet]:
     """Return, for every constant value, the parameters it is computed from."""
     sources = {
         value: frozenset([name]) & parameters
@@ -70,10 +70,10 @@ def _weights_only(model: ir.Model, parameters: Names) -> dict[ir.Value, Names]:
     return sources
 
 
-def _roots(model: ir.Model, parameters: Names) -> list[tuple[ir.Value, Names]]:
+def _roots(model: ir.Model, parameters: NameSet) -> list[tuple[ir.Value, NameSet]]:
     """Return the values to fold, each with its parameters: mixed values that some other computation reads."""
     sources = _weights_only(model, parameters)
-    mixed: dict[ir.Value, Names] = {}
+    mixed: dict[ir.Value, NameSet] = {}
     for node in model.graph:
         if node.outputs[0] not in sources or not sources[node.outputs[0]]:
             continue
@@ -92,7 +92,7 @@ def _roots(model: ir.Model, parameters: Names) -> list[tuple[ir.Value, Names]]:
     ]
 
 
-def _split_normalisations_(model: ir.Model, parameters: Names) -> None:
+def _split_normalisations_(model: ir.Model, parameters: NameSet) -> None:
     """Replace a BatchNormalization of a weight by one with gain 1 and shift 0, then a product and a sum.
 
     Only where gain or shift have parameters of their own, which then are not folded with the weight.
@@ -134,7 +134,7 @@ def initializer_shape(value: ir.Value) -> tuple[int, ...]:
     return tuple(value.const_value.shape.numpy())
 
 
-def _take_name_(model: ir.Model, constant: str, array: np.ndarray, parameter: str, shape: tuple[int, ...]) -> Names:
+def _take_name_(model: ir.Model, constant: str, array: np.ndarray, parameter: str, shape: tuple[int, ...]) -> NameSet:
     """Store a folded constant under its parameter's name and shape, where it has as many elements."""
     initializers = model.graph.initializers
     still_read = parameter in initializers and list(initializers[parameter].uses())

@@ -21,7 +21,7 @@ from mm_edge.errors import UsageError
 from mm_edge.graph.axes import Axis, AxisTable, Keep
 from mm_edge.graph.costs import Cost
 from mm_edge.graph.export import RawGraph
-from mm_edge.graph.reading import AttributeEdit, Axes, Edit, MeanEdit, OperandEdit, Reading, Work, is_static
+from mm_edge.graph.reading import AttributeEdit, Axes, CostTerm, Edit, MeanEdit, OperandEdit, Reading, is_static
 from mm_edge.graph.rules import apply_rule
 from mm_edge.graph.rules.operands import operand_names
 from mm_edge.graph.rules.zeros import (
@@ -109,7 +109,7 @@ class Structure:
     groups: tuple[Group, ...]
     pinned: tuple[PinnedGroup, ...]
     edits: tuple[Edit, ...]
-    work: tuple[Work, ...]
+    work: tuple[CostTerm, ...]
     parameters: frozenset[str]
     sums: tuple[Sum, ...] = ()
 

@@ -24,8 +24,6 @@ import onnx_ir.passes.common as ir_passes
 from mm_edge.arrays import Array, Arrays, Float32Array, IntArray
 from mm_edge.runtime import in_order, open_session
 
-Values = Arrays
-
 # Operators whose result is constant even where their operand is computed, because the shapes of a raw graph are static.
 SHAPE_READERS = frozenset({"Shape", "Size"})
 
@@ -71,7 +69,7 @@ def open_part(
     return Part(open_session(content, threads), tuple(given), tuple(wanted))
 
 
-def run_constants(model: ir.Model, names: Sequence[str]) -> Values:
+def run_constants(model: ir.Model, names: Sequence[str]) -> Arrays:
     """Return the arrays of the constant values called `names`, computed once, by name."""
     return open_part(model, (), names, threads=0).run({})
 
@@ -93,7 +91,7 @@ class RunnableGraph:
         ir_passes.ShapeInferencePass()(model)
         proto = ir.to_proto(model)
         self.nodes: list[onnx.NodeProto] = list(proto.graph.node)
-        self.arrays: Values = {
+        self.arrays: Arrays = {
             name: value.const_value.numpy()
             for name, value in model.graph.initializers.items()
             if value.const_value is not None
@@ -177,7 +175,7 @@ class Part:
     given: tuple[str, ...]
     wanted: tuple[str, ...]
 
-    def run(self, values: Mapping[str, Array]) -> Values:
+    def run(self, values: Mapping[str, Array]) -> Arrays:
         """Return the wanted values of one image; values that are both given and wanted are returned as given."""
         computed = [name for name in self.wanted if name not in self.given]
         found = self.session.run(computed, {name: values[name] for name in self.given}) if computed else []
@@ -198,13 +196,13 @@ class Frontier:
         self.position = 0
         self.numbers = tuple(numbers)
         self._rows = {number: row for row, number in enumerate(self.numbers)}
-        self._values: Values = {name: images[list(self.numbers)].reshape(len(self.numbers), *network.shapes[name])}
+        self._values: Arrays = {name: images[list(self.numbers)].reshape(len(self.numbers), *network.shapes[name])}
 
     def advance_(self, network: RunnableGraph, position: int, threads: int = 1) -> None:
         """Run every image on to `position`."""
         wanted = network.live(position)
         if not set(wanted) <= set(self._values):
-            after: Values = {}
+            after: Arrays = {}
             for number, values in self.run(network, wanted, self.numbers, threads):
                 for name, value in values.items():
                     if name not in after:
@@ -216,11 +214,11 @@ class Frontier:
 
     def run(
         self, network: RunnableGraph, wanted: Sequence[str], images: Sequence[int], threads: int = 1
-    ) -> Iterator[tuple[int, Values]]:
+    ) -> Iterator[tuple[int, Arrays]]:
         """Yield, for one image number after the other, the `wanted` values; `threads` images are run at a time."""
         part = network.open(tuple(self._values), tuple(dict.fromkeys(wanted)))
 
-        def run_one(number: int) -> Values:
+        def run_one(number: int) -> Arrays:
             return part.run({name: array[self._rows[number]] for name, array in self._values.items()})
 
         yield from zip(images, in_order(run_one, images, threads), strict=True)

@@ -60,7 +60,7 @@ Edit = OperandEdit | AttributeEdit | MeanEdit | NormEdit
 
 
 @dataclass(frozen=True)
-class Work:
+class CostTerm:
     """The cost of one node, for instance multiply-adds: `constant` times the product of the kept sizes of `axes`."""
 
     node: str
@@ -92,7 +92,7 @@ class Reading:
     table: AxisTable = field(default_factory=AxisTable)
     axes: dict[str, Axes] = field(default_factory=dict)
     edits: list[Edit] = field(default_factory=list)
-    work: list[Work] = field(default_factory=list)
+    work: list[CostTerm] = field(default_factory=list)
     contractions: list[Contraction] = field(default_factory=list)
 
     def axes_of(self, value: ir.Value | None) -> Axes:

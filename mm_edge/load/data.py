@@ -274,12 +274,12 @@ class ImageSet:
         return ImageSet(self._pool, self._indices[:count])
 
     @property
-    def places(self) -> int:
+    def position_count(self) -> int:
         """Number of images, the unreadable ones included: positions do not change when an image is left out."""
         return len(self._members)
 
     def at(self, position: int) -> tuple[Image.Image, int] | None:
-        """Return the decoded image at `position` (0 to `places` - 1) and its label; None if it cannot be read."""
+        """Return the decoded image at `position` (below `position_count`) and its label; None if it cannot be read."""
         index = int(self._members[position])
         image = self._pool.decode(index)
         return None if image is None else (image, int(self._pool.source.labels[index]))

@@ -18,7 +18,15 @@ from torch import nn
 from mm_edge.errors import ModelError
 from mm_edge.load.exported import read_exported
 from mm_edge.load.matching import precision_warnings
-from mm_edge.load.network import BuiltNetwork, LoadOptions, Shape, TimmBuild, output_shape, parse_shape, timm_config
+from mm_edge.load.network import (
+    BuiltNetwork,
+    ImageShape,
+    LoadOptions,
+    TimmBuild,
+    output_shape,
+    parse_shape,
+    timm_config,
+)
 from mm_edge.load.onnx_file import OnnxFile, read_onnx
 from mm_edge.load.preprocessing import read_preprocessing
 from mm_edge.load.timm_models import base_name, build_from_registry, build_from_tensors, known_timm_name
@@ -155,7 +163,7 @@ def _load_onnx(path: Path, options: LoadOptions) -> LoadedModel:
     return LoadedModel(None, path, spec, info, "onnx", (), warnings)
 
 
-def _onnx_shape(file: OnnxFile, options: LoadOptions) -> Shape:
+def _onnx_shape(file: OnnxFile, options: LoadOptions) -> ImageShape:
     asked: Sequence[int | None] = options.input_size or (None, None, None)
     shape = tuple(own if own is not None else wanted for own, wanted in zip(file.input_shape, asked, strict=True))
     if None in shape:
@@ -195,7 +203,7 @@ def _finish(network: BuiltNetwork, options: LoadOptions, family: str | None = No
     return LoadedModel(module, None, spec, info, kind, network.labels, warnings + spec_warnings, network.build)
 
 
-def _resolve_shape(network: BuiltNetwork, options: LoadOptions) -> Shape:
+def _resolve_shape(network: BuiltNetwork, options: LoadOptions) -> ImageShape:
     own_config = timm_config(network.module)
     side = network.config.get("img_size") or network.side
     shape = options.input_size or parse_shape(network.config.get("input_size"))

@@ -15,7 +15,7 @@ from mm_edge.load.weights import quiet_timm
 
 INIT_SEED = 0
 
-Shape = tuple[int, int, int]
+ImageShape = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class LoadOptions:
     """
 
     arch: str | None = None
-    input_size: Shape | None = None
+    input_size: ImageShape | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     trust_pickle: bool = False
@@ -75,7 +75,7 @@ def timm_config(module: nn.Module) -> dict[str, Any]:
     return dict(config) if isinstance(config, Mapping) else {}
 
 
-def parse_shape(value: Any) -> Shape | None:
+def parse_shape(value: Any) -> ImageShape | None:
     """Return `value` as (channels, height, width), or None where it is not three positive integers."""
     if not isinstance(value, (list, tuple)) or len(value) != 3 or not all(isinstance(v, int) and v > 0 for v in value):
         return None

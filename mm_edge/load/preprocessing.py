@@ -9,12 +9,12 @@ from typing import Any
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from mm_edge.errors import ModelError
-from mm_edge.load.network import LoadOptions, Shape
+from mm_edge.load.network import ImageShape, LoadOptions
 from mm_edge.records import InputSpec
 
 
 def read_preprocessing(
-    shape: Shape, options: LoadOptions, config: Mapping[str, Any], own_config: Mapping[str, Any]
+    shape: ImageShape, options: LoadOptions, config: Mapping[str, Any], own_config: Mapping[str, Any]
 ) -> tuple[InputSpec, tuple[str, ...]]:
     """Return the input specification of a network for inputs of `shape`, and warnings for the user.
 

@@ -35,16 +35,16 @@ class BudgetCheck:
     All shares are of the cost of the dense network at its own size.
 
     Attributes:
-        target: the largest share that meets the budget.
+        largest_share: the largest share that meets the budget.
         cost: the modelled cost, which widths are chosen by.
         dense: the cost of the dense network at its own size.
         whole: the checked share of the unpruned network at this size.
         check: returns the actual share of what is kept, counted or measured.
-        aim: the part of `target` that is aimed at.
-        window: the parts of `target` between which widths are not corrected.
+        aim: the part of `largest_share` that is aimed at.
+        window: the parts of `largest_share` between which widths are not corrected.
     """
 
-    target: float
+    largest_share: float
     cost: Cost
     dense: float
     whole: float
@@ -75,7 +75,7 @@ class Met:
 
     def fits(self, limit: BudgetCheck) -> bool:
         """Return whether it meets the limit."""
-        return self.share <= limit.target * (1 + _TOLERANCE)
+        return self.share <= limit.largest_share * (1 + _TOLERANCE)
 
 
 def meet(draw: Callable[[float], Draft], limit: BudgetCheck) -> Met:
@@ -83,7 +83,7 @@ def meet(draw: Callable[[float], Draft], limit: BudgetCheck) -> Met:
 
     Of several drafts that meet the budget the one of largest share is taken; where none does, the one of smallest.
     """
-    goal = limit.aim * limit.target
+    goal = limit.aim * limit.largest_share
     start = (limit.model(), limit.whole)
     aim = goal * start[0] / start[1]
     tried: list[Met] = []
@@ -93,7 +93,7 @@ def meet(draw: Callable[[float], Draft], limit: BudgetCheck) -> Met:
             break
         tried.append(Met(draft, limit.check(draft.keep), len(tried)))
         share, modelled = tried[-1].share, limit.model(draft.keep)
-        low, high = (part * limit.target for part in limit.window)
+        low, high = (part * limit.largest_share for part in limit.window)
         if low <= share <= high * (1 + _TOLERANCE) or share >= start[1] or modelled >= start[0]:
             break
         aim = start[0] - (start[1] - goal) * (start[0] - modelled) / (start[1] - share)

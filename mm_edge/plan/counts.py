@@ -11,7 +11,7 @@ from mm_edge.graph.costs import Cost
 from mm_edge.graph.depth import live_nodes
 from mm_edge.graph.export import RawGraph
 from mm_edge.graph.groups import Structure
-from mm_edge.graph.reading import Work
+from mm_edge.graph.reading import CostTerm
 
 
 def count_parameters(raw: RawGraph) -> int:
@@ -23,7 +23,7 @@ def count_parameters(raw: RawGraph) -> int:
 def parameter_cost(raw: RawGraph, structure: Structure) -> Cost:
     """Return the parameters as a cost of widths."""
     known = sorted(raw.parameters & structure.tensor_axes.keys())
-    items = tuple(Work(name, structure.tensor_axes[name]) for name in known)
+    items = tuple(CostTerm(name, structure.tensor_axes[name]) for name in known)
     cost = Cost(structure.table, items)
     return replace(cost, fixed=count_parameters(raw) - cost.total())
 

@@ -33,7 +33,7 @@ PARTS = (0.5, 0.25)
 # The least noise that is assumed of a short measurement, as a share of the dense network's time.
 LEAST_NOISE = 0.003
 FITS = 4
-SWEEPS = 1000
+FIT_SWEEPS = 1000
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def _non_negative(rows: Float64Array, goal: Float64Array, start: Float64Array, s
     gram = rows.T @ rows + np.diag(spread**-2)
     right = rows.T @ goal + start * spread**-2
     found = start.copy()
-    for _ in range(SWEEPS):
+    for _ in range(FIT_SWEEPS):
         before = found.copy()
         for index in range(len(found)):
             step = (right[index] - gram[index] @ found) / gram[index, index]

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 
 from mm_edge.records import Assignment, Layer, SparsityRange
 
-CONVOLUTIONS = frozenset({"conv", "depthwise", "downsample", "se", "stem"})
-ATTENTION = frozenset({"qkv", "attention_projection"})
+CONVOLUTION_ROLES = frozenset({"conv", "depthwise", "downsample", "se", "stem"})
+ATTENTION_ROLES = frozenset({"qkv", "attention_projection"})
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def _at(bounds: SparsityRange, share: float) -> float:
 
 def _spots(layers: Sequence[Layer]) -> dict[str, Spot]:
     total = sum(layer.numel for layer in layers)
-    extractors = ATTENTION if any(layer.role in ATTENTION for layer in layers) else CONVOLUTIONS
+    extractors = ATTENTION_ROLES if any(layer.role in ATTENTION_ROLES for layer in layers) else CONVOLUTION_ROLES
     return {
         layer.fqn: Spot(
             role=layer.role,

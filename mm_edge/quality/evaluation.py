@@ -16,7 +16,7 @@ import numpy as np
 from mm_edge.arrays import Float32Array, IntArray
 from mm_edge.errors import JobError, first_line
 from mm_edge.quality.divergences import divergence_per_row, log_softmax
-from mm_edge.runtime import describe, in_order, open_session
+from mm_edge.runtime import in_order, model_name, open_session
 
 __all__ = [
     "Evaluation",
@@ -24,7 +24,7 @@ __all__ = [
     "Reference",
     "compare_logits",
     "divergence_per_row",
-    "judge",
+    "judge_logits",
     "log_softmax",
     "open_session",
     "run_onnx",
@@ -65,7 +65,7 @@ class Judgement(TypedDict):
     kl_to_dense: float | None
 
 
-def judge(logits: Float32Array, reference: Reference) -> Judgement:
+def judge_logits(logits: Float32Array, reference: Reference) -> Judgement:
     """Compare a candidate's answers (n, classes) on the validation images with the labels and the dense network's."""
     found = compare_logits(logits, reference.labels, reference.logits)
     return {
@@ -107,7 +107,7 @@ def run_onnx(
         try:
             scores = session.run([output], {feed.name: images.astype(dtype, copy=False)})[0]
         except Exception as error:  # ONNX Runtime's own exception types have no common base
-            raise JobError(f"ONNX Runtime failed on {describe(model)}: {first_line(error)}") from error
+            raise JobError(f"ONNX Runtime failed on {model_name(model)}: {first_line(error)}") from error
         return np.asarray(scores, dtype=np.float32)[:used]
 
     found: list[Float32Array] = []

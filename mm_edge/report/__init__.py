@@ -1,4 +1,4 @@
-"""report.json, and the same for people: Markdown and a terminal table. Nothing here measures."""
+"""Writes report.json and report.md, reads report.json, and prints a report on the terminal."""
 
 from mm_edge.report.files import read_report, write_report
 from mm_edge.report.terminal import print_report

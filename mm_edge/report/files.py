@@ -17,8 +17,8 @@ def write_report(report: Report, folder: Path) -> None:
     """Write report.json and report.md in `folder`.
 
     Raises:
-        ValueError: the report does not survive the way through JSON (a defect: NaN, or a value of the wrong type).
-        JobError: the disk is full, or the place cannot be written.
+        ValueError: the report is not the same after it is read back (a defect: NaN, or a value of the wrong type).
+        JobError: the disk is full, or the path cannot be written.
     """
     plain = to_json(report)
     where = _find_non_finite(plain, "Report")

@@ -1,4 +1,4 @@
-"""The report as Markdown: everything in report.json that a reader would ask for."""
+"""The report as one Markdown document."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _HEADER = (
 
 
 def write_markdown(report: Report) -> str:
-    """Return the whole report as one Markdown document."""
+    """Return the report as Markdown."""
     controls = any(report.is_control(c) for c in report.candidates)
     sections = [
         f"# {_escape(report.model.name)} on {_escape(str(report.target.get('name', 'unknown target')))}",
@@ -135,11 +135,10 @@ def _write_warnings(report: Report) -> str:
 
 
 def _write_training(report: Report) -> str:
-    """Write for every fine-tuned candidate how many epochs it had, why it ended and which weights it keeps."""
-    rows = [row for row in report.candidates if row.epochs is not None]
+    """Write for every fine-tuned candidate its epochs, why training ended and which weights were kept."""
+    trained = [c for c in report.candidates if c.epochs is not None]
     lines = [
-        f"- {_escape(row.id)}: {row.epochs} epochs; {_escape(row.stopped or '')} (kept: {row.recovered_by})"
-        for row in rows
+        f"- {_escape(c.id)}: {c.epochs} epochs; {_escape(c.stopped or '')} (kept: {c.recovered_by})" for c in trained
     ]
     return "\n".join(["## Fine-tuning", "", *lines]) if lines else ""
 
@@ -176,7 +175,7 @@ def _join(cells: Sequence[str]) -> str:
 
 
 def _escape(text: str) -> str:
-    """Keep text from a file or a device on one line and free of Markdown and HTML of its own."""
+    """Put text from a file or a device on one line, and escape Markdown and HTML in it."""
     text = " ".join(text.split())
     for mark in "\\`*_[]<>|":
         text = text.replace(mark, f"\\{mark}")

@@ -1,7 +1,7 @@
-"""A report in short: its headline, the candidates that a short table shows, and the groups that keep their width.
+"""The summary of a report: its headline, the candidates of a short table, and the groups that keep their width.
 
 Pruned candidates are compared with the controls, the dense network on images of other sizes. With t = 1 / speed-up, and
-a(t) the accuracy that dense and controls reach in that time (linear between them, the best of what is faster beyond),
+a(t) the accuracy of dense and controls in that time (linear between them, and beyond the slowest the best of them),
 
     margin(c) = accuracy(c) - a(t(c))
 
@@ -25,7 +25,7 @@ def find_chosen(report: Report) -> Candidate | None:
 
 
 def write_headline(report: Report) -> str:
-    """Return the outcome in one or two sentences; bad news comes first."""
+    """Return the outcome in a few sentences; that no pruned candidate beats the controls comes first."""
     chosen = find_chosen(report)
     if chosen is None:
         return "No candidate was chosen; the dense model stands."
@@ -34,13 +34,13 @@ def write_headline(report: Report) -> str:
 
 
 def control_sentence(report: Report) -> str | None:
-    """Return the sentence for a report in which nothing pruned beats the controls; None where something does.
+    """Return the sentence that no pruned candidate beats the controls; None where one does.
 
     Also None where there is nothing to compare: no control, no accuracy or no measured speed.
     """
     curve = _control_curve(report)
-    rows = [c for c in report.candidates if c.is_pruned and c.precision == "fp32"]
-    measured = [c for c in rows if c.speedup is not None and c.accuracy_top1 is not None]
+    pruned = [c for c in report.candidates if c.is_pruned and c.precision == "fp32"]
+    measured = [c for c in pruned if c.speedup is not None and c.accuracy_top1 is not None]
     if curve is None or not measured:
         return None
     margins = [(margin, c) for c in measured if (margin := _margin(curve, c)) is not None]
@@ -56,7 +56,7 @@ def control_sentence(report: Report) -> str | None:
 
 
 def _control_curve(report: Report) -> list[tuple[float, float]] | None:
-    """Return (1 / speed-up, accuracy) of dense and controls, fastest first, leaving out the slower and no better."""
+    """Return (1 / speed-up, accuracy) of dense and controls, fastest first; the slower and no better are left out."""
     controls = [c for c in report.candidates if report.is_control(c) and c.precision == "fp32"]
     points = [(1 / c.speedup, c.accuracy_top1) for c in controls if c.speedup and c.accuracy_top1 is not None]
     if not points or report.dense.accuracy_top1 is None:
@@ -80,41 +80,41 @@ def _margin(curve: list[tuple[float, float]], c: Candidate) -> float | None:
     return c.accuracy_top1 - curve[-1][1]
 
 
-def pick_rows(report: Report) -> tuple[Candidate, ...]:
+def pick_candidates(report: Report) -> tuple[Candidate, ...]:
     """Return all candidates where they are few; else controls, those on the front and the chosen one, in their order.
 
-    Where none is on the front (accuracy was not measured), those of fewest MACs take their place. Of strategies that
-    coincide only the first is listed.
+    Where none is on the front (accuracy was not measured), those of fewest MACs are returned instead. Of
+    strategies that coincide only the first is listed.
     """
     first: dict[str, Candidate] = {}
     for c in report.candidates:
         first.setdefault(c.artifact or c.id, c)
-    rows = tuple(first.values())
-    if len(rows) <= SHORT_TABLE_ROWS:
-        return rows
+    listed = tuple(first.values())
+    if len(listed) <= SHORT_TABLE_ROWS:
+        return listed
     chosen = find_chosen(report)
-    wanted = {c.id for c in rows if c.pareto}
+    wanted = {c.id for c in listed if c.pareto}
     if not wanted:
-        wanted = {c.id for c in sorted(rows, key=lambda c: c.macs)[:SHORT_TABLE_ROWS]}
+        wanted = {c.id for c in sorted(listed, key=lambda c: c.macs)[:SHORT_TABLE_ROWS]}
     if chosen is not None:
         wanted.add(chosen.id)
-    wanted |= {c.id for c in rows if report.is_control(c)}
-    return tuple(c for c in rows if c.id in wanted)
+    wanted |= {c.id for c in listed if report.is_control(c)}
+    return tuple(c for c in listed if c.id in wanted)
 
 
-def name_rows(report: Report, rows: tuple[Candidate, ...]) -> dict[str, str]:
+def name_candidates(report: Report, candidates: tuple[Candidate, ...]) -> dict[str, str]:
     """Return a name per candidate id: the id, without its kind and precision where all candidates share them.
 
     Controls are marked.
     """
-    shared = len({(c.kind, c.precision) for c in rows if not report.is_control(c)}) == 1
+    shared = len({(c.kind, c.precision) for c in candidates if not report.is_control(c)}) == 1
     names = {}
-    for c in rows:
+    for c in candidates:
         middle = f"/{c.kind}/{c.precision}"
         names[c.id] = c.id.replace(middle, "", 1) if shared else c.id
     if len(set(names.values())) < len(names):
-        names = {c.id: c.id for c in rows}
-    return {c.id: f"{names[c.id]} (control)" if report.is_control(c) else names[c.id] for c in rows}
+        names = {c.id: c.id for c in candidates}
+    return {c.id: f"{names[c.id]} (control)" if report.is_control(c) else names[c.id] for c in candidates}
 
 
 def count_skipped(report: Report) -> list[tuple[str, int, int]]:

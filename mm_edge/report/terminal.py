@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mm_edge.records import Candidate, Report
-from mm_edge.report.summary import count_skipped, find_chosen, name_rows, pick_rows, write_headline
+from mm_edge.report.summary import count_skipped, find_chosen, name_candidates, pick_candidates, write_headline
 from mm_edge.report.values import (
     NOT_MEASURED,
     show_bytes,
@@ -24,18 +24,18 @@ _ONLY_WHERE_WIDE = ("file", "memory")
 
 
 def print_report(report: Report, console: Console) -> None:
-    """Print `report`: dense first, then every candidate; where they are many, those that pick_rows picks."""
-    rows = pick_rows(report)
+    """Print `report`: dense first, then every candidate; where they are many, those of pick_candidates."""
+    candidates = pick_candidates(report)
     console.print(Text(_one_line(write_headline(report)), style="bold"))
     console.print()
-    figures = (_list_dense_figures(report), *(_list_figures(c) for c in rows))
+    figures = (_list_dense_figures(report), *(_list_figures(c) for c in candidates))
     unmeasured = [title for title in figures[0] if all(cells[title] in ("", NOT_MEASURED) for cells in figures)]
     wide = console.width >= _WIDE_COLUMNS
     titles = [title for title in figures[0] if title not in unmeasured and (wide or title not in _ONLY_WHERE_WIDE)]
     table = Table(box=None, pad_edge=False, padding=(0, 2 if wide else 1, 0, 0), header_style="bold")
-    _fill_table_(table, report, rows, figures, titles)
+    _fill_table_(table, report, candidates, figures, titles)
     console.print(table)
-    console.print(Text(_write_legend(report, rows, unmeasured), style="dim"))
+    console.print(Text(_write_legend(report, candidates, unmeasured), style="dim"))
     if report.chosen is not None:
         _print_line(console, "chosen", f"{report.chosen.id}: {report.chosen.reason}")
     for outcome in report.budgets:
@@ -47,15 +47,19 @@ def print_report(report: Report, console: Console) -> None:
 
 
 def _fill_table_(
-    table: Table, report: Report, rows: tuple[Candidate, ...], figures: tuple[dict[str, str], ...], titles: list[str]
+    table: Table,
+    report: Report,
+    candidates: tuple[Candidate, ...],
+    figures: tuple[dict[str, str], ...],
+    titles: list[str],
 ) -> None:
     table.add_column("", no_wrap=True)
     table.add_column("candidate", no_wrap=True)
     for title in titles:
         table.add_column(title, justify="right", overflow="fold", min_width=_FIGURE_COLUMNS)
-    names, chosen = name_rows(report, rows), find_chosen(report)
+    names, chosen = name_candidates(report, candidates), find_chosen(report)
     table.add_row("", "dense", *(figures[0][title] for title in titles))
-    for c, cells in zip(rows, figures[1:], strict=True):
+    for c, cells in zip(candidates, figures[1:], strict=True):
         is_chosen = chosen is not None and c.id == chosen.id
         mark = (">" if is_chosen else " ") + ("*" if c.pareto else " ")
         shown = [mark, _one_line(names[c.id]), *(cells[title] for title in titles)]
@@ -87,12 +91,12 @@ def _list_figures(c: Candidate) -> dict[str, str]:
     }
 
 
-def _write_legend(report: Report, rows: tuple[Candidate, ...], unmeasured: list[str]) -> str:
+def _write_legend(report: Report, candidates: tuple[Candidate, ...], unmeasured: list[str]) -> str:
     lines = ["* Pareto front   > chosen   points: top-1 against dense, validation images"]
     if unmeasured:
         lines.append(f"{NOT_MEASURED}: {', '.join(unmeasured)}")
-    if len(rows) < len(report.candidates):
-        lines.append(f"{len(report.candidates) - len(rows)} more candidates in report.md and report.json")
+    if len(candidates) < len(report.candidates):
+        lines.append(f"{len(report.candidates) - len(candidates)} more candidates in report.md and report.json")
     return "\n".join(lines)
 
 
@@ -101,5 +105,5 @@ def _print_line(console: Console, label: str, text: str) -> None:
 
 
 def _one_line(text: str) -> str:
-    """Replace control characters: names come from files, and could otherwise send commands to the terminal."""
+    """Replace control characters, because names come from files and could send commands to the terminal."""
     return "".join(char if char.isprintable() else " " for char in text)

@@ -1,4 +1,4 @@
-"""How figures are written: percent for fractions, units in words, `not measured` for what is None."""
+"""Writes figures as text: fractions in percent, numbers with units, None as `not measured`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def show_drop(points: float | None) -> str:
 
 
 def show_ms(milliseconds: float | None) -> str:
-    """Return milliseconds with three digits that count, e.g. "0.821 ms" or "14.3 ms"."""
+    """Return milliseconds with three significant digits, e.g. "0.821 ms" or "14.3 ms"."""
     return _or_not_measured(milliseconds, lambda ms: f"{ms:.3g} ms" if ms < 1000 else f"{ms:.0f} ms")
 
 
@@ -57,7 +57,7 @@ def show_bytes(size: int | None) -> str:
 
 
 def show_latency(latency: Latency) -> str:
-    """Return p50, p90 and p99 with how they were taken, or `not measured`."""
+    """Return p50, p90 and p99, samples, threads and source, or `not measured`."""
     if latency.p50 is None:
         return NOT_MEASURED
     threads = "" if latency.threads is None else f", {latency.threads} thread{'s' if latency.threads != 1 else ''}"

@@ -1,4 +1,4 @@
-"""What is refused before any work is done, because of the data, the target or the device."""
+"""Checks before any work is done: what the data, the target or the device do not allow is refused."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mm_edge.run.request import Request
 
 @dataclass(frozen=True)
 class Circumstances:
-    """What a request is to be carried out with: the images, the target, and whether anything is measured."""
+    """What a request is checked against: the images, the target, and whether anything is measured."""
 
     request: Request
     data: DataSplits | None
@@ -28,12 +28,12 @@ class Circumstances:
     measured: bool
 
     @property
-    def calibrates(self) -> bool:
+    def has_calibration_images(self) -> bool:
         """Whether there are calibration images."""
         return self.data is not None and len(self.data.calibration) > 0
 
     @property
-    def validates(self) -> bool:
+    def has_validation_images(self) -> bool:
         """Whether there are validation images."""
         return self.data is not None and len(self.data.validation) > 0
 
@@ -50,7 +50,7 @@ def check_request(request: Request, data: DataSplits | None, target: Target, mea
 
 
 def require_trainable(model: LoadedModel, recover: str) -> None:
-    """Refuse to train a network that only runs.
+    """Refuse to train a network without a PyTorch module.
 
     Raises:
         UsageError: the recovery takes gradient steps, and the network exists only as .onnx or as a traced program.
@@ -69,7 +69,7 @@ def _precisions(given: Circumstances) -> None:
     # In the registry's order, so that the same request is always refused for the same reason.
     for name, precision in PRECISIONS.items():
         if name in given.request.precision and precision.check is not None:
-            precision.check(given.target, given.calibrates)
+            precision.check(given.target, given.has_calibration_images)
 
 
 def _kinds(given: Circumstances) -> None:
@@ -82,13 +82,13 @@ def _accuracy_on_device(given: Circumstances) -> None:
         return
     if not given.measured:
         raise UsageError("--accuracy-on device needs a device, and nothing is measured here; give --host USER@HOST")
-    if not given.validates:
+    if not given.has_validation_images:
         raise UsageError("--accuracy-on device needs validation images, and there are none; give --data PATH")
 
 
 def _training_images(given: Circumstances) -> None:
     least = RECOVERIES[given.request.recover].least_images
-    if least and (given.data is None or given.data.calibration.places < least):
+    if least and (given.data is None or given.data.calibration.position_count < least):
         raise UsageError(
             f"--recover {given.request.recover} trains on calibration images, and there are none; "
             "give --split a first part"
@@ -96,7 +96,7 @@ def _training_images(given: Circumstances) -> None:
 
 
 def _largest_drop(given: Circumstances) -> None:
-    if given.request.max_drop is not None and not given.validates:
+    if given.request.max_drop is not None and not given.has_validation_images:
         raise UsageError("--max-drop needs accuracy, and there are no validation images; give --data PATH")
 
 

@@ -1,4 +1,4 @@
-"""The recoveries that need no training, as they are applied to one candidate: the closed form (E9) and BatchNorm."""
+"""Applies the recoveries without training to one candidate: the closed form (E9) and BatchNorm statistics."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _solve_channels(
     network: Network, recovery: RecoveryContext, plan: ChannelPlan, settings: MakeSettings, walked: bool
 ) -> Solved:
     found = recover_keep(recovery, plan.keep, settings.select, network.sensitivities, walked=walked)
-    # Images that judge a later recovery must not have been solved for.
+    # The images that judge a later recovery must not be used to solve weights.
     tensors = found.fitted if settings.held_out else found.tensors
     name = "closed-form" if walked else "closed-form (screened)"
     return Solved(replace(plan, keep={**plan.keep, **found.keep}), dict(tensors), name)
@@ -48,7 +48,7 @@ def _solve_channels(
 def recover_keep(
     recovery: RecoveryContext, keep: Keep, select: str, sensitivities: Mapping[Axis, Sensitivity], *, walked: bool
 ) -> Recovered:
-    """Recover what `keep` leaves by the closed form; groups that keep nothing have nothing to select."""
+    """Recover what `keep` leaves by the closed form; groups that keep nothing are left out."""
     counts = {leaf: int(kept.sum()) for leaf, kept in keep.items() if kept.any()}
     measured = {leaf: item for leaf, item in sensitivities.items() if leaf in counts}
     return recover_closed_form(recovery, keep, counts, select=select, sensitivities=measured, walked=walked)
@@ -60,7 +60,7 @@ def reestimate_masked_weights_(module: nn.Module, network: Network, plan: Plan) 
 
 
 def reestimate_(module: nn.Module, network: Network, plan: Plan) -> str | None:
-    """Re-estimate the BatchNorm statistics of `module` in place; return "bn", or None where there is nothing to do."""
+    """Re-estimate the BatchNorm statistics of `module` in place; return "bn", or None without BatchNorm or images."""
     if network.images.recovery is None or not has_batch_norm(module):
         return None
     reestimate_batch_norm_(module, (torch.from_numpy(batch) for batch in network.images.recovery()))

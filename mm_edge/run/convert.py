@@ -1,7 +1,7 @@
 """Candidates in other precisions: int8 and fp16 versions of finished fp32 candidates.
 
-Channels are removed first, numbers are made smaller after: the int8 version is made from the pruned fp32 artifact,
-calibrated on calibration images, judged on the rest of them, and judged on validation images like every candidate.
+Precision is reduced after pruning: the int8 version is made from the pruned fp32 artifact. Some calibration images give
+its ranges, and the others decide which layers stay in fp32. Like every candidate it is judged on validation images.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import numpy as np
 
 from mm_edge.formats.conversion import CalibrationImages, QuantReport
 from mm_edge.formats.precisions import PRECISIONS
-from mm_edge.records import Candidate, DenseRow, candidate_id, file_name
-from mm_edge.run.job import BATCH, Job
-from mm_edge.run.kept import kept
+from mm_edge.records import Candidate, DenseFigures, candidate_id, file_name
+from mm_edge.run.job import IMAGES_PER_BATCH, Job
 from mm_edge.run.make import MakeSettings, dense_candidate, judge_artifact
 from mm_edge.run.networks import Network, Networks
+from mm_edge.run.reuse import load_or_make
 from mm_edge.select import mark_pareto
 from mm_edge.store import hash_file
 
@@ -26,15 +26,15 @@ HELD_BACK_IMAGES = 64
 
 
 def convert_front(
-    job: Job, networks: Networks, settings: MakeSettings, candidates: Sequence[Candidate], dense: DenseRow
+    job: Job, networks: Networks, settings: MakeSettings, candidates: Sequence[Candidate], dense: DenseFigures
 ) -> list[Candidate]:
-    """Make the versions of the dense model and of the front of accuracy against MACs in every other precision."""
+    """Make the versions of the dense network and of the front of accuracy against MACs in every other precision."""
     precisions = [name for name in job.request.precision if name != "fp32"]
     if not precisions:
         return []
     unjudged = networks.dense.images.validation is None
     front = [item for item in mark_pareto(candidates, dense) if item.pareto or unjudged]
-    sources = [dense_candidate(networks.dense, settings, job.folder / "dense.onnx", "dense/fp32"), *front]
+    sources = [dense_candidate(networks.dense, settings, job.dense_file, "dense/fp32"), *front]
     made: list[Candidate] = []
     with job.stages.stage("smaller numbers") as advance:
         images = {network.side: _calibration_images(network) for network in networks}
@@ -56,15 +56,14 @@ def _convert(
     precision: str,
     images: CalibrationImages | None,
 ) -> Candidate:
-    """Make, save and judge the `precision` version of an fp32 candidate, or return what an earlier run made.
+    """Make, save and judge the `precision` version of an fp32 candidate, or return the one that an earlier run stored.
 
-    Parity is left out: smaller numbers are not exact. Agreement with the dense model says what they changed.
+    Parity is left out, because a lower precision is not exact. Agreement with the dense network shows the difference.
 
     Raises:
         JobError: it cannot be converted.
     """
-    assert source.artifact is not None
-    artifact = job.folder / source.artifact
+    artifact = job.artifact(source)
     convert = PRECISIONS[precision].convert
     assert convert is not None
 
@@ -84,7 +83,7 @@ def _convert(
 
     name = file_name(source.signal, source.strategy, source.kind, source.precision, network.side)
     key = job.key(data=job.data_key, source=hash_file(artifact), precision=precision, target=job.target)
-    found = kept(job, f"candidates/{name}-{precision}", key, make)
+    found = load_or_make(job, f"candidates/{name}-{precision}", key, make)
     return replace(found, also_named=source.also_named, planned_by=source.planned_by)
 
 
@@ -103,13 +102,13 @@ def _calibration_images(network: Network) -> CalibrationImages | None:
     if network.data is None:
         return None
     wanted = network.data.calibration.take(CALIBRATION_IMAGES + HELD_BACK_IMAGES)
-    images = np.concatenate([batch for batch, _ in wanted.batches(BATCH)])
+    images = np.concatenate([batch for batch, _ in wanted.batches(IMAGES_PER_BATCH)])
     cut = max(1, len(images) * CALIBRATION_IMAGES // (CALIBRATION_IMAGES + HELD_BACK_IMAGES))
     return CalibrationImages(images[:cut], images[cut:] if cut < len(images) else images)
 
 
 def _describe(before: str | None, report: QuantReport) -> str:
-    """Say how the numbers were made beside what recovered the weights."""
+    """Return the recovery of the source with the method, precision and scheme of the conversion."""
     left = f", {len(report.fp32_layers)} layers in fp32" if report.fp32_layers else ""
     scheme = f" {report.scheme}" if report.scheme else ""
     return f"{before + ' + ' if before else ''}{report.method} {report.precision}{scheme}{left}"

@@ -1,4 +1,4 @@
-"""Fine-tuning of one candidate: its masked weights, trained in PyTorch, back through the graph by name.
+"""Fine-tuning of one candidate: its masked weights are trained in PyTorch and put into the graph by name.
 
 saved masked state -> fine-tuned state (masks hold) -> compact graph -> file -> parity -> accuracy
 """
@@ -12,18 +12,18 @@ import onnx_ir as ir
 from mm_edge.arrays import Arrays
 from mm_edge.graph.compact import AxisMask, mask_tensors
 from mm_edge.plan.plans import ChannelPlan, Plan, WeightPlan
-from mm_edge.quality.evaluation import judge, run_onnx
+from mm_edge.quality.evaluation import judge_logits, run_onnx
 from mm_edge.records import Candidate
 from mm_edge.recover.training.finetune import Checkpoints, Score, Settings, Student, finetune
 from mm_edge.recover.training.shrink import group_slices
-from mm_edge.run.kept import kept
 from mm_edge.run.make import MakeSettings, compact_model, read_masked_state, save_trained
 from mm_edge.run.networks import Network
+from mm_edge.run.reuse import load_or_make
 from mm_edge.run.work import Work
 
 
 def finetune_candidate(work: Work) -> Candidate:
-    """Fine-tune a candidate, or return or continue what an earlier run made of it.
+    """Fine-tune a candidate, continue an earlier run, or return the one it stored.
 
     Raises:
         ParityError: the artifact does not agree with its masked model; nothing is kept of it.
@@ -38,19 +38,19 @@ def finetune_candidate(work: Work) -> Candidate:
         load=lambda: job.store.load_arrays(unfinished, key),
         save=lambda arrays: job.store.save_arrays(unfinished, key, arrays),
     )
-    found = kept(job, name, key, lambda: _finetune(work, settings, checkpoints))
+    found = load_or_make(job, name, key, lambda: _finetune(work, settings, checkpoints))
     job.store.remove_arrays(unfinished)
     return found
 
 
 def _finetune(work: Work, training: Settings, checkpoints: Checkpoints) -> Candidate:
-    """Return the fine-tuned candidate; the old one, with the reason, where nothing was better."""
+    """Return the fine-tuned candidate, or the old one with the reason if no epoch was better."""
     candidate, settings = work.candidate, work.settings
     network = work.networks.at(work.plan.side)
     assert candidate.masked_state_dict is not None and network.data is not None
     plan, start = read_masked_state(network.structure, work.plan, settings.folder / candidate.masked_state_dict)
     found = finetune(
-        _what_is_trained(network, plan, start),
+        _make_student(network, plan, start),
         network.data.calibration,
         network.spec,
         lambda state: _score(network, plan, settings, state),
@@ -65,7 +65,7 @@ def _finetune(work: Work, training: Settings, checkpoints: Checkpoints) -> Candi
     return replace(made, epochs=found.epochs, stopped=found.reason)
 
 
-def _what_is_trained(network: Network, plan: Plan, start: Arrays) -> Student:
+def _make_student(network: Network, plan: Plan, start: Arrays) -> Student:
     module, structure = network.model.module, network.structure
     assert module is not None
     if not isinstance(plan, ChannelPlan):
@@ -82,9 +82,9 @@ def _what_is_trained(network: Network, plan: Plan, start: Arrays) -> Student:
 
 
 def _score(network: Network, plan: Plan, settings: MakeSettings, state: Arrays) -> Score | None:
-    """Return what the validation images say of a state, by the graph that would be exported."""
+    """Return the score of a state on the validation images, run as the graph that would be exported."""
     if network.images.validation is None:
         return None
     model = ir.to_proto(compact_model(network, plan, state)).SerializeToString()
-    found = judge(run_onnx(model, network.images.validation(), settings.threads), settings.reference)
+    found = judge_logits(run_onnx(model, network.images.validation(), settings.threads), settings.reference)
     return Score(found["accuracy_top1"], found["kl_to_dense"])

@@ -11,9 +11,9 @@ from mm_edge.formats.bundle import write_bundle
 from mm_edge.formats.context import FormatContext
 from mm_edge.graph.groups import Structure
 from mm_edge.quality.evaluation import compare_logits, run_onnx
-from mm_edge.records import Candidate, Chosen, DenseRow, Report, SkippedGroup, candidate_id, from_json, to_json
+from mm_edge.records import Candidate, Chosen, DenseFigures, Report, SkippedGroup, candidate_id, from_json, to_json
 from mm_edge.report import write_report
-from mm_edge.run.job import BATCH, Job
+from mm_edge.run.job import IMAGES_PER_BATCH, Job
 from mm_edge.run.make import MakeSettings
 from mm_edge.run.measure import how_to_measure
 from mm_edge.run.networks import Network, Networks
@@ -24,7 +24,7 @@ def finish(
     job: Job,
     networks: Networks,
     settings: MakeSettings,
-    dense: DenseRow,
+    dense: DenseFigures,
     candidates: Sequence[Candidate],
     environment: dict[str, Any],
 ) -> Report:
@@ -33,7 +33,7 @@ def finish(
     Raises:
         ConstraintError: no candidate meets the constraints; the report is written all the same, with `chosen` null.
     """
-    listed = mark_pareto(_under_all_names(networks, candidates), dense)
+    listed = mark_pareto(_list_all_names(networks, candidates), dense)
     job.note(*notes_of_shared_names(candidates))
     missed: ConstraintError | None = None
     chosen: Chosen | None = None
@@ -65,7 +65,7 @@ def finish(
         seconds=dict(job.stages.seconds),
         budgets=tuple(judge_budget(dense, listed, budget) for budget in job.budgets),
     )
-    # The same records a reader gets from the file: tuples, floats and all.
+    # Return the same types as read_report: lists become tuples, and whole numbers floats.
     report = from_json(Report, to_json(report))
     write_report(report, job.folder)
     if missed is not None:
@@ -74,12 +74,12 @@ def finish(
 
 
 def skipped_groups(structure: Structure) -> tuple[SkippedGroup, ...]:
-    """Return what keeps its full width and why."""
+    """Return the groups that keep their full width, with the reason."""
     return tuple(SkippedGroup(item.id, item.tensors, item.reason) for item in structure.pinned)
 
 
-def _under_all_names(networks: Networks, candidates: Sequence[Candidate]) -> list[Candidate]:
-    """List a candidate under every name that coincides with its own."""
+def _list_all_names(networks: Networks, candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Return the candidates, each once under every strategy name that leads to it."""
     listed: list[Candidate] = []
     for candidate in candidates:
         listed.append(candidate)
@@ -93,7 +93,7 @@ def _under_all_names(networks: Networks, candidates: Sequence[Candidate]) -> lis
 
 
 def notes_of_shared_names(candidates: Sequence[Candidate]) -> list[str]:
-    """Say which strategies came to the same: by formula, or because a pattern takes the same from them all."""
+    """Return notes on strategies that coincide, by formula or because an n:m pattern removes the same for all."""
     shared = dict.fromkeys((item.kind, (item.strategy, *item.also_named)) for item in candidates if item.also_named)
     return [
         f"{', '.join(names[:-1])} and {names[-1]} coincide{' under the pattern' if kind == 'n:m' else ' by formula'}: "
@@ -105,9 +105,8 @@ def notes_of_shared_names(candidates: Sequence[Candidate]) -> list[str]:
 def _test_accuracy(job: Job, network: Network, settings: MakeSettings, candidate: Candidate) -> float | None:
     if network.data is None or not len(network.data.test):
         return None
-    assert candidate.artifact is not None
     with job.stages.stage("test"):
-        logits = run_onnx(job.folder / candidate.artifact, network.data.test.batches(BATCH), settings.threads)
+        logits = run_onnx(job.artifact(candidate), network.data.test.batches(IMAGES_PER_BATCH), settings.threads)
         return compare_logits(logits, network.data.test.labels, None).accuracy_top1
 
 

@@ -1,4 +1,4 @@
-"""The job: what was asked for and everything it is done on. The stages of the run share it."""
+"""The job: a request and everything it is done on. All stages of a run share it."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from mm_edge.bench.transport import Transport
 from mm_edge.load.data import DataSplits
 from mm_edge.load.models import LoadedModel
 from mm_edge.progress import Stages
-from mm_edge.records import Budget, asked_budgets
+from mm_edge.records import Budget, Candidate, asked_budgets
 from mm_edge.run.recoveries import RECOVERIES, Recovery
 from mm_edge.run.request import Request
 from mm_edge.store import RunStore
 
 LIBRARIES = ("torch", "timm", "onnxruntime", "onnxscript")
-BATCH = 32
+IMAGES_PER_BATCH = 32
+DENSE_FILE = "dense.onnx"
 
 
 @dataclass(frozen=True)
@@ -29,15 +30,15 @@ class Job:
     """A request with everything it is done on.
 
     Attributes:
-        request: what was asked for.
+        request: the options.
         model: the model as it was given.
         data: the images at the size the model was given at; None without data.
         target: the device profile.
-        transport: the way to the device; None where nothing is measured.
+        transport: the connection to the device; None where nothing is measured.
         folder: the run directory.
-        store: what the stages keep there for the next run.
-        stages: shows and times the stage at work.
-        notes: what the reader of the report should know, in the order it was found.
+        store: the stages stored in that directory.
+        stages: shows and times the current stage.
+        notes: the warnings of the report, in the order they were found.
     """
 
     request: Request
@@ -50,8 +51,18 @@ class Job:
     stages: Stages
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def dense_file(self) -> Path:
+        """The file of the dense network."""
+        return self.folder / DENSE_FILE
+
+    def artifact(self, candidate: Candidate) -> Path:
+        """Return the file of a candidate that was made."""
+        assert candidate.artifact is not None
+        return self.folder / candidate.artifact
+
     def note(self, *texts: str) -> None:
-        """Add what the reader of the report should know."""
+        """Add warnings to the report."""
         self.notes.extend(texts)
 
     def key(self, model: LoadedModel | None = None, /, **parts: Any) -> dict[str, Any]:
@@ -71,7 +82,7 @@ class Job:
 
     @property
     def versions(self) -> dict[str, str]:
-        """Versions of mm-edge and of the libraries that decide what comes out."""
+        """The versions of mm-edge and of the libraries that results depend on."""
         return {**{name: version(name) for name in LIBRARIES}, "mm-edge": __version__}
 
     @property
@@ -81,18 +92,18 @@ class Job:
 
     @property
     def budgets(self) -> tuple[Budget, ...]:
-        """What candidates are scaled to."""
+        """The budgets that candidates are made for."""
         request = self.request
         return asked_budgets(request.macs, request.constraints, request.kinds)
 
     @property
     def data_key(self) -> Any:
-        """What identifies the images; it does not change as they are read."""
+        """The identity of the images in keys; reading them does not change it."""
         return None if self.data is None else self.data.identity
 
 
 def _module_digest(module: torch.nn.Module | None) -> str | None:
-    """Identify a network that came from no file by its weights."""
+    """Return what identifies a module that was not read from a file: sums of its weights."""
     if module is None:
         return None
     sums = [float(tensor.double().abs().sum()) for tensor in module.state_dict().values()]

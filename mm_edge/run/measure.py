@@ -1,6 +1,6 @@
-"""Everything that is taken from the device: times, memory, and accuracy where it was asked for there.
+"""Measures on the device: times, memory, and accuracy where that was asked for.
 
-One thing at a time; what a device answered is kept under the hash of the file and of the device's own record.
+Measurements run one after the other. Results are stored under the hash of the file and the device's fingerprint.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from mm_edge.bench import MINIMUM_PAIRS
 from mm_edge.bench.session import (
     Measurement,
     environment,
-    evaluate,
-    evaluate_in_pieces,
     measure_memory,
     measure_pair,
     merge_doubts,
+    run_model,
+    run_model_in_pieces,
 )
 from mm_edge.bench.target import Target, matches_this_machine
 from mm_edge.bench.transport import Transport
-from mm_edge.quality.evaluation import Reference, compare_logits, judge
+from mm_edge.quality.evaluation import Reference, compare_logits, judge_logits
 from mm_edge.quality.parity import compare_with_outputs
-from mm_edge.records import Candidate, DenseRow, Latency
+from mm_edge.records import Candidate, DenseFigures, Latency
 from mm_edge.run.job import Job
 from mm_edge.run.networks import Network, Networks
 from mm_edge.select import mark_pareto
@@ -38,24 +38,24 @@ SAMPLES_FOLDER = "samples"
 
 
 def measure(
-    job: Job, networks: Networks, dense: DenseRow, candidates: Sequence[Candidate]
-) -> tuple[DenseRow, list[Candidate], dict[str, Any]]:
-    """Take times, memory and, where asked for, accuracy from the device.
+    job: Job, networks: Networks, dense: DenseFigures, candidates: Sequence[Candidate]
+) -> tuple[DenseFigures, list[Candidate], dict[str, Any]]:
+    """Measure times, memory and, where asked for, accuracy on the device.
 
     Returns:
         The dense network's figures, the candidates with theirs, and the environment they were measured in.
     """
-    dense, measured, env = _take_times(job, networks, dense, list(candidates))
+    dense, measured, env = _measure_times(job, networks, dense, list(candidates))
     env = {**env, "accuracy_on": job.request.accuracy_on}
     if job.request.accuracy_on == "device":
         dense, measured = _judge_on_device(job, networks, dense, measured, env["fingerprint"])
     return dense, measured, env
 
 
-def _take_times(
-    job: Job, networks: Networks, dense: DenseRow, candidates: list[Candidate]
-) -> tuple[DenseRow, list[Candidate], dict[str, Any]]:
-    """Time every candidate against the dense model, and take each one's memory in a process of its own."""
+def _measure_times(
+    job: Job, networks: Networks, dense: DenseFigures, candidates: list[Candidate]
+) -> tuple[DenseFigures, list[Candidate], dict[str, Any]]:
+    """Time every candidate against the dense network, and measure the memory of each in its own process."""
     transport = job.transport
     if transport is None:
         return dense, candidates, {"controller": job.versions}
@@ -63,18 +63,15 @@ def _take_times(
         return dense, candidates, _emulate(job, networks, transport, dense, candidates)
     timings: list[Measurement] = []
     measured: list[Candidate] = []
-    dense_file = job.folder / "dense.onnx"
     with job.stages.stage("measure") as advance:
         env = environment(job.target, transport)
         fingerprint = env["fingerprint"]
-        memory = _memory(job, dense_file, transport, fingerprint)
-        dense_latencies: list[Latency] = []
+        memory = _memory(job, job.dense_file, transport, fingerprint)
         for index, candidate in enumerate(candidates):
-            assert candidate.artifact is not None
-            artifact = job.folder / candidate.artifact
+            artifact = job.artifact(candidate)
             samples = job.folder / SAMPLES_FOLDER / f"{artifact.stem}.json"
             timing = measure_pair(
-                dense_file,
+                job.dense_file,
                 artifact,
                 job.target,
                 transport=transport,
@@ -83,7 +80,6 @@ def _take_times(
                 fingerprint=fingerprint,
             )
             timings.append(timing)
-            dense_latencies.append(timing.dense_latency)
             measured.append(
                 replace(
                     candidate,
@@ -94,20 +90,21 @@ def _take_times(
                 )
             )
             advance(index + 1, len(candidates))
-    # Every pair timed the dense model anew; the one in the middle stands for it, so that drift does not pick the row.
-    timed = sorted((item for item in dense_latencies if item.p50 is not None), key=lambda item: item.p50 or 0.0)
-    middle = timed[len(timed) // 2] if timed else Latency()
+    # Every pair timed the dense network again. The median of these is reported, so that drift has little effect.
+    latencies = [timing.dense_latency for timing in timings if timing.dense_latency.p50 is not None]
+    latencies.sort(key=lambda latency: latency.p50 or 0.0)
+    middle = latencies[len(latencies) // 2] if latencies else Latency()
     dense = replace(dense, latency_ms=middle, peak_memory_bytes=memory)
     job.note(*(str(text) for text in env.get("doubts", [])), *merge_doubts(timings))
     return dense, measured, {**env, "packages": job.versions}
 
 
 def _emulate(
-    job: Job, networks: Networks, transport: Transport, dense: DenseRow, candidates: list[Candidate]
+    job: Job, networks: Networks, transport: Transport, dense: DenseFigures, candidates: list[Candidate]
 ) -> dict[str, Any]:
-    """Compare outputs on the emulated core with this machine's; its times and memory are not the device's: null.
+    """Compare outputs on the emulated core with this machine's; times and memory are not measured there.
 
-    An emulated inference takes seconds, so only the candidates on the front go through.
+    An emulated inference takes seconds, so only the candidates on the front are run.
     """
     front = [item for item in mark_pareto(candidates, dense) if item.pareto or len(candidates) == 1] or candidates[:1]
     job.note(f"{transport.name} is emulated: latency and memory are not measured")
@@ -117,10 +114,9 @@ def _emulate(
         for network in networks:
             np.save(files[network.side], network.images.parity)
         for index, candidate in enumerate(front):
-            assert candidate.artifact is not None
             network = networks.at(candidate.input_shape[-1])
-            artifact, file = job.folder / candidate.artifact, files[network.side]
-            outputs = evaluate(artifact, file, job.target, transport=transport)
+            artifact, file = job.artifact(candidate), files[network.side]
+            outputs = run_model(artifact, file, job.target, transport=transport)
             found = compare_with_outputs(artifact, outputs, network.images.parity, network.images.parity_kind)
             job.note(
                 f"{candidate.id}, emulated: top-1 agrees with this machine's on {found.top1_agreement:.0%} of "
@@ -131,36 +127,35 @@ def _emulate(
 
 
 def _judge_on_device(
-    job: Job, networks: Networks, dense: DenseRow, candidates: Sequence[Candidate], fingerprint: str
-) -> tuple[DenseRow, list[Candidate]]:
-    """Take every accuracy from the device: its kernels, int8 ones above all, may answer otherwise than this machine's.
+    job: Job, networks: Networks, dense: DenseFigures, candidates: Sequence[Candidate], fingerprint: str
+) -> tuple[DenseFigures, list[Candidate]]:
+    """Measure every accuracy on the device, whose kernels, above all for int8, may differ from this machine's.
 
-    Agreement and divergence are with the dense model on the device too.
+    Agreement and divergence are with the dense network on the device too.
     """
     labels = networks.reference.labels
     assert job.transport is not None and labels is not None
     judged: list[Candidate] = []
-    moved: list[float] = []
+    differences: list[float] = []
     with job.stages.stage("accuracy on the device") as advance, tempfile.TemporaryDirectory() as scratch:
         pieces = {network.side: _save_images(network, Path(scratch)) for network in networks}
-        logits = _device_logits(job, job.folder / "dense.onnx", pieces[None], fingerprint)
+        logits = _device_logits(job, job.dense_file, pieces[None], fingerprint)
         own = Reference(labels, logits, compare_logits(logits, labels, None).accuracy_top1)
         for index, candidate in enumerate(candidates):
-            assert candidate.artifact is not None
             side = networks.at(candidate.input_shape[-1]).side
-            logits = _device_logits(job, job.folder / candidate.artifact, pieces[side], fingerprint)
-            judged.append(replace(candidate, **judge(logits, own)))
-            moved.append(abs((judged[-1].accuracy_top1 or 0.0) - (candidate.accuracy_top1 or 0.0)))
+            logits = _device_logits(job, job.artifact(candidate), pieces[side], fingerprint)
+            judged.append(replace(candidate, **judge_logits(logits, own)))
+            differences.append(abs((judged[-1].accuracy_top1 or 0.0) - (candidate.accuracy_top1 or 0.0)))
             advance(index + 1, len(candidates))
     job.note(
         f"accuracy was measured on {job.transport.name}, on {len(labels)} validation images; the row that "
-        f"differs most from this machine's figure differs by {100 * max(moved, default=0.0):.2f} points"
+        f"differs most from this machine's figure differs by {100 * max(differences, default=0.0):.2f} points"
     )
     return replace(dense, accuracy_top1=own.accuracy), judged
 
 
 def _save_images(network: Network, folder: Path) -> list[Path]:
-    """Write the validation images as the files that a device is sent, a batch each."""
+    """Write the validation images to files that are sent to the device, one for each batch."""
     assert network.images.validation is not None
     pieces: list[Path] = []
     for number, (batch, _) in enumerate(network.images.validation()):
@@ -170,12 +165,12 @@ def _save_images(network: Network, folder: Path) -> list[Path]:
 
 
 def _device_logits(job: Job, model: Path, pieces: Sequence[Path], fingerprint: str) -> Float32Array:
-    """Return the device's answers for the validation images, from an earlier run where nothing has changed."""
+    """Return the device's answers for the validation images, which are stored."""
     assert job.transport is not None
     key = job.key(data=job.data_key, artifact=hash_file(model), target=job.target, fingerprint=fingerprint)
     stored = job.store.load_arrays(f"device_logits/{model.stem}", key)
     if stored is None:
-        stored = {"logits": evaluate_in_pieces(model, pieces, job.target, transport=job.transport)}
+        stored = {"logits": run_model_in_pieces(model, pieces, job.target, transport=job.transport)}
         job.store.save_arrays(f"device_logits/{model.stem}", key, stored)
     return stored["logits"]
 
@@ -191,7 +186,7 @@ def _memory(job: Job, model: Path, transport: Transport, fingerprint: str) -> in
 
 
 def how_to_measure(target: Target) -> str:
-    """Return what to do for times where none were taken."""
+    """Return the warning that says why latency was not measured, and how to measure it."""
     if matches_this_machine(target):
         return "latency is not measured: --no-bench was given; run the same command without it to measure"
     return (

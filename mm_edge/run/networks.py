@@ -1,4 +1,4 @@
-"""The networks of a run: the model at every input shape, and what recovery knows of it there.
+"""The networks of a run: the model at every input shape, with what recovery measures there.
 
 export once -> export again at other sizes -> moments, sensitivities of groups and blocks -> dense answers
 """
@@ -32,7 +32,7 @@ from mm_edge.records import InputSpec, Layer
 from mm_edge.recover.closed_form.branches import MeasuredBranch, measure_branches
 from mm_edge.recover.closed_form.context import RecoveryContext, build_context
 from mm_edge.recover.closed_form.sensitivity import Sensitivity, from_arrays, measure_sensitivities, to_arrays
-from mm_edge.run.job import BATCH, Job
+from mm_edge.run.job import IMAGES_PER_BATCH, Job
 from mm_edge.runtime import cores
 
 T = TypeVar("T")
@@ -40,6 +40,8 @@ T = TypeVar("T")
 CLOSED_FORM_IMAGES = 500
 RECOVERY_IMAGES = 128
 PARITY_IMAGES = 8
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -103,12 +105,12 @@ class Network:
 
     @property
     def pixels(self) -> int:
-        """The side of the input in pixels, the dense one's too."""
+        """The side of the input in pixels; unlike `side`, it is a number for the dense network too."""
         return self.spec.shape[-1]
 
-    def translate(self, of_groups: Mapping[Axis, T]) -> dict[Axis, T]:
-        """Return what is said of the dense network's groups (what they keep, say) as said of the same groups here."""
-        return {self.leaves[leaf]: value for leaf, value in of_groups.items()}
+    def translate(self, by_group: Mapping[Axis, T]) -> dict[Axis, T]:
+        """Return values by the dense network's groups, such as what each keeps, by the same groups of this network."""
+        return {self.leaves[leaf]: value for leaf, value in by_group.items()}
 
     def allowed_widths(self, job: Job) -> tuple[AllowedWidths, ...]:
         """Return the widths that each group may have on the job's target."""
@@ -144,7 +146,7 @@ class Networks:
 
 
 def build_networks(job: Job) -> Networks:
-    """Export the model at every input shape, and find out what recovery needs and what the dense network answers.
+    """Export the model at every input shape, measure what recovery needs, and run the dense network.
 
     Raises:
         UsageError: the network cannot take an input size that was asked for.
@@ -161,7 +163,7 @@ def build_networks(job: Job) -> Networks:
 
 def recovery_images(data: DataSplits) -> Float32Array:
     """Return the calibration images (N, C, H, W) that the closed form works from."""
-    return np.concatenate([batch for batch, _ in data.calibration.take(CLOSED_FORM_IMAGES).batches(BATCH)])
+    return np.concatenate([batch for batch, _ in data.calibration.take(CLOSED_FORM_IMAGES).batches(IMAGES_PER_BATCH)])
 
 
 def labels_of(job: Job) -> tuple[str, ...]:
@@ -170,7 +172,7 @@ def labels_of(job: Job) -> tuple[str, ...]:
 
 
 def provenance_of(job: Job, model: LoadedModel) -> dict[str, Any]:
-    """Return what every artifact made of `model` says of where it came from."""
+    """Return the provenance that is written into every artifact made from `model`."""
     return {"model": model.info, "target": job.target.name, "versions": job.versions}
 
 
@@ -201,7 +203,7 @@ def _read_network(job: Job, model: LoadedModel, raw: RawGraph, data: DataSplits 
 
 
 def _export_others(job: Job, dense: Network) -> list[Network]:
-    """Make the model again at every other size: those asked for, otherwise those that controls are taken at.
+    """Export the model at every other size: those asked for, otherwise those of the controls.
 
     Raises:
         UsageError: the network cannot take a size that was asked for.
@@ -254,12 +256,12 @@ def _images(job: Job, spec: InputSpec, data: DataSplits | None) -> Images:
     return Images(
         parity=parity,
         parity_kind="images" if len(source) else "noise",
-        recovery=(lambda: (images for images, _ in recovery.batches(BATCH))) if len(recovery) else None,
-        validation=(lambda: validation.batches(BATCH)) if len(validation) else None,
+        recovery=(lambda: (images for images, _ in recovery.batches(IMAGES_PER_BATCH))) if len(recovery) else None,
+        validation=(lambda: validation.batches(IMAGES_PER_BATCH)) if len(validation) else None,
     )
 
 
-# ---- what recovery knows
+# ---- what recovery measures
 
 
 def _measure_dense(job: Job, dense: Network) -> Network:
@@ -272,17 +274,17 @@ def _with_moments(job: Job, dense: Network, network: Network) -> Network:
     """Return a network of another shape with its own moments and the dense network's sensitivities."""
     if dense.recovery is None or not network.pruned:
         return network
-    # No moment here may come from images that are held back there.
+    # Images that are held back for the dense network must not give moments here.
     moments = _dense_moments(job, network, len(dense.recovery.images))
     if moments is not None and moments.held_back == dense.recovery.held_back:
-        # Candidates are to come near the model at the shape it was given at, not what it says of smaller pictures.
+        # Candidates are compared with the dense network's answers at its own shape, not with those to smaller images.
         moments = replace(moments, logits=dense.recovery.logits)
     known = {leaf: replace(item, leaf=network.leaves[leaf]) for leaf, item in dense.sensitivities.items()}
     return replace(network, recovery=moments, sensitivities=network.translate(known))
 
 
 def _dense_moments(job: Job, network: Network, most: int = CLOSED_FORM_IMAGES) -> RecoveryContext | None:
-    """Run the network once over calibration images: what the closed form needs for every candidate."""
+    """Return the moments that the closed form needs for every candidate, from one pass over calibration images."""
     pattern = "n:m" in job.request.kinds
     wanted_by = pattern or ("structured" in job.request.kinds and network.structure.groups)
     if not job.recovery.base.needs_moments or network.data is None or not wanted_by:
@@ -302,7 +304,7 @@ def _dense_moments(job: Job, network: Network, most: int = CLOSED_FORM_IMAGES) -
 
 
 def _sensitivities(job: Job, dense: Network) -> dict[Axis, Sensitivity]:
-    """Measure each group's sensitivity: which selection of channels suits it, and what a budget removes first."""
+    """Return each group's sensitivity, by which channels are selected and budgets are allocated."""
     if dense.recovery is None or "structured" not in job.request.kinds:
         return {}
     allowed = dense.allowed_widths(job)
@@ -310,7 +312,7 @@ def _sensitivities(job: Job, dense: Network) -> dict[Axis, Sensitivity]:
     stored = job.store.load_arrays("sensitivities", key)
     if stored is not None:
         found = from_arrays(dense.structure, stored)
-        # The orders are the costly part of them, and selections ask for them again.
+        # The orders take long to compute, and selections need them again.
         dense.recovery.orders.update({leaf: item.surgeon for leaf, item in found.items()})
         return found
     with job.stages.stage("sensitivities") as advance:
@@ -320,7 +322,7 @@ def _sensitivities(job: Job, dense: Network) -> dict[Axis, Sensitivity]:
 
 
 def _branches(job: Job, dense: Network) -> tuple[MeasuredBranch, ...]:
-    """Measure what removing each residual branch costs, where a budget may ask for it."""
+    """Return what removing each residual branch costs, where there are budgets."""
     if dense.recovery is None or not job.budgets:
         return ()
     found = find_branches(dense.raw.model, dense.structure)
@@ -346,7 +348,7 @@ def _key_of_measured(job: Job, **parts: Any) -> dict[str, Any]:
 
 def _write_dense(job: Job, dense: Network) -> Reference:
     """Write dense.onnx and return what it answers on the validation images."""
-    file = job.folder / "dense.onnx"
+    file = job.dense_file
     with job.stages.stage("dense model") as advance:
         proto = ir.to_proto(deploy(dense.raw.model.clone()))
         provenance = {**provenance_of(job, dense.model), "candidate": "dense"}
@@ -363,6 +365,6 @@ def _write_dense(job: Job, dense: Network) -> Reference:
             advance(done, total)
 
         logits = run_onnx(file, dense.images.validation(), cores(), count)
-        # Decoding may have left images out, so the labels are read after it.
+        # The labels are read after the images, because images that cannot be decoded are left out.
         labels = job.data.validation.labels
         return Reference(labels, logits, compare_logits(logits, labels, None).accuracy_top1)

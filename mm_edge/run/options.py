@@ -1,10 +1,10 @@
-"""What an option is: the one declaration that the command line, the Python function and the checks are made from.
+"""Declares options; the command line, the Python function and the checks are made from the declarations.
 
-    seed: int = option(0, Whole(0, 2**63 - 1), help="Seed of every random choice.", group="Files and runs")
+    seed: int = option(0, Whole(0, 2**63 - 1), help="Seed of every random choice.", section="Files and runs")
 
 `option` returns a dataclass field. Its kind reads a value, given as text on the command line or as a value in Python,
-and refuses what it cannot read. Choices are dicts from the names users type to records with a `help`; they are looked
-up when a value is read, so that an entry added before then counts. This module imports nothing heavy.
+and refuses what it cannot read. Choices are dicts from the names users type to records with a `help`; entries may be
+added until a value is read. This module imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Kind:
-    """How the value of an option is read; each subclass is one kind."""
+class ValueKind:
+    """How the value of an option is read."""
 
     def read(self, value: Any, spelling: str) -> Any:
         """Return the value of the option spelled `spelling`.
@@ -68,7 +68,7 @@ class Kind:
 
 
 @dataclass(frozen=True)
-class Text(Kind):
+class Text(ValueKind):
     """Text, or a path where `is_path`.
 
     Attributes:
@@ -95,7 +95,7 @@ class Text(Kind):
 
 
 @dataclass(frozen=True)
-class Folder(Kind):
+class Folder(ValueKind):
     """The path of a folder."""
 
     def read(self, value: Any, spelling: str) -> Path:
@@ -106,7 +106,7 @@ class Folder(Kind):
 
 
 @dataclass(frozen=True)
-class Flag(Kind):
+class Flag(ValueKind):
     """Yes or no."""
 
     def read(self, value: Any, spelling: str) -> bool:
@@ -121,8 +121,8 @@ class Flag(Kind):
 
 
 @dataclass(frozen=True)
-class Whole(Kind):
-    """A whole number from `least` to `most`, which None leaves open.
+class Whole(ValueKind):
+    """A whole number from `least` to `most`; None is no limit.
 
     Attributes:
         example: a value to show in the message.
@@ -143,7 +143,7 @@ class Whole(Kind):
 
 
 @dataclass(frozen=True)
-class Number(Kind):
+class Number(ValueKind):
     """A number.
 
     Attributes:
@@ -161,7 +161,7 @@ class Number(Kind):
 
 
 @dataclass(frozen=True)
-class Numbers(Kind):
+class Numbers(ValueKind):
     """One or more finite numbers; text has commas between them.
 
     Attributes:
@@ -191,7 +191,7 @@ class Numbers(Kind):
 
 
 @dataclass(frozen=True)
-class Shape(Kind):
+class Shape(ValueKind):
     """The shape C,H,W of one image."""
 
     def read(self, value: Any, spelling: str) -> tuple[int, int, int]:
@@ -208,7 +208,7 @@ class Shape(Kind):
 
 
 @dataclass(frozen=True)
-class Sides(Kind):
+class Sides(ValueKind):
     """The words auto and none, or sides of square images in pixels; text has commas between them."""
 
     def read(self, value: Any, spelling: str) -> str | tuple[int, ...]:
@@ -231,7 +231,7 @@ class Sides(Kind):
 
 
 @dataclass(frozen=True)
-class Patterns(Kind):
+class Patterns(ValueKind):
     """Patterns of names; the command line repeats the option, and a comma belongs to the pattern."""
 
     def read(self, value: Any, spelling: str) -> tuple[str, ...]:
@@ -248,7 +248,7 @@ class Patterns(Kind):
 
 
 @dataclass(frozen=True)
-class Name(Kind):
+class Name(ValueKind):
     """One name out of `choices`."""
 
     choices: Choices
@@ -272,7 +272,7 @@ class Name(Kind):
 
 
 @dataclass(frozen=True)
-class Names(Kind):
+class Names(ValueKind):
     """One or more names out of `choices`; text has commas between them.
 
     Attributes:
@@ -318,8 +318,8 @@ class Names(Kind):
 
 
 @dataclass(frozen=True)
-class Flags(Kind):
-    """Any number of names out of `choices`, each of which is a flag of its own on the command line."""
+class Flags(ValueKind):
+    """Any number of names out of `choices`; each name is a flag on the command line."""
 
     choices: Choices
     noun: str
@@ -335,7 +335,7 @@ class Flags(Kind):
         return ",".join(value) or "none"
 
     def explain(self) -> str:
-        """Return every name; what each means is said of its flag."""
+        """Return every name; the help of its flag says what it means."""
         return ", ".join(self.choices)
 
     def keywords(self) -> dict[str, str]:
@@ -354,20 +354,20 @@ class Option:
         name: the field's name, which is the command-line name with underscores.
         kind: how its value is read.
         help: what it is for, one sentence.
-        group: the title it stands under in --help.
+        section: the title above it in --help.
         default: its value where nothing is given.
-        metavar: what stands for the value in --help.
-        spelled: the command line's spelling where it is not --NAME.
+        metavar: the name of the value in --help.
+        spelled: its spelling on the command line where that is not --NAME.
         shown: the default in words, where the value does not say it.
-        python_help: the help for Python, where the command line's spelling turns the meaning round.
+        python_help: the help for Python, where the spelling on the command line means the opposite.
         check: refuses a value that was read.
         default_by: returns the default from the values of the fields before, where it depends on them.
     """
 
     name: str
-    kind: Kind
+    kind: ValueKind
     help: str
-    group: str
+    section: str
     default: Any
     metavar: str | None = None
     spelled: str | None = None
@@ -378,12 +378,12 @@ class Option:
 
     @property
     def flag(self) -> str:
-        """The command line's spelling."""
+        """Its spelling on the command line."""
         return self.spelled or f"--{self.name.replace('_', '-')}"
 
     @property
     def spelling(self) -> str:
-        """The option as messages name it: a yes or no by the keyword, for only Python can get one wrong."""
+        """Its name in messages. That of a flag is its keyword, because only Python can give it a wrong value."""
         return self.name if isinstance(self.kind, Flag) else self.flag
 
     @property
@@ -411,10 +411,10 @@ class Option:
 
 def option(
     default: Any,
-    kind: Kind,
+    kind: ValueKind,
     *,
     help: str,
-    group: str,
+    section: str,
     metavar: str | None = None,
     spelled: str | None = None,
     shown: str | None = None,
@@ -426,7 +426,7 @@ def option(
     rest = {
         "kind": kind,
         "help": help,
-        "group": group,
+        "section": section,
         "metavar": metavar,
         "spelled": spelled,
         "shown": shown,
@@ -520,7 +520,7 @@ def _list(value: Any) -> list[Any]:
 
 
 def _shown(value: Any) -> str:
-    """Return a given value as one writes it on the command line."""
+    """Return a given value as text for the command line."""
     return value if isinstance(value, str) else ",".join(map(str, _list(value)))
 
 

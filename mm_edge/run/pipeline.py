@@ -3,7 +3,7 @@
     networks -> plan -> make -> recover -> convert -> measure -> finish
 
 Every stage is stored under the hash of what it depends on, so that a run that was killed goes on where it stopped and
-a changed option redoes only what depends on it.
+a changed option repeats only what depends on it.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from functools import partial
 from mm_edge.errors import ParityError
 from mm_edge.plan.counts import count_parameters
 from mm_edge.plan.plans import Plan
-from mm_edge.records import Candidate, DenseRow, Latency, Report
+from mm_edge.records import Candidate, DenseFigures, Latency, Report
 from mm_edge.run.convert import convert_front
 from mm_edge.run.finish import finish
 from mm_edge.run.job import Job
-from mm_edge.run.kept import kept
 from mm_edge.run.make import MakeSettings, control_file_name, make_candidate, make_control
 from mm_edge.run.measure import measure
 from mm_edge.run.networks import RECOVERY_IMAGES, Networks, build_networks, labels_of, provenance_of
 from mm_edge.run.plan import make_plans
 from mm_edge.run.recover import drop_repeated_controls, improve_front, walk_front
+from mm_edge.run.reuse import load_or_make
 from mm_edge.runtime import cores
 
 
@@ -41,7 +41,7 @@ def run_stages(job: Job) -> Report:
     plans = make_plans(job, networks)
     by_id = {plan.id: plan for plan in plans}
     settings = _settings(job, networks)
-    dense = _dense_row(job, networks)
+    dense = _dense_figures(job, networks)
     controls = _make_controls(job, networks, settings)
     candidates = _make_all(job, networks, settings, plans)
     candidates = walk_front(job, networks, settings, by_id, candidates, dense)
@@ -56,7 +56,7 @@ def _settings(job: Job, networks: Networks) -> MakeSettings:
     recovery = job.recovery
     return MakeSettings(
         folder=job.folder,
-        # What comes before tuning and fine-tuning is the closed form, and is kept as such for the next run.
+        # Tuning and fine-tuning start from candidates of the closed form, which are stored under its name.
         recovery=recovery.starts_with or job.request.recover,
         select=job.request.select,
         held_out=recovery.holds_out,
@@ -67,12 +67,12 @@ def _settings(job: Job, networks: Networks) -> MakeSettings:
     )
 
 
-def _dense_row(job: Job, networks: Networks) -> DenseRow:
-    return DenseRow(
+def _dense_figures(job: Job, networks: Networks) -> DenseFigures:
+    return DenseFigures(
         accuracy_top1=networks.reference.accuracy,
         latency_ms=Latency(),
         peak_memory_bytes=None,
-        file_bytes=(job.folder / "dense.onnx").stat().st_size,
+        file_bytes=job.dense_file.stat().st_size,
         params=count_parameters(networks.dense.raw),
         macs=round(networks.dense.structure.macs()),
     )
@@ -87,12 +87,12 @@ def _make_controls(job: Job, networks: Networks, settings: MakeSettings) -> list
         with job.stages.stage("controls"):
             key = job.key(network.model, data=network.data.identity, control=network.side)
             name = f"candidates/{control_file_name(network)}"
-            made.append(kept(job, name, key, partial(make_control, network, settings)))
+            made.append(load_or_make(job, name, key, partial(make_control, network, settings)))
     return made
 
 
 def _make_all(job: Job, networks: Networks, settings: MakeSettings, plans: Sequence[Plan]) -> list[Candidate]:
-    """Make a candidate of every plan; what fails its parity check is dropped with a note.
+    """Make a candidate of every plan; one that fails its parity check is left out and noted.
 
     Raises:
         ParityError: nothing was made.
@@ -111,7 +111,7 @@ def _make_all(job: Job, networks: Networks, settings: MakeSettings, plans: Seque
             )
             make = partial(make_candidate, networks.at(plan.side), plan, settings)
             try:
-                candidate = kept(job, f"candidates/{plan.file_name}", key, make)
+                candidate = load_or_make(job, f"candidates/{plan.file_name}", key, make)
                 made.append(replace(candidate, planned_by=plan.planned_by))
             except ParityError as error:
                 failures.append(str(error))

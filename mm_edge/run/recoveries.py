@@ -1,10 +1,10 @@
-"""Recoveries: the ways to regain accuracy, by the name users type with --recover.
+"""Recoveries, which regain accuracy, by the name users type with --recover.
 
-A recovery may act at three moments, each of them one function of its entry:
+A recovery may act at three points, each of them one function of its entry:
 
     solve     before masks are applied: other channels, other weights            (network, plan, settings, walked)
-    adjust    on the masked PyTorch module, in place                             (module, network, plan)
-    improve   on what was made, for the candidates on the front                  (work)
+    adjust    changes the masked PyTorch module                                  (module, network, plan)
+    improve   after a candidate was made, for those on the front                 (work)
 
 This module imports nothing heavy, so that the command line can name the recoveries without PyTorch.
 """
@@ -20,21 +20,21 @@ from mm_edge.deferred import Deferred
 
 @dataclass(frozen=True)
 class Recovery:
-    """One way to regain accuracy.
+    """One recovery.
 
     Attributes:
         help: what it does, in a few words, for --help.
         starts_with: name of the recovery that comes before it; None where nothing does.
-        solve: takes a network, a plan, make.MakeSettings and whether the second, slower step is wanted; chooses
+        solve: takes a network, a plan, make.MakeSettings and whether to take the second, slower step; chooses
             channels and weights of the plan before masks are applied and returns a make.Solved.
         adjust: takes the masked PyTorch module, the network and the plan; changes the module in place and returns what
             the report calls that, None where it did nothing.
         improve: takes a work.Work, improves its candidate and returns the new record, or the old one with the reason.
         improves: the kinds of candidates it improves.
-        stage: what the progress display calls the improving.
+        stage: name of the stage that improves candidates.
         needs_moments: whether it needs the dense network's moments on calibration images.
-        holds_out: whether held-back images judge it, so that no weight may be solved for them before.
-        teaches_sizes: whether it teaches networks on smaller pictures what the dense one answers to larger ones.
+        holds_out: whether held-back images judge it, so that the recovery before it must not use them.
+        trains_sizes: whether it trains networks at smaller input sizes to answer as the dense network does at its own.
         trains: whether it takes gradient steps, so that it needs a PyTorch module.
         least_images: how many labelled calibration images it needs.
     """
@@ -48,7 +48,7 @@ class Recovery:
     stage: str = "recover"
     needs_moments: bool = False
     holds_out: bool = False
-    teaches_sizes: bool = False
+    trains_sizes: bool = False
     trains: bool = False
     least_images: int = 0
 
@@ -79,10 +79,10 @@ RECOVERIES: dict[str, Recovery] = {
         "the closed form, then some hundred gradient steps without labels for the front",
         starts_with="closed-form",
         improve=Deferred("mm_edge.run.tune:tune_candidate"),
-        improves=("structured",),  # masks of single weights have no closed form to go on from
+        improves=("structured",),  # the closed form does not solve masks of single weights
         stage="tune",
         holds_out=True,
-        teaches_sizes=True,
+        trains_sizes=True,
         trains=True,
     ),
     "finetune": Recovery(

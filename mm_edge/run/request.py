@@ -1,4 +1,4 @@
-"""What a run is asked for. Each option is declared here once, as a field of `Request`.
+"""The options of a run. Each is declared here once, as a field of `Request`.
 
 The command line's options and --help, the keywords and the docstring of `mm_edge.prune_export`, and the checks are
 made from these fields. This module imports nothing heavy, so that a wrong option is refused at once.
@@ -40,7 +40,7 @@ from mm_edge.run.options import (
 )
 from mm_edge.run.recoveries import RECOVERIES
 
-MODEL, DATA, PRUNING, RECOVERY, BUDGETS, MEASURING, FILES = GROUPS = (
+MODEL, DATA, PRUNING, RECOVERY, BUDGETS, MEASURING, FILES = SECTIONS = (
     "Model",
     "Data",
     "What to prune",
@@ -50,7 +50,7 @@ MODEL, DATA, PRUNING, RECOVERY, BUDGETS, MEASURING, FILES = GROUPS = (
     "Files and runs",
 )
 
-# "auto", "none" or the sides asked for; None where nothing was said.
+# "auto", "none" or the sides asked for; None where the option was not given.
 InputSizes = str | tuple[int, ...] | None
 
 RANGES: dict[str, Choice] = {
@@ -76,23 +76,23 @@ def _list_targets() -> list[str]:
 # --- checks of one value --------------------------------------------------------------------------------------------
 
 
-def _is_fractions(values: tuple[float, ...], spelling: str) -> None:
+def _check_fractions(values: tuple[float, ...], spelling: str) -> None:
     for value in values:
         if not 0 < value < 1:
             raise UsageError(f"{spelling} {value:g} is not a fraction of the dense MACs; give values between 0 and 1")
 
 
-def _is_points(value: float, spelling: str) -> None:
+def _check_points(value: float, spelling: str) -> None:
     if not math.isfinite(value):
         raise UsageError(f"{spelling} {value:g} is not a number of points; write for example {spelling} 1")
 
 
-def _is_limit(value: float, spelling: str) -> None:
+def _check_limit(value: float, spelling: str) -> None:
     if not 0 < value < math.inf:
         raise UsageError(f"{spelling} {value:g} can never be met or missed; give a number above 0")
 
 
-def _is_training(value: int, spelling: str) -> None:
+def _check_epochs(value: int, spelling: str) -> None:
     if value < 1:
         raise UsageError(f"{spelling} {value} trains nothing; give at least 1")
 
@@ -102,13 +102,13 @@ def _is_training(value: int, spelling: str) -> None:
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """How to read a model: what prune-export, inspect and evaluate share; None where nothing was said."""
+    """How to read a model: what prune-export, inspect and evaluate share; None where an option was not given."""
 
     arch: str | None = option(
         None,
         Text("a name of timm or FILE.py:CALLABLE"),
         help="Architecture of a bare state_dict; or FILE.py:CALLABLE.",
-        group=MODEL,
+        section=MODEL,
         metavar="TIMM_NAME",
         shown="what the file says",
     )
@@ -116,7 +116,7 @@ class ModelOptions:
         None,
         Shape(),
         help="Input shape, where the file does not say.",
-        group=MODEL,
+        section=MODEL,
         metavar="C,H,W",
         shown="what the file says",
     )
@@ -124,7 +124,7 @@ class ModelOptions:
         None,
         Numbers("0.485,0.456,0.406"),
         help="Mean of the normalisation.",
-        group=MODEL,
+        section=MODEL,
         metavar="R,G,B",
         shown="what the file says, else ImageNet's",
     )
@@ -132,82 +132,82 @@ class ModelOptions:
         None,
         Numbers("0.229,0.224,0.225"),
         help="Standard deviation of the normalisation.",
-        group=MODEL,
+        section=MODEL,
         metavar="R,G,B",
         shown="what the file says, else ImageNet's",
     )
-    trust_pickle: bool = option(False, Flag(), help="Load a pickled module: this runs the code in it.", group=MODEL)
+    trust_pickle: bool = option(False, Flag(), help="Load a pickled module: this runs the code in it.", section=MODEL)
     keep: tuple[str, ...] = option(
         (),
         Patterns(),
         help="Never prune parameters this names; repeatable.",
-        group=PRUNING,
+        section=PRUNING,
         metavar="PATTERN",
     )
 
 
 @dataclass(frozen=True)
 class Request(ModelOptions):
-    """Everything a run is asked for: one field for each option of `mm-edge prune-export`."""
+    """The options of a run: one field for each option of `mm-edge prune-export`."""
 
     target: str = option(
         "host",
         Text("the name or file of a device profile", names=_list_targets),
         help="Device profile; see 'mm-edge targets list'.",
-        group=MEASURING,
+        section=MEASURING,
         metavar="NAME",
     )
     data: str | None = option(
         None,
         Text("a path or the name of a data set", is_path=True),
         help="Folder or tar of class folders, or a data set as timm names it.",
-        group=DATA,
+        section=DATA,
         metavar="PATH",
     )
     out: Path = option(  # noqa: RUF009
-        Path("mm-edge-run"), Folder(), help="Run directory.", group=FILES, metavar="DIR", shown="mm-edge-MODEL"
+        Path("mm-edge-run"), Folder(), help="Run directory.", section=FILES, metavar="DIR", shown="mm-edge-MODEL"
     )
     split: tuple[float, float, float] = option(
         (0.5, 0.25, 0.25),
         Numbers("0.5,0.25,0.25", parts="CAL,VAL,TEST"),
         help="Fractions for calibration, validation and test, where the images are one pool.",
-        group=DATA,
+        section=DATA,
         metavar="CAL,VAL,TEST",
     )
     signals: tuple[str, ...] = option(
         ("magnitude", "gradient", "product"),
         Names(SIGNALS, noun="signal"),
         help="How weights are scored.",
-        group=PRUNING,
+        section=PRUNING,
         metavar="NAME,...",
     )
     strategies: tuple[str, ...] = option(
         lambda: tuple(STRATEGIES),
         Names(STRATEGIES, noun="strategy", all=True),
         help="How a sparsity is set for each layer inside its range.",
-        group=PRUNING,
+        section=PRUNING,
         metavar="NAME,...",
     )
-    ranges: str = option("rules", Name(RANGES), help="Source of the sparsity ranges:", group=PRUNING, metavar="NAME")
+    ranges: str = option("rules", Name(RANGES), help="Source of the sparsity ranges:", section=PRUNING, metavar="NAME")
     kinds: tuple[str, ...] = option(
-        ("structured",), Names(KINDS), help="What is removed.", group=PRUNING, metavar="NAME,..."
+        ("structured",), Names(KINDS), help="What is removed.", section=PRUNING, metavar="NAME,..."
     )
     input_sizes: InputSizes = option(  # noqa: RUF009
         None,
         Sides(),
         help="Also prune at these sides of the input; auto: down to 0.7 of it.",
-        group=PRUNING,
+        section=PRUNING,
         metavar="auto|none|PX,...",
         shown="only dense controls, with data",
     )
     prune_norms: bool = option(
-        False, Flag(), help="Let LayerNorm lose channels: exact, but it runs slower than fused.", group=PRUNING
+        False, Flag(), help="Let LayerNorm lose channels: exact, but it runs slower than fused.", section=PRUNING
     )
     recover: str = option(
         "none",
         Name(RECOVERIES),
         help="How accuracy is regained:",
-        group=RECOVERY,
+        section=RECOVERY,
         metavar="NAME",
         shown="closed-form with data, else none",
         default_by=lambda values: "none" if values["data"] is None else "closed-form",
@@ -216,15 +216,15 @@ class Request(ModelOptions):
         10,
         Whole(),
         help="Longest fine-tuning, in passes over the calibration images.",
-        group=RECOVERY,
+        section=RECOVERY,
         metavar="N",
-        check=_is_training,
+        check=_check_epochs,
     )
     select: str = option(
         "signal",
         Name(SELECTIONS),
         help="Which channels stay:",
-        group=RECOVERY,
+        section=RECOVERY,
         metavar="NAME",
         shown="auto with closed-form, tune and finetune, else signal",
         default_by=lambda values: "auto" if RECOVERIES[values["recover"]].from_moments else "signal",
@@ -233,35 +233,35 @@ class Request(ModelOptions):
         (),
         Numbers("0.5,0.25"),
         help="Add candidates at these fractions of the dense MACs.",
-        group=BUDGETS,
+        section=BUDGETS,
         metavar="FRACTION,...",
-        check=_is_fractions,
+        check=_check_fractions,
     )
     allocate_by: str = option(
-        "macs", Name(ALLOCATIONS), help="What budgets of time take widths by:", group=BUDGETS, metavar="NAME"
+        "macs", Name(ALLOCATIONS), help="What budgets of time take widths by:", section=BUDGETS, metavar="NAME"
     )
     max_drop: float | None = option(
         None,
         Number(),
         help="Largest loss of top-1 accuracy, in points.",
-        group=BUDGETS,
+        section=BUDGETS,
         metavar="POINTS",
-        check=_is_points,
+        check=_check_points,
     )
     latency: float | None = option(
-        None, Number("5"), help="Largest median latency.", group=BUDGETS, metavar="MS", check=_is_limit
+        None, Number("5"), help="Largest median latency.", section=BUDGETS, metavar="MS", check=_check_limit
     )
     speedup: float | None = option(
-        None, Number("1.5"), help="Smallest measured speed-up.", group=BUDGETS, metavar="X", check=_is_limit
+        None, Number("1.5"), help="Smallest measured speed-up.", section=BUDGETS, metavar="X", check=_check_limit
     )
     size: int | None = option(
-        None, Whole(example="1000000"), help="Largest file.", group=BUDGETS, metavar="BYTES", check=_is_limit
+        None, Whole(example="1000000"), help="Largest file.", section=BUDGETS, metavar="BYTES", check=_check_limit
     )
     host: str | None = option(
         None,
         Text("USER@HOST"),
         help="Measure on this device, through ssh.",
-        group=MEASURING,
+        section=MEASURING,
         metavar="USER@HOST[:PORT]",
         shown="this machine",
     )
@@ -270,30 +270,30 @@ class Request(ModelOptions):
         Flag(),
         help="Make the artifacts without measuring.",
         python_help="Whether to measure.",
-        group=MEASURING,
+        section=MEASURING,
         spelled="--no-bench",
         shown="off",
     )
     accuracy_on: str = option(
-        "host", Name(ACCURACY_ON), help="Where accuracy is measured:", group=MEASURING, metavar="NAME"
+        "host", Name(ACCURACY_ON), help="Where accuracy is measured:", section=MEASURING, metavar="NAME"
     )
     precision: tuple[str, ...] = option(
         ("fp32",),
         Names(PRECISIONS),
         help="Number formats; int8 and fp16 are made of the dense model and of the front.",
-        group=FILES,
+        section=FILES,
         metavar="NAME,...",
     )
     formats: tuple[str, ...] = option(
-        (), Flags(FORMATS, noun="format"), help="Files written beside the chosen model:", group=FILES
+        (), Flags(FORMATS, noun="format"), help="Files written beside the chosen model:", section=FILES
     )
-    seed: int = option(0, Whole(0, 2**63 - 1), help="Seed of every random choice.", group=FILES, metavar="N")
+    seed: int = option(0, Whole(0, 2**63 - 1), help="Seed of every random choice.", section=FILES, metavar="N")
     resume: bool = option(
         True,
         Flag(),
         help="Reuse finished stages, or start over.",
         python_help="Reuse finished stages; False starts over.",
-        group=FILES,
+        section=FILES,
         spelled="--resume/--fresh",
         shown="resume",
     )
@@ -316,35 +316,35 @@ Rule = Callable[[Request, Collection[str]], str | None]
 
 
 def recovery_needs_images(request: Request, given: Collection[str]) -> str | None:
-    """Every recovery works on calibration images."""
+    """Refuse a recovery without data, because it needs calibration images."""
     if request.recover != "none" and request.data is None:
         return f"--recover {request.recover} needs calibration images; give --data PATH"
     return None
 
 
 def epochs_need_finetuning(request: Request, given: Collection[str]) -> str | None:
-    """Only fine-tuning has epochs."""
+    """Refuse epochs without fine-tuning, which alone has them."""
     if "epochs" in given and request.recover != "finetune":
         return f"--epochs {request.epochs} is for fine-tuning; give --recover finetune with it"
     return None
 
 
 def selection_needs_moments(request: Request, given: Collection[str]) -> str | None:
-    """Brain surgeon works on the moments that the closed form takes."""
+    """Refuse brain surgeon without the closed form, whose moments it needs."""
     if request.select != "signal" and not RECOVERIES[request.recover].from_moments:
         return f"--select {request.select} goes by the closed form's moments; give --recover closed-form with it"
     return None
 
 
 def latency_table_needs_a_budget_of_time(request: Request, given: Collection[str]) -> str | None:
-    """The latency table serves budgets of time alone."""
+    """Refuse the latency table without a budget of time, which alone uses it."""
     if request.allocate_by == "latency" and request.latency is None and request.speedup is None:
         return "--allocate-by latency is for budgets of time; give --speedup X or --latency MS with it"
     return None
 
 
 def host_is_for_measuring(request: Request, given: Collection[str]) -> str | None:
-    """A device is named to measure on it."""
+    """Refuse a device where nothing is measured."""
     if request.host is not None and not request.bench:
         return "--host names a device to measure on and --no-bench measures nothing; leave one out"
     return None
@@ -392,7 +392,7 @@ def make_model_options(**given: Any) -> ModelOptions:
 
 
 def _translate(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `given` with older spellings in today's."""
+    """Return `given` with older spellings replaced by the current ones."""
     rest = dict(given)
     precisions, limits = rest.pop("precisions", None), rest.pop("constraints", None)
     if precisions is not None:

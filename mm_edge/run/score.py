@@ -1,4 +1,4 @@
-"""Scores and ranges of a run: gradient passes over calibration images, kept for the next run."""
+"""Scores and ranges of a run, from gradient passes over calibration images, which are stored."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ from mm_edge.plan.ranges import observed_ranges, rule_ranges
 from mm_edge.plan.scores import GRASP_IMAGES, Scores, gradients, hessian_gradient_products, score_weights
 from mm_edge.plan.signals import need_gradient, without_gradient
 from mm_edge.records import Layer, SparsityRange
-from mm_edge.run.job import BATCH, Job
+from mm_edge.run.job import IMAGES_PER_BATCH, Job
 from mm_edge.run.networks import Network
 from mm_edge.runtime import release_memory
 
-# E2 asks for 5-10 % of the training data; beyond this many images the gradient's ranking no longer moves.
+# E2 asks for 5-10 % of the training data; beyond this many images the gradient's ranking no longer changes.
 GRADIENT_IMAGES = 1024
-# Two images of 224 x 224: at 32 of them EfficientNet-Lite0 alone keeps 2.8 GB of activations, no faster an image.
+# Two images of 224 x 224. With 32 of them EfficientNet-Lite0 holds 2.8 GB of activations and is no faster per image.
 GRADIENT_PIXELS = 2 * 224 * 224
 
 
 def read_ranges(
-    job_ranges: str,
+    source: str,
     layers: tuple[Layer, ...],
     family: str,
     weights: Mapping[str, Float32Array],
     gradient: Mapping[str, Float32Array] | None = None,
     products: Mapping[str, Float32Array] | None = None,
 ) -> dict[str, SparsityRange]:
-    """Return the ranges from either source, before constraints."""
-    if job_ranges == "observed":
+    """Return the ranges of one source, a name in request.RANGES, before constraints."""
+    if source == "observed":
         return observed_ranges(layers, weights, gradient, products)
     return rule_ranges(layers, family)
 
 
 def score_network(job: Job, dense: Network) -> tuple[Scores, dict[str, SparsityRange]]:
-    """Return the scores of every signal asked for and possible, and the ranges before constraints."""
+    """Return the scores of every signal that was asked for and can be computed, and the ranges before constraints."""
     weights = read_layer_weights(dense.raw, dense.layers)
     gradient: Float32Arrays = {}
     signals = job.request.signals
@@ -55,7 +55,7 @@ def score_network(job: Job, dense: Network) -> tuple[Scores, dict[str, SparsityR
 
 
 def _gradients(job: Job) -> Float32Arrays:
-    """Take one gradient pass over the calibration images, kept for the next run; empty where none is possible."""
+    """Return the gradients over the calibration images, which are stored; empty without a module or images."""
     if job.model.module is None:
         job.note("a network given as .onnx has no gradients: signal magnitude only")
         return {}
@@ -75,7 +75,7 @@ def _gradients(job: Job) -> Float32Arrays:
 
 
 def _products(job: Job, layers: tuple[Layer, ...]) -> Float32Arrays:
-    """GraSP's Hessian-gradient products, kept for the next run."""
+    """Return GraSP's Hessian-gradient products, which are stored."""
     assert job.model.module is not None and job.data is not None
     key = job.key(data=job.data_key, images=GRASP_IMAGES)
     stored = job.store.load_arrays("hessian_gradients", key)
@@ -106,4 +106,4 @@ class _Batches:
 def _gradient_batch(model: LoadedModel) -> int:
     """Return how many images a backward pass holds at once: GRADIENT_PIXELS bounds the activations kept for it."""
     _, height, width = model.input.shape
-    return max(1, min(BATCH, GRADIENT_PIXELS // (height * width)))
+    return max(1, min(IMAGES_PER_BATCH, GRADIENT_PIXELS // (height * width)))

@@ -1,4 +1,4 @@
-"""The start of a run: load, refuse what cannot be done, take the run directory, run the stages.
+"""The start of a run: load, refuse what cannot be done, lock the run directory, run the stages.
 
 Everything that can be refused is refused before the run directory is touched.
 """

@@ -1,4 +1,4 @@
-"""Tuning of one candidate: what the closed form made of it, a few hundred gradient steps later.
+"""Tuning of one candidate: a few hundred gradient steps that start from the closed form's weights.
 
 saved masked state -> tuned state (masks hold) -> compact graph -> file -> parity -> accuracy
 """
@@ -10,13 +10,13 @@ from dataclasses import replace
 from mm_edge.plan.plans import ChannelPlan
 from mm_edge.records import Candidate
 from mm_edge.recover.training.adapt import tune_for
-from mm_edge.run.kept import kept
 from mm_edge.run.make import read_masked_state, save_trained
+from mm_edge.run.reuse import load_or_make
 from mm_edge.run.work import Work
 
 
 def tune_candidate(work: Work) -> Candidate:
-    """Tune a candidate, or return what an earlier run made of it.
+    """Tune a candidate, or return the one that an earlier run stored.
 
     Raises:
         ParityError: the artifact does not agree with its masked model; nothing is kept of it.
@@ -25,11 +25,11 @@ def tune_candidate(work: Work) -> Candidate:
     key = job.key(
         work.networks.at(plan.side).model, data=job.data_key, plan=plan.digest(), recover="tune", start=work.start
     )
-    return kept(job, f"tuned/{plan.file_name}", key, lambda: _tune(work))
+    return load_or_make(job, f"tuned/{plan.file_name}", key, lambda: _tune(work))
 
 
 def _tune(work: Work) -> Candidate:
-    """Return the tuned candidate; the old one, with the reason, where held-back images say it is no better."""
+    """Return the tuned candidate, or the old one with the reason if it is no better on held-back images."""
     networks, candidate, settings = work.networks, work.candidate, work.settings
     network = networks.at(work.plan.side)
     assert candidate.masked_state_dict is not None and isinstance(work.plan, ChannelPlan)

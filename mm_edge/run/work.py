@@ -1,4 +1,4 @@
-"""What a recovery is given to improve one candidate."""
+"""The argument of a recovery's `improve`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Work:
         networks: the networks of the run.
         settings: how candidates are made, written and judged.
         plan: the candidate's plan.
-        candidate: what was made of it so far.
+        candidate: the candidate as it was made before.
         start: SHA-256 of the masked weights it starts from, with the input size.
         advance: called with (steps done, of how many).
     """

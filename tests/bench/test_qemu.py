@@ -81,7 +81,7 @@ def check_parity(made: tuple[Path, Report], images: Path, target_name: str) -> N
     with open_transport(target, "qemu") as device:
         machine = session.read_info(device)
         for model in (out / "dense.onnx", out / candidate.artifact):
-            outputs = session.evaluate(model, images, target, transport=device)
+            outputs = session.run_model(model, images, target, transport=device)
             parity = compare_with_outputs(model, outputs, np.load(images), "images")
             assert parity.max_rel_err <= TOLERANCE
             assert parity.top1_agreement == 1.0
@@ -111,7 +111,7 @@ def test_a_whole_board_in_software(
     server.start()
     try:
         with open_transport(board, "board") as device:
-            outputs = session.evaluate(out / "dense.onnx", images, board, transport=device)
+            outputs = session.run_model(out / "dense.onnx", images, board, transport=device)
             measured = session.measure_pair(out / "dense.onnx", out / "dense.onnx", board, transport=device)
             assert device.source == "emulated"
         parity = compare_with_outputs(out / "dense.onnx", outputs, np.load(images), "images")

@@ -160,12 +160,12 @@ def test_a_lying_device_is_refused(models: tuple[Path, Path], changes: dict[str,
 def test_evaluate_refuses_what_does_not_fit(tmp_path: Path, reply: dict[str, Any], message: str) -> None:
     np.save(tmp_path / "i.npy", np.zeros((2, 1), np.float32))
     with pytest.raises(BenchError, match=message):
-        session.evaluate(tmp_path / "m.onnx", tmp_path / "i.npy", HOST, transport=Scripted(reply))
+        session.run_model(tmp_path / "m.onnx", tmp_path / "i.npy", HOST, transport=Scripted(reply))
 
 
 def test_evaluate_here(models: tuple[Path, Path], tmp_path: Path) -> None:
     np.save(tmp_path / "images.npy", np.zeros((2, 3, 24, 24), np.float32))
-    outputs = session.evaluate(models[1], tmp_path / "images.npy", HOST, transport=LocalTransport())
+    outputs = session.run_model(models[1], tmp_path / "images.npy", HOST, transport=LocalTransport())
     assert outputs.shape == (2, 8)
     np.testing.assert_array_equal(outputs, 0)
 

@@ -93,7 +93,7 @@ def test_every_command_through_ssh(server: LoopbackServer, models: tuple[Path, P
         machine = session.environment(PI5, device)
         measured = session.measure_pair(*models, PI5, transport=device, pairs=20)
         peak = session.measure_memory(models[1], PI5, transport=device)
-        outputs = session.evaluate(models[1], tmp_path / "images.npy", PI5, transport=device)
+        outputs = session.run_model(models[1], tmp_path / "images.npy", PI5, transport=device)
         assert len(server.left_behind()) == 1
     assert machine["transport"] == "ssh board"
     assert any("the profile raspberry-pi-5 describes aarch64" in doubt for doubt in machine["doubts"])

@@ -20,12 +20,12 @@ from click.shell_completion import ShellComplete
 from click.testing import CliRunner, Result
 from tiny_job import save_checkpoint, write_images
 
-from mm_edge.cli.main import COMMANDS, main
+from mm_edge.cli.main import SUBCOMMANDS, main
 from mm_edge.formats.registry import FORMATS, Format
 from mm_edge.records import Report, from_json
 from mm_edge.run.options import Flags, list_options
 from mm_edge.run.recoveries import RECOVERIES, Recovery
-from mm_edge.run.request import GROUPS, Request
+from mm_edge.run.request import SECTIONS, Request
 
 ONE = ("--signals", "magnitude", "--strategies", "balanced", "--no-bench", "--input-size", "3,32,32")
 
@@ -432,7 +432,7 @@ def test_the_module_runs_as_the_command() -> None:
 
 def test_the_list_of_commands_says_what_each_command_says_of_itself() -> None:
     shown = run("--help").stdout
-    for name, entry in COMMANDS.items():
+    for name, entry in SUBCOMMANDS.items():
         assert f"  {name} " in shown
         if name != "bench":  # its own help goes on about the models
             assert (main.commands[name].help or "").startswith(entry.help), name
@@ -441,7 +441,7 @@ def test_the_list_of_commands_says_what_each_command_says_of_itself() -> None:
 def test_help_shows_every_option_in_its_group_with_its_default() -> None:
     shown = CliRunner().invoke(main, ["prune-export", "--help"], terminal_width=110).stdout
     titles = [line[:-1] for line in shown.splitlines() if line[:1] not in ("", " ") and line.endswith(":")]
-    assert titles == [*GROUPS, "Other options"]
+    assert titles == [*SECTIONS, "Other options"]
     plain = " ".join(shown.split())
     for name, item in list_options(Request).items():
         if isinstance(item.kind, Flags):
@@ -454,7 +454,7 @@ def test_help_shows_every_option_in_its_group_with_its_default() -> None:
 
 def test_help_shows_a_name_that_was_added_to_a_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(RECOVERIES, "my-own", Recovery("does what I want"))
-    monkeypatch.setitem(FORMATS, "my-runtime", Format("Also write it for my runtime."))
+    monkeypatch.setitem(FORMATS, "my-runtime", Format("Also write it for my runtime.", lambda *_: []))
     plain = " ".join(run("prune-export", "--help").stdout.split())
     assert "my-own (does what I want)" in plain
     assert "--my-runtime Also write it for my runtime." in plain

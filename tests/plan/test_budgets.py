@@ -27,8 +27,8 @@ from mm_edge.progress import Stages
 from mm_edge.records import Budget, Constraints, Report, asked_budgets
 from mm_edge.run import networks
 from mm_edge.run import plan as planning
-from mm_edge.run.clock import Clock
 from mm_edge.run.request import make_request
+from mm_edge.run.timing import DeviceTimer
 from mm_edge.store import RunStore
 
 CHAIN = "a = Conv(x, w1) r = Relu(a) b = Conv(r, w2) s = Relu(b) y = Conv(s, w3)"
@@ -67,7 +67,7 @@ def test_what_budgets_are_called() -> None:
     assert asked_budgets((0.7,), limits, ("unstructured",)) == (Budget("macs", 0.7),)
 
 
-def ruler(chain: Structure, check: Callable[[float], float], target: float, **changes: Any) -> BudgetCheck:
+def check_of(chain: Structure, check: Callable[[float], float], target: float, **changes: Any) -> BudgetCheck:
     cost, dense = chain.mac_cost, chain.macs()
 
     def checked(keep: Keep) -> float:
@@ -93,7 +93,7 @@ def draw(chain: Structure, asked: list[float] | None = None) -> Callable[[float]
 def test_time_that_falls_less_than_its_model_is_corrected_once(chain: Structure) -> None:
     """Half of the time does not depend on the widths: a linear law, which one correction meets."""
     asked: list[float] = []
-    by_time = ruler(chain, lambda share: 0.5 + 0.5 * share, 0.8)
+    by_time = check_of(chain, lambda share: 0.5 + 0.5 * share, 0.8)
     met = meet(draw(chain, asked), by_time)
     assert met.corrections == 1 and met.fits(by_time)
     assert asked == pytest.approx([0.97 * 0.8, 2 * 0.97 * 0.8 - 1], abs=0.02)
@@ -101,7 +101,7 @@ def test_time_that_falls_less_than_its_model_is_corrected_once(chain: Structure)
 
 
 def test_what_is_counted_needs_no_correction(chain: Structure) -> None:
-    counted = ruler(chain, lambda share: share, 0.6, aim=1.0, window=(0.97, 1.0))
+    counted = check_of(chain, lambda share: share, 0.6, aim=1.0, window=(0.97, 1.0))
     met = meet(draw(chain), counted)
     assert met.corrections == 0 and 0.97 * 0.6 <= met.share <= 0.6
 
@@ -109,21 +109,21 @@ def test_what_is_counted_needs_no_correction(chain: Structure) -> None:
 def test_a_smaller_picture_starts_from_its_own_time(chain: Structure) -> None:
     """The unpruned network there takes 0.7 of the time, modelled as 1.0: the first draft is that much narrower."""
     asked: list[float] = []
-    meet(draw(chain, asked), ruler(chain, lambda share: 0.7 * share, 0.5, whole=0.7))
+    meet(draw(chain, asked), check_of(chain, lambda share: 0.7 * share, 0.5, whole=0.7))
     assert asked == pytest.approx([0.97 * 0.5 / 0.7])
 
 
 def test_a_target_out_of_reach_gives_the_cheapest_and_does_not_fit(chain: Structure) -> None:
-    stuck = ruler(chain, lambda share: 0.9 + 0.1 * share, 0.5)
+    stuck = check_of(chain, lambda share: 0.9 + 0.1 * share, 0.5)
     met = meet(draw(chain), stuck)
     assert not met.fits(stuck)
-    slower = ruler(chain, lambda share: 1.2, 0.5)
+    slower = check_of(chain, lambda share: 1.2, 0.5)
     met = meet(draw(chain), slower)
     assert (met.share, met.corrections) == (1.2, 0)
 
 
 def test_what_the_report_says_of_a_plan(chain: Structure) -> None:
-    met = meet(draw(chain), ruler(chain, lambda share: 0.5 + 0.5 * share, 0.8))
+    met = meet(draw(chain), check_of(chain, lambda share: 0.5 + 0.5 * share, 0.8))
     words = words_for(Budget("speedup", 1.25), met, measured=True, by_table=False)
     assert words == f"multiply-adds in place of time, measured at {1 / met.share:.2f}x, corrected once"
     met = replace(met, corrections=0)
@@ -192,20 +192,20 @@ def test_without_a_measurement_multiply_adds_stand_in_for_time_and_it_is_said(fi
 def test_time_is_measured_on_the_plan_and_corrected(
     files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The clock is a law in which a third of the time never goes; the plans know it by measuring alone."""
+    """The timer is a law in which a third of the time never goes; the plans know it by measuring alone."""
     asked: list[float] = []
     dense_macs: list[float] = []
 
-    def law(clock: Clock, key: Any, raw: RawGraph, structure: Structure, keep: Keep, *, quiet: bool) -> float:
+    def law(timer: DeviceTimer, key: Any, raw: RawGraph, structure: Structure, keep: Keep, *, quiet: bool) -> float:
         path = tmp_path / "plan.onnx"
         ir.save(materialise(raw, structure, keep), path)
         macs = read_structure(raw_from_onnx(path)).macs()
         if not dense_macs:
-            dense_macs.append(read_structure(raw_from_onnx(clock.dense)).macs())
+            dense_macs.append(read_structure(raw_from_onnx(timer.dense)).macs())
         asked.append(1 / 3 + 2 / 3 * macs / dense_macs[0])
         return asked[-1]
 
-    monkeypatch.setattr(Clock, "share", law)
+    monkeypatch.setattr(DeviceTimer, "share", law)
     report = run(files, tmp_path / "run", bench=True, recover="none", constraints=Constraints(speedup=1.3))
     (row,) = [row for row in report.candidates if row.strategy == "speedup_1.3"]
     share = 1 / 3 + 2 / 3 * row.macs / report.dense.macs
@@ -225,7 +225,7 @@ def test_plans_are_timed_once(files: Path, tmp_path: Path, monkeypatch: pytest.M
     def refuse(*args: Any, **rest: Any) -> None:
         raise AssertionError("measured again")
 
-    monkeypatch.setattr("mm_edge.run.clock.measure_pair", refuse)
+    monkeypatch.setattr("mm_edge.run.timing.measure_pair", refuse)
     with pytest.raises(ConstraintError):
         run(files, tmp_path, bench=True, **asked)
     assert sorted((tmp_path / ".mm-edge" / "timed").iterdir()) == kept
@@ -233,7 +233,7 @@ def test_plans_are_timed_once(files: Path, tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_budget_that_dense_meets_adds_nothing(files: Path, tmp_path: Path) -> None:
     report = run(files, tmp_path, recover="none", constraints=Constraints(speedup=0.9))
-    assert [row.id for row in report.candidates] == ["magnitude/balanced/structured/fp32"]
+    assert [item.id for item in report.candidates] == ["magnitude/balanced/structured/fp32"]
 
 
 def test_nothing_is_planned_for_a_latency_where_time_is_emulated(tmp_path: Path) -> None:
@@ -241,7 +241,13 @@ def test_nothing_is_planned_for_a_latency_where_time_is_emulated(tmp_path: Path)
     store = RunStore(tmp_path)
     budgets = asked_budgets((), Constraints(latency_ms=2, speedup=2), ("structured",))
     request = SimpleNamespace(allocate_by="macs")
-    parts = {"budgets": budgets, "folder": tmp_path, "target": None, "transport": emulated, "store": store}
+    parts = {
+        "budgets": budgets,
+        "dense_file": tmp_path / "dense.onnx",
+        "target": None,
+        "transport": emulated,
+        "store": store,
+    }
     notes: list[str] = []
     job: Any = SimpleNamespace(**parts, request=request, note=lambda *texts: notes.extend(texts))
     dense: Any = None
@@ -260,13 +266,13 @@ def test_a_latency_table_is_measured_once_and_widths_are_taken_by_it(
     asked: list[int] = []
     slow = "layer4.0.conv1.weight"
 
-    def law(clock: Clock, key: Any, raw: RawGraph, structure: Structure, keep: Keep, *, quiet: bool) -> float:
+    def law(timer: DeviceTimer, key: Any, raw: RawGraph, structure: Structure, keep: Keep, *, quiet: bool) -> float:
         shape = materialise(raw, structure, keep).graph.initializers[slow].shape
         assert shape is not None
         asked.append(int(shape.numpy()[0]))
         return 0.1 + 0.9 * asked[-1] / max(asked)
 
-    monkeypatch.setattr(Clock, "share", law)
+    monkeypatch.setattr(DeviceTimer, "share", law)
     limits = Constraints(speedup=1.3)
     fields: Any = {"recover": "closed-form", "constraints": limits, "macs": ()}
     report = run(files, tmp_path, bench=True, allocate_by="latency", **fields)

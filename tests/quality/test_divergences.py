@@ -7,7 +7,7 @@ import pytest
 
 from mm_edge.arrays import Float32Array, Float64Array
 from mm_edge.quality.divergences import DIVERGENCES, Divergence, divergence_for, divergence_per_row
-from mm_edge.quality.evaluation import Reference, judge
+from mm_edge.quality.evaluation import Reference, judge_logits
 
 
 def test_kl_by_hand() -> None:
@@ -32,10 +32,10 @@ def test_a_divergence_is_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_judgement_has_the_drop_in_points() -> None:
     logits = np.array([[2, 0], [0, 2]], np.float32)
     labels = np.array([0, 0])
-    assert judge(logits, Reference(labels, logits, 0.75)) == {
+    assert judge_logits(logits, Reference(labels, logits, 0.75)) == {
         "accuracy_top1": 0.5,
         "accuracy_drop": 25.0,
         "agreement_top1": 1.0,
         "kl_to_dense": 0.0,
     }
-    assert judge(logits, Reference(labels))["accuracy_drop"] is None
+    assert judge_logits(logits, Reference(labels))["accuracy_drop"] is None

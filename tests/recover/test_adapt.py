@@ -48,7 +48,7 @@ def _smaller(case: Case) -> tuple[RecoveryContext, Keep]:
         module.set_input_size(img_size=(SMALL, SMALL))  # resamples the position table
     raw = export_raw(module, torch.zeros(1, 3, SMALL, SMALL))
     structure = read_structure(raw)
-    images = descent.resize(torch.from_numpy(case.images), (SMALL, SMALL)).numpy()
+    images = descent.resize_images(torch.from_numpy(case.images), (SMALL, SMALL)).numpy()
     context = build_context(raw, structure, images, module=module)
     kept = {group.id: case.keep[group.leaf] for group in case.structure.groups}
     # The candidate is compared with the dense network at the size it was given at.

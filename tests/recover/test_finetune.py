@@ -421,7 +421,7 @@ def test_an_image_that_cannot_be_read_is_left_out(tmp_path: Path) -> None:
     (folder / "class0" / "0.png").write_bytes(b"\x89PNG nothing")
     found = run(masked(make()), data.calibration, replace(QUICK, batch=12, epochs=1))
     assert found.tensors is not None and np.isfinite(found.tensors["head.weight"]).all()
-    assert (len(data.calibration), data.calibration.places) == (11, 12)
+    assert (len(data.calibration), data.calibration.position_count) == (11, 12)
 
 
 def test_too_few_images(images: ImageSet) -> None:

@@ -136,7 +136,7 @@ def test_the_tail_is_frozen_and_the_start_is_cached(monkeypatch: pytest.MonkeyPa
         dense = case.module.state_dict()[name].numpy()
         scale = float((found.tensors[name] * dense).sum() / (dense * dense).sum())
         np.testing.assert_allclose(found.tensors[name], scale * dense, rtol=1e-5, atol=1e-7)
-    monkeypatch.setattr(descent, "CACHE_BYTES", 1)
+    monkeypatch.setattr(descent, "CROP_CACHE_BYTES", 1)
     assert find_span(case.context, traced, keep) is None
 
 
@@ -175,8 +175,8 @@ def test_crops_at_another_size_show_the_same_part(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(descent, "BATCH", 8)
     slope = np.linspace(0, 1, 32, dtype=np.float32)
     images = np.broadcast_to(slope, (2, 3, 32, 32)).copy()
-    smaller = descent.resize(torch.from_numpy(images), (16, 16)).numpy()
+    smaller = descent.resize_images(torch.from_numpy(images), (16, 16)).numpy()
     ((large, small),) = crops([images, smaller], torch.Generator().manual_seed(1), smallest=0.3, whole=0.0)
     spans = large[:, 0, 0].amax(dim=1) - large[:, 0, 0].amin(dim=1)
     assert float(spans.max()) < 1 and float(spans.max() - spans.min()) > 0.05  # parts, of several widths
-    torch.testing.assert_close(descent.resize(large, (16, 16)), small, rtol=0, atol=0.03)
+    torch.testing.assert_close(descent.resize_images(large, (16, 16)), small, rtol=0, atol=0.03)

@@ -17,7 +17,7 @@ from mm_edge.records import (
     Candidate,
     Chosen,
     Constraints,
-    DenseRow,
+    DenseFigures,
     Latency,
     ModelInfo,
     Parity,
@@ -63,13 +63,13 @@ def candidate(strategy: str, p50: float | None, drop: float | None = 0.5, pareto
     )
 
 
-def make_report(*rows: Candidate, chosen: int | None = 0, **changes: object) -> Report:
+def make_report(*candidates: Candidate, chosen: int | None = 0, **changes: object) -> Report:
     report = Report(
         model=ModelInfo("net", "checkpoint", "ab" * 32, 1_000_000, 100_000_000, (1, 3, 32, 32), 10),
         target={"name": "host", "threads": 1},
         environment={"python": "3.11"},
         data={"splits": {"calibration": 4, "validation": 2, "test": 2}},
-        dense=DenseRow(
+        dense=DenseFigures(
             accuracy_top1=0.9,
             latency_ms=Latency(p50=2.0, p90=2.1, p99=2.5, samples=200, threads=1, source="host"),
             peak_memory_bytes=None,
@@ -77,8 +77,8 @@ def make_report(*rows: Candidate, chosen: int | None = 0, **changes: object) -> 
             params=1_000_000,
             macs=100_000_000,
         ),
-        candidates=rows,
-        chosen=None if chosen is None else Chosen(rows[chosen].id, "the fastest", 0.885),
+        candidates=candidates,
+        chosen=None if chosen is None else Chosen(candidates[chosen].id, "the fastest", 0.885),
         constraints=Constraints(),
         skipped_groups=(
             SkippedGroup("g0", ("a.weight", "b.weight"), "an axis of the input"),
@@ -229,7 +229,7 @@ def test_no_speed_up_is_said_first(p50: float) -> None:
     assert write_markdown(report).splitlines()[2].startswith("Pruning brought no speed-up")
 
 
-def test_markdown_has_every_row_dense_first() -> None:
+def test_markdown_has_every_candidate_dense_first() -> None:
     text = write_markdown(make_report(FAST, UNMEASURED))
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert rows[2] == ("|  | dense | 90.00 % |  | 2 ms | 2.5 ms |  | 100 M | 1 M |  | 4 MB | not measured |  |")
@@ -247,7 +247,7 @@ def test_markdown_has_every_row_dense_first() -> None:
     assert '- data: splits {"calibration": 4, "validation": 2, "test": 2}' in text
 
 
-def test_markdown_says_how_rows_were_fine_tuned() -> None:
+def test_markdown_says_how_candidates_were_fine_tuned() -> None:
     tuned = dataclasses.replace(
         FAST, recovered_by="finetune", epochs=2, stopped="all 2 epochs done; epoch 1 is the best"
     )
@@ -283,15 +283,15 @@ def test_a_narrow_terminal_keeps_each_row_on_one_line() -> None:
 
 
 def test_the_terminal_shows_the_front_and_the_chosen_of_many_rows() -> None:
-    rows = [candidate(f"s{i:02d}", 1.0 + i / 100, pareto=i < 3) for i in range(30)]
-    text = render(make_report(*rows, chosen=29))
+    candidates = [candidate(f"s{i:02d}", 1.0 + i / 100, pareto=i < 3) for i in range(30)]
+    text = render(make_report(*candidates, chosen=29))
     assert [name for name in (f"s{i:02d}" for i in range(30)) if f"/{name} " in text] == ["s00", "s01", "s02", "s29"]
     assert "26 more candidates in report.md and report.json" in text
 
 
-def test_the_terminal_shows_some_rows_where_none_is_marked() -> None:
-    rows = [candidate(f"s{i:02d}", 1.0, None) for i in range(30)]
-    assert "10 more candidates in report.md and report.json" in render(make_report(*rows))
+def test_the_terminal_shows_some_candidates_where_none_is_marked() -> None:
+    candidates = [candidate(f"s{i:02d}", 1.0, None) for i in range(30)]
+    assert "10 more candidates in report.md and report.json" in render(make_report(*candidates))
 
 
 def test_kind_and_precision_are_shown_where_they_differ() -> None:
@@ -309,13 +309,13 @@ def test_a_name_cannot_command_the_terminal() -> None:
 
 
 def control(side: int, speedup: float, accuracy: float) -> Candidate:
-    row = candidate("dense", 2.0 / speedup, 100 * (0.9 - accuracy))
+    dense = candidate("dense", 2.0 / speedup, 100 * (0.9 - accuracy))
     shape = (1, 3, side, side)
-    named = dataclasses.replace(row, id=f"dense@{side}", signal="none", kind="dense", input_shape=shape)
+    named = dataclasses.replace(dense, id=f"dense@{side}", signal="none", kind="dense", input_shape=shape)
     return dataclasses.replace(named, speedup=speedup, speedup_ci=None)
 
 
-def test_a_pruned_row_that_a_smaller_picture_beats_is_said_first() -> None:
+def test_a_pruned_candidate_that_a_smaller_picture_beats_is_said_first() -> None:
     beaten = candidate("balanced", 1.0, 5.0)  # 2.0x at 85 %
     report = make_report(control(24, 2.5, 0.84), control(28, 1.25, 0.89), beaten)
     # At 2.0x, halfway (in time 0.5 of 0.4 to 0.8) 84 + 5 / 4 = 85.25 %.
@@ -337,7 +337,7 @@ def test_a_whole_network_that_was_tuned_is_not_called_pruned() -> None:
     assert control_sentence(make_report(control(24, 2.5, 0.84), without_a_block)) is None
 
 
-def test_a_row_faster_than_every_control_has_to_be_as_accurate_as_the_fastest() -> None:
+def test_a_candidate_faster_than_every_control_has_to_be_as_accurate_as_the_fastest() -> None:
     far = candidate("balanced", 0.5, 20.0)  # 4x at 70 %
     assert control_sentence(make_report(control(24, 2.5, 0.84), far)) == (
         "Nothing pruned beats the dense network on pictures of another size at the same measured latency."
@@ -353,8 +353,8 @@ def test_nothing_is_said_of_controls_where_there_is_nothing_to_compare() -> None
 
 
 def test_controls_are_marked_and_stay_in_every_table() -> None:
-    rows = [candidate(f"s{index}", 1.0 + index / 100, 5.0) for index in range(30)]
-    report = make_report(control(24, 2.5, 0.6), *rows, chosen=1)
+    candidates = [candidate(f"s{index}", 1.0 + index / 100, 5.0) for index in range(30)]
+    report = make_report(control(24, 2.5, 0.6), *candidates, chosen=1)
     shown = render(report)
     assert "dense@24 (control)" in shown and "s0" in shown and "s29" not in shown
     text = write_markdown(report)
@@ -370,12 +370,12 @@ def test_a_chosen_control_is_named_as_such() -> None:
 
 def test_who_won_under_a_budget_stands_in_the_report() -> None:
     outcome = BudgetOutcome("--speedup 1.5", FAST.id, f"{FAST.id} won under --speedup 1.5 (top-1 89.50 %)")
-    row = dataclasses.replace(FAST, planned_by="multiply-adds in place of time, measured at 1.52x")
-    text = write_markdown(make_report(row, budgets=(outcome,)))
+    planned = dataclasses.replace(FAST, planned_by="multiply-adds in place of time, measured at 1.52x")
+    text = write_markdown(make_report(planned, budgets=(outcome,)))
     assert "## Budgets" in text and "won under --speedup 1.5 (top-1 89.50 %)" in text
     assert "multiply-adds in place of time, measured at 1.52x" in text
     assert "## Budgets" not in write_markdown(make_report(FAST))
     console = Console(file=io.StringIO(), width=200)
-    print_report(make_report(row, budgets=(outcome,)), console)
+    print_report(make_report(planned, budgets=(outcome,)), console)
     assert isinstance(console.file, io.StringIO)
     assert f"budget: {outcome.reason}" in console.file.getvalue()

@@ -1,4 +1,4 @@
-"""Fine-tuning as a stage of the whole job: which rows it takes, what they say, what is on disk."""
+"""Fine-tuning as a stage of the whole job: which candidates it takes, what they say, what is on disk."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from mm_edge.load.models import LoadedModel, LoadOptions, load_model
 from mm_edge.plan.ranges import apply_constraints, rule_ranges
 from mm_edge.plan.strategies import assign
 from mm_edge.progress import Stages
-from mm_edge.records import Candidate, DenseRow, Latency, Report
+from mm_edge.records import Candidate, DenseFigures, Latency, Report
 from mm_edge.run.recover import worth_training
 from mm_edge.run.request import make_request
 
@@ -55,7 +55,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for batch, labels in images.batches(16):
             loss = torch.nn.functional.cross_entropy(network(torch.from_numpy(batch)), torch.from_numpy(labels))
             optimiser.zero_grad()
-            loss.backward()
+            torch.autograd.backward(loss)
             optimiser.step()
     save_checkpoint(folder / "net.pt", state_dict=network.state_dict())
     return folder
@@ -68,28 +68,30 @@ def done(files: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, R
     return out, run(files, out, kinds=kinds, strategies=("max_aggressive",), macs=(0.5,))
 
 
-def test_rows_say_how_long_and_why(done: tuple[Path, Report]) -> None:
+def test_candidates_say_how_long_and_why(done: tuple[Path, Report]) -> None:
     _, report = done
     assert report.schema_version == 4
-    tuned = [row for row in report.candidates if row.epochs is not None]
-    assert {row.kind for row in tuned} == {"structured", "unstructured"}
-    assert any(row.recovered_by == "finetune" for row in tuned)
-    for row in report.candidates:
-        if row.recovered_by == "finetune":
-            assert row.epochs == 2 and row.stopped is not None and row.stopped.startswith("all 2 epochs done; epoch ")
-            assert row.artifact is not None and row.artifact.endswith("-finetuned.onnx")
-            assert row.parity is not None and row.parity.max_rel_err <= 1e-4
-    budget = [row for row in report.candidates if row.strategy == "macs_0.5"]
-    assert sum(row.epochs is not None for row in budget) >= 1
+    tuned = [item for item in report.candidates if item.epochs is not None]
+    assert {item.kind for item in tuned} == {"structured", "unstructured"}
+    assert any(item.recovered_by == "finetune" for item in tuned)
+    for item in report.candidates:
+        if item.recovered_by == "finetune":
+            assert (
+                item.epochs == 2 and item.stopped is not None and item.stopped.startswith("all 2 epochs done; epoch ")
+            )
+            assert item.artifact is not None and item.artifact.endswith("-finetuned.onnx")
+            assert item.parity is not None and item.parity.max_rel_err <= 1e-4
+    budget = [item for item in report.candidates if item.strategy == "macs_0.5"]
+    assert sum(item.epochs is not None for item in budget) >= 1
 
 
 def test_the_masked_state_is_timms_and_holds_the_masks(done: tuple[Path, Report]) -> None:
     out, report = done
-    for row in report.candidates:
-        if row.recovered_by != "finetune" or row.kind != "structured":
+    for item in report.candidates:
+        if item.recovered_by != "finetune" or item.kind != "structured":
             continue
-        assert row.masked_state_dict is not None
-        with safetensors.safe_open(out / row.masked_state_dict, framework="pt") as file:
+        assert item.masked_state_dict is not None
+        with safetensors.safe_open(out / item.masked_state_dict, framework="pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             assert "kept" in file.metadata()
         timm.create_model("test_resnet", num_classes=CLASSES).load_state_dict(state, strict=True)
@@ -100,20 +102,20 @@ def test_unstructured_zeros_are_those_asked_for_within_one_weight_a_layer(
     files: Path, done: tuple[Path, Report]
 ) -> None:
     out, report = done
-    (row,) = [row for row in report.candidates if row.kind == "unstructured"]
-    assert row.recovered_by == "finetune" and row.artifact is not None
+    (item,) = [item for item in report.candidates if item.kind == "unstructured"]
+    assert item.recovered_by == "finetune" and item.artifact is not None
     model = load(files)
     layers = read_layers(read_raw(model))
     ranges = apply_constraints(layers, rule_ranges(layers, model.family), False)
     wanted = assign(("max_aggressive",), "magnitude", layers, ranges)[0].sparsity
-    graph = onnx.load(out / row.artifact).graph
+    graph = onnx.load(out / item.artifact).graph
     tensors = {item.name: onnx.numpy_helper.to_array(item) for item in graph.initializer}
     weights = [tensors[node.input[1]] for node in graph.node if node.op_type in ("Conv", "Gemm", "MatMul")]
     assert [weight.size for weight in weights] == [layer.numel for layer in layers]
     for layer, weight in zip(layers, weights, strict=True):
         assert abs(int((weight == 0).sum()) - wanted[layer.fqn] * layer.numel) <= 1, layer.fqn
     total = sum(layer.numel for layer in layers)
-    assert abs(row.sparsity * total - sum(wanted[layer.fqn] * layer.numel for layer in layers)) <= len(layers)
+    assert abs(item.sparsity * total - sum(wanted[layer.fqn] * layer.numel for layer in layers)) <= len(layers)
 
 
 def test_a_second_run_trains_nothing_and_more_epochs_train_again(files: Path, tmp_path: Path) -> None:
@@ -149,7 +151,7 @@ def test_what_cannot_be_trained_is_refused(files: Path, done: tuple[Path, Report
         make_request(**setting, recover="finetune", epochs=0)
 
 
-def row(
+def candidate(
     name: str, accuracy: float | None, macs: int = 90, sparsity: float = 0.1, kind: str = "structured"
 ) -> Candidate:
     strategy = name.split("/")[1]
@@ -169,21 +171,21 @@ def row(
     )
 
 
-DENSE = DenseRow(0.9, Latency(), None, None, 1, 100)
+DENSE = DenseFigures(0.9, Latency(), None, None, 1, 100)
 
 
 def test_the_front_and_the_best_of_each_budget_are_worth_training() -> None:
-    rows = [
-        row("a/balanced", 0.8, 60),
-        row("b/balanced", 0.7, 70),
-        row("a/macs_0.5", 0.5, 65),
-        row("b/macs_0.5", 0.6, 65),
-        row("c/macs_0.5", 0.59, 59),
-        row("c/balanced", 0.4, 100, 0.5, "unstructured"),
-        row("d/balanced", 0.3, 100, 0.4, "unstructured"),
-        row("e/balanced", 0.2, 100, 0.6, "unstructured"),
+    candidates = [
+        candidate("a/balanced", 0.8, 60),
+        candidate("b/balanced", 0.7, 70),
+        candidate("a/macs_0.5", 0.5, 65),
+        candidate("b/macs_0.5", 0.6, 65),
+        candidate("c/macs_0.5", 0.59, 59),
+        candidate("c/balanced", 0.4, 100, 0.5, "unstructured"),
+        candidate("d/balanced", 0.3, 100, 0.4, "unstructured"),
+        candidate("e/balanced", 0.2, 100, 0.6, "unstructured"),
     ]
-    chosen = [item.id for item in worth_training(rows, DENSE)]
+    chosen = [item.id for item in worth_training(candidates, DENSE)]
     assert chosen == [
         "a/balanced/structured/fp32",
         "b/macs_0.5/structured/fp32",
@@ -193,16 +195,20 @@ def test_the_front_and_the_best_of_each_budget_are_worth_training() -> None:
 
 
 def test_a_whole_network_is_no_rival_to_what_is_pruned_under_a_budget() -> None:
-    rows = [row("a/macs_0.5", 0.5, 65), row("b/macs_0.5", 0.6, 65), row("c/macs_0.5", 0.7, 60, 0.0)]
-    chosen = [item.id for item in worth_training(rows, DENSE)]
+    candidates = [
+        candidate("a/macs_0.5", 0.5, 65),
+        candidate("b/macs_0.5", 0.6, 65),
+        candidate("c/macs_0.5", 0.7, 60, 0.0),
+    ]
+    chosen = [item.id for item in worth_training(candidates, DENSE)]
     assert chosen == ["b/macs_0.5/structured/fp32", "c/macs_0.5/structured/fp32"]
 
 
 def test_without_accuracy_all_are_trained() -> None:
-    rows = [row("a/balanced", None), row("b/balanced", None)]
-    assert worth_training(rows, DENSE) == rows
+    candidates = [candidate("a/balanced", None), candidate("b/balanced", None)]
+    assert worth_training(candidates, DENSE) == candidates
 
 
-def test_equal_rows_are_both_kept() -> None:
-    rows = [row("a/balanced", 0.5, 100, 0.5, "n:m"), row("b/balanced", 0.5, 100, 0.5, "n:m")]
-    assert worth_training(rows, DENSE) == rows
+def test_equal_candidates_are_both_kept() -> None:
+    candidates = [candidate("a/balanced", 0.5, 100, 0.5, "n:m"), candidate("b/balanced", 0.5, 100, 0.5, "n:m")]
+    assert worth_training(candidates, DENSE) == candidates

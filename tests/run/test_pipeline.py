@@ -31,7 +31,7 @@ from mm_edge.plan.ranges import apply_constraints, rule_ranges
 from mm_edge.plan.strategies import assign
 from mm_edge.progress import Stages
 from mm_edge.quality.evaluation import run_onnx
-from mm_edge.records import Candidate, Constraints, Report, from_json, to_json
+from mm_edge.records import Constraints, Report, from_json, to_json
 from mm_edge.run import measure as measuring
 from mm_edge.run.request import make_request
 
@@ -50,7 +50,8 @@ class Small(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         found = torch.relu(self.norm(self.stem(images)))
-        return self.head(torch.relu(self.body(found)).mean((2, 3)))
+        logits: torch.Tensor = self.head(torch.relu(self.body(found)).mean((2, 3)))
+        return logits
 
 
 def load(folder: Path) -> LoadedModel:
@@ -188,17 +189,17 @@ def test_unstructured_zeros_are_those_asked_for_within_one_weight_a_layer(done: 
 
 
 def test_a_budget_is_never_exceeded_and_nearly_used(done: Finished) -> None:
-    rows = [c for c in done.report.candidates if c.strategy == "macs_0.7"]
-    assert len({c.macs for c in rows}) == 1
-    for row in rows:
-        assert (BUDGET - 0.03) * done.report.dense.macs <= row.macs <= BUDGET * done.report.dense.macs
+    candidates = [c for c in done.report.candidates if c.strategy == "macs_0.7"]
+    assert len({c.macs for c in candidates}) == 1
+    for item in candidates:
+        assert (BUDGET - 0.03) * done.report.dense.macs <= item.macs <= BUDGET * done.report.dense.macs
 
 
 def test_macs_are_those_of_the_artifact(done: Finished) -> None:
     """Counted by hand from the shapes: a convolution costs its weights at every output position."""
-    for row in (done.report.dense, *done.report.candidates):
-        path = done.out / (row.artifact or "" if isinstance(row, Candidate) else "dense.onnx")
-        model = onnx.shape_inference.infer_shapes(onnx.load(path))
+    macs = {"dense.onnx": done.report.dense.macs} | {str(item.artifact): item.macs for item in done.report.candidates}
+    for artifact, counted in macs.items():
+        model = onnx.shape_inference.infer_shapes(onnx.load(done.out / artifact))
         shapes = {
             value.name: [size.dim_value for size in value.type.tensor_type.shape.dim]
             for value in (*model.graph.value_info, *model.graph.output)
@@ -208,7 +209,7 @@ def test_macs_are_those_of_the_artifact(done: Finished) -> None:
         for node in model.graph.node:
             if node.op_type in ("Conv", "Gemm", "MatMul"):
                 total += int(np.prod(sizes[node.input[1]])) * int(np.prod(shapes[node.output[0]][2:]))
-        assert row.macs == total
+        assert counted == total
 
 
 def test_test_images_are_read_once_for_the_chosen_one(
@@ -238,7 +239,7 @@ def test_test_images_are_read_once_for_the_chosen_one(
 
 
 def test_the_same_seed_gives_the_same_records(done: Finished, tmp_path: Path) -> None:
-    fields = {
+    fields: dict[str, Any] = {
         "signals": ("magnitude", "gradient", "product"),
         "kinds": ("structured", "unstructured"),
         "macs": (BUDGET,),
@@ -310,8 +311,11 @@ def test_a_target_that_is_not_here_has_no_latency_and_says_how_to_measure(
     monkeypatch.setattr(measuring, "matches_this_machine", lambda target: False)
     report = run(load_small, files / "images", tmp_path / "run", {"target": "arm64", "bench": True})
     assert report.target["name"] == "arm64"
-    assert {row.latency_ms.p50 for row in (report.dense, *report.candidates)} == {None}
-    assert {(row.speedup, row.speedup_ci, row.peak_memory_bytes) for row in report.candidates} == {(None, None, None)}
+    assert report.dense.latency_ms.p50 is None
+    assert {item.latency_ms.p50 for item in report.candidates} == {None}
+    assert {(item.speedup, item.speedup_ci, item.peak_memory_bytes) for item in report.candidates} == {
+        (None, None, None)
+    }
     assert report.warnings[-1] == (
         "latency is not measured: this machine is not arm64 and no device was given; give --host USER@HOST, or copy "
         "dense.onnx and the artifacts to one and run there: mm-edge bench dense.onnx ARTIFACT.onnx --target arm64"
@@ -347,7 +351,7 @@ def test_what_keep_names_is_not_pruned(files: Path, tmp_path: Path) -> None:
 
 
 def test_constraints_choose_and_the_nearest_is_named(done: Finished, tmp_path: Path) -> None:
-    fields = {"strategies": ("balanced", "min_conservative")}
+    fields: dict[str, Any] = {"strategies": ("balanced", "min_conservative")}
     report = run(load_small, done.files / "images", tmp_path / "run", constraints=Constraints(speedup=1.2), **fields)
     assert report.chosen is not None
     names = [f"magnitude/{name}/structured/fp32" for name in (*fields["strategies"], "speedup_1.2")]
@@ -401,17 +405,17 @@ def test_python_refuses_what_the_command_line_refuses(tmp_path: Path) -> None:
 
 def test_smaller_numbers_and_files_for_the_device(files: Path, tmp_path: Path) -> None:
     """int8 of the dense model and of the front, an .ort that agrees, a model that takes raw images."""
-    asked = {"precisions": ("fp32", "int8"), "ort": True, "bake_preprocess": True}
+    asked: dict[str, Any] = {"precisions": ("fp32", "int8"), "ort": True, "bake_preprocess": True}
     report = run(lambda: load(files), files / "images", tmp_path / "run", **asked)
-    rows = {c.id: c for c in report.candidates}
-    assert rows["dense/int8"].kind == "dense" and rows["dense/int8"].sparsity == 0
-    pruned = [c for c in rows.values() if c.precision == "int8" and c.kind == "structured"]
+    candidates = {c.id: c for c in report.candidates}
+    assert candidates["dense/int8"].kind == "dense" and candidates["dense/int8"].sparsity == 0
+    pruned = [c for c in candidates.values() if c.precision == "int8" and c.kind == "structured"]
     assert pruned and all(c.parity is None and c.agreement_top1 is not None for c in pruned)
-    for row in pruned:
-        assert row.file_bytes is not None and row.artifact is not None
-        fp32 = rows[row.id.replace("int8", "fp32")]
-        assert fp32.file_bytes is not None and row.file_bytes < fp32.file_bytes
-        assert any(node.op_type == "QuantizeLinear" for node in onnx.load(tmp_path / "run" / row.artifact).graph.node)
+    for item in pruned:
+        assert item.file_bytes is not None and item.artifact is not None
+        fp32 = candidates[item.id.replace("int8", "fp32")]
+        assert fp32.file_bytes is not None and item.file_bytes < fp32.file_bytes
+        assert any(node.op_type == "QuantizeLinear" for node in onnx.load(tmp_path / "run" / item.artifact).graph.node)
     bundle = tmp_path / "run" / "bundle"
     assert len(list(bundle.glob("*.ort"))) == len(list(bundle.glob("*-raw-images.onnx"))) == 1
     (raw,) = bundle.glob("*-raw-images.onnx")
@@ -421,25 +425,25 @@ def test_smaller_numbers_and_files_for_the_device(files: Path, tmp_path: Path) -
     assert scores.shape == (1, CLASSES)
 
 
-def test_unstructured_rows_are_stored_small_and_say_where(files: Path, tmp_path: Path) -> None:
-    asked = {"kinds": ("unstructured",), "strategies": ("max_aggressive",)}
+def test_unstructured_candidates_are_stored_small_and_say_where(files: Path, tmp_path: Path) -> None:
+    asked: dict[str, Any] = {"kinds": ("unstructured",), "strategies": ("max_aggressive",)}
     report = run(lambda: load(files), files / "images", tmp_path / "run", **asked)
-    (row,) = report.candidates
-    assert row.stored_file is not None and row.artifact is not None
-    stored = tmp_path / "run" / row.stored_file
-    assert row.file_bytes == stored.stat().st_size < (tmp_path / "run" / row.artifact).stat().st_size
+    (item,) = report.candidates
+    assert item.stored_file is not None and item.artifact is not None
+    stored = tmp_path / "run" / item.stored_file
+    assert item.file_bytes == stored.stat().st_size < (tmp_path / "run" / item.artifact).stat().st_size
 
 
 def test_the_closed_form_recovers_what_masks_lost_and_stays_exact(files: Path, tmp_path: Path) -> None:
-    """Screened for every row, walked for the front; a budget gets an allocation by sensitivity; a second run reuses."""
-    asked = {"recover": "closed-form", "strategies": ("balanced",), "macs": (0.7,)}
+    """Screened for every candidate, walked for the front; a budget gets one by sensitivity; a second run reuses."""
+    asked: dict[str, Any] = {"recover": "closed-form", "strategies": ("balanced",), "macs": (0.7,)}
     report = run(lambda: load(files), files / "images", tmp_path / "run", **asked)
-    rows = {c.id: c for c in report.candidates}
-    assert {c.recovered_by for c in rows.values()} <= {"closed-form", "closed-form (screened)"}
-    assert rows["sensitivity/macs_0.7/structured/fp32"].recovered_by == "closed-form"
+    candidates = {c.id: c for c in report.candidates}
+    assert {c.recovered_by for c in candidates.values()} <= {"closed-form", "closed-form (screened)"}
+    assert candidates["sensitivity/macs_0.7/structured/fp32"].recovered_by == "closed-form"
     plain = run(lambda: load(files), files / "images", tmp_path / "plain", **{**asked, "recover": "none"})
     for before in plain.candidates:
-        after = rows[before.id]
+        after = candidates[before.id]
         assert after.macs == before.macs
         assert after.parity is not None and after.parity.max_rel_err <= 1e-4
         assert after.kl_to_dense is not None and before.kl_to_dense is not None
@@ -447,7 +451,7 @@ def test_the_closed_form_recovers_what_masks_lost_and_stays_exact(files: Path, t
         assert after.masked_state_dict is not None and after.artifact is not None
         state = safetensors.torch.load_file(tmp_path / "run" / after.masked_state_dict)
         timm.create_model("test_resnet", num_classes=CLASSES).load_state_dict(state, strict=True)
-    artifact = tmp_path / "run" / str(rows["magnitude/balanced/structured/fp32"].artifact)
+    artifact = tmp_path / "run" / str(candidates["magnitude/balanced/structured/fp32"].artifact)
     made = artifact.stat().st_mtime_ns
     again = run(lambda: load(files), files / "images", tmp_path / "run", **asked)
     assert artifact.stat().st_mtime_ns == made

@@ -1,4 +1,4 @@
-"""Tuning as a stage of the whole job: rows on the front go on from the closed form, or say that they did not."""
+"""Tuning as a stage of the whole job: candidates on the front go on from the closed form, or say that they did not."""
 
 from __future__ import annotations
 
@@ -54,36 +54,41 @@ def _let_tuning_win(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def test_tuned_rows_go_on_from_the_closed_form(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tuned_candidates_go_on_from_the_closed_form(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _let_tuning_win(monkeypatch)
     report = run(files, tmp_path, 4e-3, monkeypatch)
-    said = [row for row in report.candidates if row.stopped is not None]
+    said = [item for item in report.candidates if item.stopped is not None]
     assert said
-    assert all(row.recovered_by in ("tune", "closed-form", "closed-form (screened)") for row in report.candidates)
-    tuned = [row for row in said if row.recovered_by == "tune"]
+    assert all(item.recovered_by in ("tune", "closed-form", "closed-form (screened)") for item in report.candidates)
+    tuned = [item for item in said if item.recovered_by == "tune"]
     assert tuned
-    for row in tuned:
-        assert row.stopped is not None and row.stopped.startswith("tuned ")
-        assert row.artifact is not None and row.artifact.endswith("-tuned.onnx")
-        assert row.parity is not None and row.parity.max_rel_err < 1e-4
-        assert _zeros(tmp_path, row) >= row.sparsity - 1e-9
+    for item in tuned:
+        assert item.stopped is not None and item.stopped.startswith("tuned ")
+        assert item.artifact is not None and item.artifact.endswith("-tuned.onnx")
+        assert item.parity is not None and item.parity.max_rel_err < 1e-4
+        assert _zeros(tmp_path, item) >= item.sparsity - 1e-9
 
 
-def _zeros(folder: Path, row: Candidate) -> float:
-    """Return the share of zeros in the weights of the masked state: no less than what the row says is gone."""
-    assert row.masked_state_dict is not None
-    state = safetensors.numpy.load_file(folder / row.masked_state_dict)
+def _zeros(folder: Path, item: Candidate) -> float:
+    """Return the share of zeros in the weights of the masked state: no less than its sparsity."""
+    assert item.masked_state_dict is not None
+    state = safetensors.numpy.load_file(folder / item.masked_state_dict)
     weights = [array for array in state.values() if array.ndim > 1]
-    return sum(int((array == 0).sum()) for array in weights) / sum(array.size for array in weights)
+    zeros = sum(int((array == 0).sum()) for array in weights)
+    return zeros / int(sum(array.size for array in weights))
 
 
-def test_a_row_that_was_not_bettered_says_so(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_candidate_that_was_not_bettered_says_so(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     report = run(files, tmp_path, 100.0, monkeypatch)
-    said = [row for row in report.candidates if row.stopped is not None]
+    said = [item for item in report.candidates if item.stopped is not None]
     assert said
-    for row in said:
-        assert row.stopped == "tuning dropped: no better on held-back images"
-        assert row.recovered_by is not None and row.recovered_by.startswith("closed-form")
+    for item in said:
+        assert item.stopped == "tuning dropped: no better on held-back images"
+        assert item.recovered_by is not None and item.recovered_by.startswith("closed-form")
 
 
 def test_what_is_tuned_was_not_solved_for_the_images_that_judge_it(
@@ -113,7 +118,7 @@ def test_what_is_tuned_was_not_solved_for_the_images_that_judge_it(
         assert alike
 
 
-def test_rows_on_smaller_pictures_are_tuned_at_the_size_that_was_given(
+def test_candidates_on_smaller_pictures_are_tuned_at_the_size_that_was_given(
     files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _let_tuning_win(monkeypatch)
@@ -125,14 +130,14 @@ def test_rows_on_smaller_pictures_are_tuned_at_the_size_that_was_given(
 
     monkeypatch.setattr(adapt, "tune", tune_)
     report = run(files, tmp_path, 4e-3, monkeypatch, macs=(0.4,), input_sizes=(SIDE, 24))
-    tuned = [row for row in report.candidates if row.recovered_by == "tune"]
-    smaller = [row for row in tuned if row.input_shape[-1] == 24]
+    tuned = [item for item in report.candidates if item.recovered_by == "tune"]
+    smaller = [item for item in tuned if item.input_shape[-1] == 24]
     assert smaller
     assert set(sides) == {SIDE}
-    for row in smaller:
-        assert row.artifact is not None and row.artifact.endswith("-tuned.onnx")
-        assert row.parity is not None and row.parity.max_rel_err < 1e-4
-        assert _zeros(tmp_path, row) >= row.sparsity - 1e-9
+    for item in smaller:
+        assert item.artifact is not None and item.artifact.endswith("-tuned.onnx")
+        assert item.parity is not None and item.parity.max_rel_err < 1e-4
+        assert _zeros(tmp_path, item) >= item.sparsity - 1e-9
 
 
 def test_the_whole_network_within_a_budget_is_taught_the_answers_to_larger_pictures(
@@ -140,14 +145,14 @@ def test_the_whole_network_within_a_budget_is_taught_the_answers_to_larger_pictu
 ) -> None:
     _let_tuning_win(monkeypatch)
     report = run(files, tmp_path, 4e-3, monkeypatch, macs=(0.7,), input_sizes=(SIDE, 24))
-    row = next(row for row in report.candidates if row.id == "sensitivity/macs_0.7/structured/fp32@24")
-    control = next(row for row in report.candidates if row.id == "dense@24")
-    assert (row.sparsity, row.macs, row.is_pruned) == (0.0, control.macs, False)
-    assert row.recovered_by == "tune" and row.stopped is not None and row.stopped.startswith("distilled 40 steps")
-    assert row.parity is not None and row.parity.max_rel_err < 1e-4
-    assert row.artifact is not None and control.artifact is not None
-    weights = [_weights(tmp_path / path) for path in (row.artifact, control.artifact)]
-    assert row.params == control.params
+    item = next(item for item in report.candidates if item.id == "sensitivity/macs_0.7/structured/fp32@24")
+    control = next(item for item in report.candidates if item.id == "dense@24")
+    assert (item.sparsity, item.macs, item.is_pruned) == (0.0, control.macs, False)
+    assert item.recovered_by == "tune" and item.stopped is not None and item.stopped.startswith("distilled 40 steps")
+    assert item.parity is not None and item.parity.max_rel_err < 1e-4
+    assert item.artifact is not None and control.artifact is not None
+    weights = [_weights(tmp_path / path) for path in (item.artifact, control.artifact)]
+    assert item.params == control.params
     assert any((weights[0][name] != weights[1][name]).any() for name in weights[0].keys() & weights[1].keys())
 
 
@@ -156,9 +161,9 @@ def test_the_whole_network_that_was_not_bettered_is_the_control_alone(
 ) -> None:
     monkeypatch.setattr(acceptance, "is_better", lambda new, old: False)
     report = run(files, tmp_path, 4e-3, monkeypatch, macs=(0.7,), input_sizes=(SIDE, 24))
-    at_24 = [row for row in report.candidates if row.input_shape[-1] == 24]
-    assert [row.id for row in at_24 if not row.is_pruned] == ["dense@24"]
-    assert any(row.id == "sensitivity/macs_0.7/structured/fp32" for row in report.candidates)
+    at_24 = [item for item in report.candidates if item.input_shape[-1] == 24]
+    assert [item.id for item in at_24 if not item.is_pruned] == ["dense@24"]
+    assert any(item.id == "sensitivity/macs_0.7/structured/fp32" for item in report.candidates)
     assert (
         "sensitivity/macs_0.7/structured/fp32@24, the whole network, is the control again: "
         "distilling dropped: no better on held-back images"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from mm_edge.graph.axes import Axis
-from mm_edge.graph.reading import AttributeEdit, Contraction, Reading, StructureMismatch, Work, shape_of
+from mm_edge.graph.reading import AttributeEdit, Contraction, CostTerm, Reading, StructureMismatch, shape_of
 from mm_edge.graph.rules.operands import attribute, name_of, operand_axes, operand_names, text
 
 
@@ -31,7 +31,7 @@ def convolution(reading: Reading, node: ir.Node) -> None:
     grid = data[2:] if transposed else tuple(spatial)
     # Conv reads kernel * I/g values per output position; ConvTranspose writes kernel * O/g values per input position.
     side = channels if transposed else out
-    reading.work.append(Work(name_of(node), (data[0], side, weight[1], *weight[2:], *grid)))
+    reading.work.append(CostTerm(name_of(node), (data[0], side, weight[1], *weight[2:], *grid)))
     reading.set_axes(node.outputs[0], [data[0], out, *spatial])
 
 
@@ -64,7 +64,7 @@ def gemm(reading: Reading, node: ir.Node) -> None:
     bias = operand_axes(reading, node, 2)
     reading.broadcast([(rows, columns), bias])
     reading.contractions.append(Contraction(name_of(node), inner, operand_names(node, 0, 1)))
-    reading.work.append(Work(name_of(node), (rows, columns, inner)))
+    reading.work.append(CostTerm(name_of(node), (rows, columns, inner)))
     reading.set_axes(node.outputs[0], [rows, columns])
 
 
@@ -77,7 +77,7 @@ def matmul(reading: Reading, node: ir.Node) -> None:
     batch = reading.broadcast([left[:-2], right[:-2]])
     out = [*batch, *left[-2:-1], *(right[-1:] if len(right) > 1 else ())]
     reading.contractions.append(Contraction(name_of(node), inner, operand_names(node, 0, 1)))
-    reading.work.append(Work(name_of(node), (*out, inner)))
+    reading.work.append(CostTerm(name_of(node), (*out, inner)))
     reading.set_axes(node.outputs[0], out)
 
 
@@ -100,5 +100,5 @@ def einsum(reading: Reading, node: ir.Node) -> None:
         if letter not in result:
             readers = [index for index, term in enumerate(terms.split(",")) if letter in term]
             reading.contractions.append(Contraction(name_of(node), axis, operand_names(node, *readers)))
-    reading.work.append(Work(name_of(node), tuple(letters.values())))
+    reading.work.append(CostTerm(name_of(node), tuple(letters.values())))
     reading.set_axes(node.outputs[0], [letters[letter] for letter in result])

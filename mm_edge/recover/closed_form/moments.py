@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from mm_edge.arrays import BoolArray, Float32Array, Float32Arrays, Float64Array, IntArray
-from mm_edge.graph.partial import Frontier, RunnableGraph, Values
+from mm_edge.arrays import Array, BoolArray, Float32Array, Float32Arrays, Float64Array, IntArray
+from mm_edge.graph.partial import Frontier, RunnableGraph
 from mm_edge.recover.closed_form.consumers import (
     Consumer,
     ProductPath,
@@ -209,7 +209,7 @@ def width(graph: RunnableGraph, consumer: Consumer) -> int:
     return int(weight.size // weight.shape[1 - consumer.in_axis])
 
 
-def _at(values: Values, name: str, index: IntArray) -> Float32Array:
+def _at(values: Mapping[str, Array], name: str, index: IntArray) -> Float32Array:
     return np.asarray(values[name].reshape(-1)[index], dtype=np.float32)
 
 

@@ -20,7 +20,7 @@ from mm_edge.graph.axes import Keep
 from mm_edge.graph.partial import Frontier
 from mm_edge.recover.closed_form.context import RecoveryContext, answers, pruned_graph
 from mm_edge.recover.closed_form.judging import Judged, is_better, judge, rescale
-from mm_edge.recover.training.descent import resize
+from mm_edge.recover.training.descent import resize_images
 
 SHARES = (1.0, 0.75, 0.5, 0.25)
 
@@ -62,7 +62,7 @@ def mirrored(context: RecoveryContext) -> RecoveryContext:
 def resized(views: RecoveryContext, context: RecoveryContext) -> RecoveryContext:
     """Return `context` with the images of `views` resized to its own input size, and with the answers of `views`."""
     _, _, height, width = context.images.shape
-    images = resize(torch.from_numpy(views.images), (height, width)).numpy()
+    images = resize_images(torch.from_numpy(views.images), (height, width)).numpy()
     return replace(context, images=images, fitted=(), held_back=views.held_back, logits=views.logits)
 
 

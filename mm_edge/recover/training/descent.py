@@ -25,7 +25,7 @@ BATCH = 32
 WARM_UP = 20
 CROPS = 1280
 # Memory for the values of all crops at the first trained layer.
-CACHE_BYTES = 512 << 20
+CROP_CACHE_BYTES = 512 << 20
 # The most values that a step may compute per image, as a number or as a share of what the whole network computes,
 # whichever is larger. Early layers have the largest maps; leaving them out allows more steps in the same time.
 STEP_VALUES = 6_000_000
@@ -40,7 +40,7 @@ def is_single(traced: Traced, position: int) -> bool:
 def is_affordable(traced: Traced, start: int, end: int) -> bool:
     """Return whether memory holds all crops' values at `start`, and a step from `start` to `end` is cheap enough."""
     limit = max(STEP_VALUES, STEP_SHARE * traced.work(0, len(traced.nodes)))
-    return 4 * CROPS * traced.size(start) <= CACHE_BYTES and traced.work(start, end) <= limit
+    return 4 * CROPS * traced.size(start) <= CROP_CACHE_BYTES and traced.work(start, end) <= limit
 
 
 def trainable(traced: Traced, parameters: frozenset[str] | set[str], start: int, end: int) -> list[str]:
@@ -141,12 +141,12 @@ def _crop(image: Sequence[Float32Array], generator: torch.Generator, smallest: f
         cols = min(width, max(1, round(width * math.sqrt(area * ratio))))
         top, left = int(draw[3] * (height - rows + 1)), int(draw[4] * (width - cols + 1))
         part = found[0][None, :, top : top + rows, left : left + cols]
-        found = [resize(part, (array.shape[1], array.shape[2]))[0] for array in image]
+        found = [resize_images(part, (array.shape[1], array.shape[2]))[0] for array in image]
     flip = bool(torch.rand((), generator=generator) < 0.5)
     return [array.flip(-1) if flip else array for array in found]
 
 
-def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
+def resize_images(images: Tensor, size: tuple[int, int]) -> Tensor:
     """Return images (N, C, H, W) resized to `size` (H, W)."""
     return functional.interpolate(images, size, mode="bilinear", antialias=True)
 

@@ -165,7 +165,7 @@ class _Distiller:
         if len(self.own.images) == len(self.given.images):
             return [large, self.own.images[fitted]]
         _, height, width = self.own.images.shape[1:]
-        return [large, descent.resize(torch.from_numpy(large), (height, width)).numpy()]
+        return [large, descent.resize_images(torch.from_numpy(large), (height, width)).numpy()]
 
 
 def _loss(found: list[Tensor], wanted: list[Tensor]) -> Tensor:

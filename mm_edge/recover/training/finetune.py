@@ -192,11 +192,11 @@ def finetune(
         UsageError: fewer than two images.
         JobError: a mask names no parameter of the network.
     """
-    if images.places < 2:
-        raise UsageError(f"--recover finetune has {images.places} calibration images; give at least 2")
+    if images.position_count < 2:
+        raise UsageError(f"--recover finetune has {images.position_count} calibration images; give at least 2")
     checkpoints = checkpoints or Checkpoints()
     _, height, width = spec.shape
-    batching = _make_batching(images.places, height * width, settings)
+    batching = _make_batching(images.position_count, height * width, settings)
     with _own_randomness():
         run = _Run(student, spec, settings, batching, choose_device())
         kept = checkpoints.load()

@@ -1,7 +1,7 @@
 """How long a plan takes on the target, before anything is recovered or judged: time does not depend on the weights.
 
-A plan's graph with the dense weights is timed against the dense model, in turn, in a short measurement; the final rows
-are measured at length later. What was measured is kept per device, under the hash of all it depends on.
+A plan's graph with the dense weights is timed in turn with the dense network, in a short measurement. Candidates
+are measured longer later. Times are stored per device, under the hash of everything they depend on.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ PAIRS = 60
 
 
 @dataclass(frozen=True)
-class Clock:
-    """The way to time graphs on one device.
+class DeviceTimer:
+    """Times graphs on one device.
 
     Attributes:
-        dense: the dense model's file, which everything is compared with.
-        target: gives threads and session options.
-        transport: the way to the device.
+        dense: the file of the dense network, which graphs are compared with.
+        target: the device profile, with threads and session options.
+        transport: the connection to the device.
         fingerprint: the device's.
-        store: where times are kept.
+        store: holds the times.
         pairs: how many pairs of runs one measurement takes.
     """
 
@@ -50,14 +50,14 @@ class Clock:
     pairs: int = PAIRS
 
     def share(self, key: Mapping[str, Any], raw: RawGraph, structure: Structure, keep: Keep, *, quiet: bool) -> float:
-        """Return the time of what `keep` leaves of a network, as a share of the dense model's.
+        """Return the time of what `keep` leaves of a network, as a share of the dense network's.
 
         Args:
-            key: what tells the network apart; the widths are added.
+            key: what identifies the network; the widths are added.
             raw: the network.
             structure: its coupled groups.
             keep: the indices that stay, by group.
-            quiet: of undisturbed runs: less noise where small differences are compared, no time to expect.
+            quiet: use undisturbed runs only. This has less noise, for small differences, but is below the usual time.
 
         Raises:
             BenchError: the device could not measure.
@@ -67,7 +67,7 @@ class Clock:
         return found[2 if quiet else 0]
 
     def dense_ms(self) -> float:
-        """Return the dense model's median latency.
+        """Return the median latency of the dense network, in milliseconds.
 
         Raises:
             BenchError: the device could not measure.
@@ -75,7 +75,7 @@ class Clock:
         return self._timed({"model": "dense"}, None)[1]
 
     def _timed(self, key: Mapping[str, Any], make: Callable[[], ir.Model] | None) -> tuple[float, float, float]:
-        """Return (share, dense milliseconds, quiet share); without `make` the dense model is timed against itself."""
+        """Return (share, dense milliseconds, quiet share); without `make` the dense network is timed against itself."""
         full = {
             **key,
             "dense": hash_file(self.dense),
@@ -99,8 +99,8 @@ class Clock:
         return float(stored[0]), float(stored[1]), float(stored[2])
 
 
-def open_clock(dense: Path, target: Target, transport: Transport | None, store: RunStore) -> Clock | None:
-    """Return the clock of the device behind `transport`; None where nothing is measured, or what is is no time."""
+def open_timer(dense: Path, target: Target, transport: Transport | None, store: RunStore) -> DeviceTimer | None:
+    """Return the timer of the device of `transport`; None where nothing is measured or the device is emulated."""
     if transport is None or transport.source == "emulated":
         return None
-    return Clock(dense, target, transport, str(environment(target, transport)["fingerprint"]), store)
+    return DeviceTimer(dense, target, transport, str(environment(target, transport)["fingerprint"]), store)

@@ -1,4 +1,4 @@
-"""Candidates that an earlier run made: read again where nothing they depend on has changed."""
+"""Reuses candidates of an earlier run if nothing they depend on has changed."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from mm_edge.records import Candidate
 from mm_edge.run.job import Job
 
 
-def kept(job: Job, name: str, key: Mapping[str, Any], make: Callable[[], Candidate]) -> Candidate:
-    """Return the candidate an earlier run kept under `name` for this `key`; else make it and keep it with its files."""
+def load_or_make(job: Job, name: str, key: Mapping[str, Any], make: Callable[[], Candidate]) -> Candidate:
+    """Return the candidate stored under `name` for this `key`; otherwise make it, and store it with its files."""
     found = job.store.load_record(name, key, Candidate)
     if found is None:
         found = make()
