@@ -35,8 +35,6 @@ from mm_edge.recover.closed_form.sensitivity import Sensitivity, from_arrays, me
 from mm_edge.run.job import IMAGES_PER_BATCH, Job
 from mm_edge.runtime import cores
 
-T = TypeVar("T")
-
 CLOSED_FORM_IMAGES = 500
 RECOVERY_IMAGES = 128
 PARITY_IMAGES = 8
