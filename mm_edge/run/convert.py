@@ -34,7 +34,7 @@ def convert_front(
         return []
     unjudged = networks.dense.images.validation is None
     front = [item for item in mark_pareto(candidates, dense) if item.pareto or unjudged]
-    sources = [dense_candidate(networks.dense, settings, job.folder / "dense.onnx", "dense/fp32"), *front]
+    sources = [dense_candidate(networks.dense, settings, job.dense_file, "dense/fp32"), *front]
     made: list[Candidate] = []
     with job.stages.stage("smaller numbers") as advance:
         images = {network.side: _calibration_images(network) for network in networks}
@@ -63,8 +63,7 @@ def _convert(
     Raises:
         JobError: it cannot be converted.
     """
-    assert source.artifact is not None
-    artifact = job.folder / source.artifact
+    artifact = job.artifact(source)
     convert = PRECISIONS[precision].convert
     assert convert is not None
 

@@ -105,11 +105,8 @@ def notes_of_shared_names(candidates: Sequence[Candidate]) -> list[str]:
 def _test_accuracy(job: Job, network: Network, settings: MakeSettings, candidate: Candidate) -> float | None:
     if network.data is None or not len(network.data.test):
         return None
-    assert candidate.artifact is not None
     with job.stages.stage("test"):
-        logits = run_onnx(
-            job.folder / candidate.artifact, network.data.test.batches(IMAGES_PER_BATCH), settings.threads
-        )
+        logits = run_onnx(job.artifact(candidate), network.data.test.batches(IMAGES_PER_BATCH), settings.threads)
         return compare_logits(logits, network.data.test.labels, None).accuracy_top1
 
 

@@ -15,13 +15,14 @@ from mm_edge.bench.transport import Transport
 from mm_edge.load.data import DataSplits
 from mm_edge.load.models import LoadedModel
 from mm_edge.progress import Stages
-from mm_edge.records import Budget, asked_budgets
+from mm_edge.records import Budget, Candidate, asked_budgets
 from mm_edge.run.recoveries import RECOVERIES, Recovery
 from mm_edge.run.request import Request
 from mm_edge.store import RunStore
 
 LIBRARIES = ("torch", "timm", "onnxruntime", "onnxscript")
 IMAGES_PER_BATCH = 32
+DENSE_FILE = "dense.onnx"
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,16 @@ class Job:
     store: RunStore
     stages: Stages
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def dense_file(self) -> Path:
+        """The file of the dense network."""
+        return self.folder / DENSE_FILE
+
+    def artifact(self, candidate: Candidate) -> Path:
+        """Return the file of a candidate that was made."""
+        assert candidate.artifact is not None
+        return self.folder / candidate.artifact
 
     def note(self, *texts: str) -> None:
         """Add warnings to the report."""

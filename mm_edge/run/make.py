@@ -38,6 +38,7 @@ from mm_edge.plan.plans import PATTERN, ChannelPlan, Plan, WeightPlan
 from mm_edge.quality.evaluation import Judgement, Reference, judge_logits, run_onnx
 from mm_edge.quality.parity import Run, compare, onnx_runner, require, torch_runner
 from mm_edge.records import Candidate, Parity, candidate_id, file_name
+from mm_edge.run.job import DENSE_FILE
 from mm_edge.run.networks import Network
 from mm_edge.run.recoveries import RECOVERIES, Recovery
 from mm_edge.runtime import release_memory
@@ -54,7 +55,7 @@ class MakeSettings:
         folder: the run directory.
         recovery: name of the recovery that every candidate gets when it is made.
         select: which channels stay: by the "signal", by optimal brain surgeon ("obs"), or the better ("auto").
-        held_out: whether held-back images judge_logits a later recovery, so that weights must not be solved on them.
+        held_out: whether held-back images judge a later recovery, so that weights must not be solved on them.
         threads: how many images are run at a time.
         labels: names of the classes, written into every artifact.
         provenance: model, target and versions, written into every artifact.
@@ -91,8 +92,23 @@ class Solved:
     name: str | None = None
 
 
+@dataclass(frozen=True)
+class MaskedWeights:
+    """The masked weights of a candidate, after recovery.
+
+    Attributes:
+        tensors: the weights by name, dense-shaped.
+        run: runs the masked network, which the artifact is verified against.
+        recovered_by: what the report calls the recovery; None where it changed nothing.
+    """
+
+    tensors: Arrays
+    run: Run
+    recovered_by: str | None
+
+
 def make_candidate(network: Network, plan: Plan, settings: MakeSettings, *, walked: bool = False) -> Candidate:
-    """Make, save, verify and judge_logits one candidate.
+    """Make, save, verify and judge one candidate.
 
     With `walked` the recovery takes its second, slower step as well, from input to output of the pruned network.
 
@@ -101,13 +117,13 @@ def make_candidate(network: Network, plan: Plan, settings: MakeSettings, *, walk
     """
     solve = settings.recovery_entry.solve
     solved: Solved = Solved(plan) if solve is None else solve(network, plan, settings, walked)
-    tensors, reference, recovered = _masked_weights(network, solved, settings)
+    weights = _masked_weights(network, solved, settings)
     name = f"{plan.file_name}-walked" if walked else plan.file_name
-    return save_candidate(network, solved.plan, settings, tensors, reference, recovered, name)
+    return save_candidate(network, solved.plan, settings, weights, name)
 
 
 def make_control(network: Network, settings: MakeSettings) -> Candidate:
-    """Make, save, verify and judge_logits the dense network at another size.
+    """Make, save, verify and judge the dense network at another size.
 
     Raises:
         ParityError: the artifact does not agree with the network; nothing is kept of it.
@@ -149,25 +165,19 @@ def dense_candidate(network: Network, settings: MakeSettings, artifact: Path, na
 
 
 def save_trained(
-    network: Network, plan: Plan, settings: MakeSettings, tensors: Arrays, recovered: str, name: str
+    network: Network, plan: Plan, settings: MakeSettings, tensors: Arrays, recovered_by: str, name: str
 ) -> Candidate:
     """Save `tensors` that were trained in PyTorch, verified against the module that holds them; see save_candidate."""
     module = copy.deepcopy(network.model.module)
     assert module is not None
     module.load_state_dict({name: torch.from_numpy(array) for name, array in tensors.items()})
-    return save_candidate(network, plan, settings, tensors, torch_runner(module), recovered, name)
+    return save_candidate(network, plan, settings, MaskedWeights(tensors, torch_runner(module), recovered_by), name)
 
 
 def save_candidate(
-    network: Network,
-    plan: Plan,
-    settings: MakeSettings,
-    tensors: Arrays,
-    reference: Run,
-    recovered: str | None,
-    name: str,
+    network: Network, plan: Plan, settings: MakeSettings, weights: MaskedWeights, name: str
 ) -> Candidate:
-    """Save the compact model of the masked `tensors` as `name`, verify it against `reference`, and judge_logits it.
+    """Save the compact model of masked weights as `name`, verify it against the masked network, and judge it.
 
     Raises:
         ParityError: the artifact does not agree with its masked model; nothing is kept of it.
@@ -175,28 +185,28 @@ def save_candidate(
     folder = settings.folder / "candidates"
     artifact = folder / f"{name}.onnx"
     # The graph is freed before the artifact is loaded to be verified.
-    model = compact_model(network, plan, tensors)
-    _write(network, settings, model, artifact, candidate=plan.id, recovered_by=recovered)
+    model = compact_model(network, plan, weights.tensors)
+    _write(network, settings, model, artifact, candidate=plan.id, recovered_by=weights.recovered_by)
     del model
     release_memory()
-    parity = _check(network, settings, artifact, reference, plan.id)
+    parity = _check(network, settings, artifact, weights.run, plan.id)
     stored = _check_and_store_masks(network, plan, settings, artifact) if isinstance(plan, WeightPlan) else artifact
     state = folder / f"{name}.safetensors"
-    write_atomically(state, safetensors.numpy.save(tensors, metadata=_describe_kept(network.structure, plan)))
+    write_atomically(state, safetensors.numpy.save(weights.tensors, metadata=_describe_kept(network.structure, plan)))
     return Candidate(
         id=plan.id,
         signal=plan.assignment.signal,
         strategy=plan.assignment.strategy,
         kind=plan.kind,
         precision="fp32",
-        sparsity=_sparsity(network, plan, tensors),
-        params=_count_kept_parameters(network, tensors, _keep(plan)),
+        sparsity=_sparsity(network, plan, weights.tensors),
+        params=_count_kept_parameters(network, weights.tensors, _keep(plan)),
         macs=round(count_macs(network.raw, network.structure, _keep(plan))),
         input_shape=tuple(network.spec.shape),
         file_bytes=stored.stat().st_size,
         stored_file=None if stored is artifact else stored.relative_to(settings.folder).as_posix(),
         parity=parity,
-        recovered_by=recovered,
+        recovered_by=weights.recovered_by,
         artifact=artifact.relative_to(settings.folder).as_posix(),
         masked_state_dict=state.relative_to(settings.folder).as_posix(),
         also_named=plan.assignment.names[1:],
@@ -210,7 +220,7 @@ def _check_and_store_masks(network: Network, plan: WeightPlan, settings: MakeSet
     if plan.kind == "n:m":
         require_pattern(artifact, plan.masks, reduced_axes(network.raw.model), PATTERN)
         return artifact
-    return store_smallest(artifact, settings.folder / "dense.onnx", artifact.parent / "stored").path
+    return store_smallest(artifact, settings.folder / DENSE_FILE, artifact.parent / "stored").path
 
 
 def compact_model(network: Network, plan: Plan, tensors: Arrays) -> ir.Model:
@@ -278,8 +288,8 @@ def read_masked_state(structure: Structure, plan: Plan, path: Path) -> tuple[Pla
 # ---- masks
 
 
-def _masked_weights(network: Network, solved: Solved, settings: MakeSettings) -> tuple[Arrays, Run, str | None]:
-    """Return the masked and recovered weights by name, a function that runs the masked model, and what recovered it."""
+def _masked_weights(network: Network, solved: Solved, settings: MakeSettings) -> MaskedWeights:
+    """Return the masked and recovered weights."""
     plan, changes = solved.plan, solved.tensors
     masks = mask_tensors(network.structure, plan.keep) if isinstance(plan, ChannelPlan) else {}
 
@@ -292,17 +302,17 @@ def _masked_weights(network: Network, solved: Solved, settings: MakeSettings) ->
         for name, value in network.raw.model.graph.initializers.items():
             if name in network.raw.parameters | network.raw.buffers and value.const_value is not None:
                 tensors[name] = masked(name, value.const_value.numpy())
-        return tensors, onnx_runner(masked_model(network.raw, {}, tensors)), solved.name
+        return MaskedWeights(tensors, onnx_runner(masked_model(network.raw, {}, tensors)), solved.name)
     changed = changes.keys() | masks.keys() | (plan.masks.keys() if isinstance(plan, WeightPlan) else set())
     with torch.no_grad():
         for name, tensor in module.state_dict().items():
             if name in changed:
                 tensor.copy_(torch.from_numpy(np.ascontiguousarray(masked(name, tensor.numpy(force=True)))))
     adjust = settings.recovery_entry.adjust
-    recovered: str | None = (adjust(module, network, plan) if adjust is not None else None) or solved.name
+    adjusted_by: str | None = adjust(module, network, plan) if adjust is not None else None
     # These are views of the copy made above, which is not changed any more.
     state = {name: tensor.numpy(force=True) for name, tensor in module.state_dict().items()}
-    return state, torch_runner(module), recovered
+    return MaskedWeights(state, torch_runner(module), adjusted_by or solved.name)
 
 
 def _mask(array: Array, name: str, masks: Mapping[str, AxisMask], plan: Plan) -> Array:

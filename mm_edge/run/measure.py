@@ -63,18 +63,15 @@ def _measure_times(
         return dense, candidates, _emulate(job, networks, transport, dense, candidates)
     timings: list[Measurement] = []
     measured: list[Candidate] = []
-    dense_file = job.folder / "dense.onnx"
     with job.stages.stage("measure") as advance:
         env = environment(job.target, transport)
         fingerprint = env["fingerprint"]
-        memory = _memory(job, dense_file, transport, fingerprint)
-        dense_latencies: list[Latency] = []
+        memory = _memory(job, job.dense_file, transport, fingerprint)
         for index, candidate in enumerate(candidates):
-            assert candidate.artifact is not None
-            artifact = job.folder / candidate.artifact
+            artifact = job.artifact(candidate)
             samples = job.folder / SAMPLES_FOLDER / f"{artifact.stem}.json"
             timing = measure_pair(
-                dense_file,
+                job.dense_file,
                 artifact,
                 job.target,
                 transport=transport,
@@ -83,7 +80,6 @@ def _measure_times(
                 fingerprint=fingerprint,
             )
             timings.append(timing)
-            dense_latencies.append(timing.dense_latency)
             measured.append(
                 replace(
                     candidate,
@@ -95,8 +91,9 @@ def _measure_times(
             )
             advance(index + 1, len(candidates))
     # Every pair timed the dense network again. The median of these is reported, so that drift has little effect.
-    timed = sorted((item for item in dense_latencies if item.p50 is not None), key=lambda item: item.p50 or 0.0)
-    middle = timed[len(timed) // 2] if timed else Latency()
+    latencies = [timing.dense_latency for timing in timings if timing.dense_latency.p50 is not None]
+    latencies.sort(key=lambda latency: latency.p50 or 0.0)
+    middle = latencies[len(latencies) // 2] if latencies else Latency()
     dense = replace(dense, latency_ms=middle, peak_memory_bytes=memory)
     job.note(*(str(text) for text in env.get("doubts", [])), *merge_doubts(timings))
     return dense, measured, {**env, "packages": job.versions}
@@ -117,9 +114,8 @@ def _emulate(
         for network in networks:
             np.save(files[network.side], network.images.parity)
         for index, candidate in enumerate(front):
-            assert candidate.artifact is not None
             network = networks.at(candidate.input_shape[-1])
-            artifact, file = job.folder / candidate.artifact, files[network.side]
+            artifact, file = job.artifact(candidate), files[network.side]
             outputs = run_model(artifact, file, job.target, transport=transport)
             found = compare_with_outputs(artifact, outputs, network.images.parity, network.images.parity_kind)
             job.note(
@@ -143,12 +139,11 @@ def _judge_on_device(
     differences: list[float] = []
     with job.stages.stage("accuracy on the device") as advance, tempfile.TemporaryDirectory() as scratch:
         pieces = {network.side: _save_images(network, Path(scratch)) for network in networks}
-        logits = _device_logits(job, job.folder / "dense.onnx", pieces[None], fingerprint)
+        logits = _device_logits(job, job.dense_file, pieces[None], fingerprint)
         own = Reference(labels, logits, compare_logits(logits, labels, None).accuracy_top1)
         for index, candidate in enumerate(candidates):
-            assert candidate.artifact is not None
             side = networks.at(candidate.input_shape[-1]).side
-            logits = _device_logits(job, job.folder / candidate.artifact, pieces[side], fingerprint)
+            logits = _device_logits(job, job.artifact(candidate), pieces[side], fingerprint)
             judged.append(replace(candidate, **judge_logits(logits, own)))
             differences.append(abs((judged[-1].accuracy_top1 or 0.0) - (candidate.accuracy_top1 or 0.0)))
             advance(index + 1, len(candidates))

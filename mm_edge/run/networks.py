@@ -346,7 +346,7 @@ def _key_of_measured(job: Job, **parts: Any) -> dict[str, Any]:
 
 def _write_dense(job: Job, dense: Network) -> Reference:
     """Write dense.onnx and return what it answers on the validation images."""
-    file = job.folder / "dense.onnx"
+    file = job.dense_file
     with job.stages.stage("dense model") as advance:
         proto = ir.to_proto(deploy(dense.raw.model.clone()))
         provenance = {**provenance_of(job, dense.model), "candidate": "dense"}

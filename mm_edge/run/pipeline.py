@@ -72,7 +72,7 @@ def _dense_figures(job: Job, networks: Networks) -> DenseFigures:
         accuracy_top1=networks.reference.accuracy,
         latency_ms=Latency(),
         peak_memory_bytes=None,
-        file_bytes=(job.folder / "dense.onnx").stat().st_size,
+        file_bytes=job.dense_file.stat().st_size,
         params=count_parameters(networks.dense.raw),
         macs=round(networks.dense.structure.macs()),
     )

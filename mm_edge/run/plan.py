@@ -21,8 +21,7 @@ from mm_edge.graph.compact import materialise
 from mm_edge.graph.costs import Cost
 from mm_edge.graph.deploy import deploy
 from mm_edge.graph.depth import Branch, renamed
-from mm_edge.graph.groups import Structure
-from mm_edge.graph.widths import AllowedWidths, Counts, group_scores, lead, select_indices
+from mm_edge.graph.widths import AllowedWidths, group_scores, lead, select_indices
 from mm_edge.plan.budgets import BudgetCheck, Draft, Met, counts_of, meet, words_for
 from mm_edge.plan.counts import count_macs, parameter_cost
 from mm_edge.plan.latency_table import at_another_size, fit_time, measure_table
@@ -80,19 +79,24 @@ class BudgetMeasures:
     def at(self, network: Network) -> BudgetCheck:
         """Return how plans are drawn and checked at `network`."""
         if network.side not in self._made:
-            by_bytes = self.budget.kind == "size"
-            self._made[network.side] = self._by_bytes(network) if by_bytes else self._by_macs(network)
+            self._made[network.side] = self._make(network)
         return self._made[network.side]
+
+    def _make(self, network: Network) -> BudgetCheck:
+        if self.budget.kind == "size":
+            return self._by_bytes(network)
+        return self._by_macs(network) if self._timer is None else self._by_time(network, self._timer)
 
     def _by_macs(self, network: Network) -> BudgetCheck:
         structure, dense = network.structure, self._dense.structure.macs()
-        if self._timer is None:
-            check = partial(_macs_share, network, dense)
-            whole = structure.macs() / dense
-            return BudgetCheck(self._largest_share(), structure.mac_cost, dense, whole, check, 1.0, COUNTED_WINDOW)
-        timed = partial(_timed_share, self._job, self._timer, network)
+        check = partial(_macs_share, network, dense)
+        whole = structure.macs() / dense
+        return BudgetCheck(self._largest_share(), structure.mac_cost, dense, whole, check, 1.0, COUNTED_WINDOW)
+
+    def _by_time(self, network: Network, timer: DeviceTimer) -> BudgetCheck:
+        timed = partial(_timed_share, self._job, timer, network)
         whole = 1.0 if network.is_dense_size else timed({})
-        cost = structure.mac_cost
+        cost, dense = network.structure.mac_cost, self._dense.structure.macs()
         if self._time is not None:
             dense_cost = self._dense.structure.mac_cost
             cost = self._time if network.is_dense_size else at_another_size(self._time, cost, dense_cost)
@@ -100,7 +104,7 @@ class BudgetMeasures:
         return BudgetCheck(self._largest_share(), cost, dense, whole, timed, MEASURED_AIM, MEASURED_WINDOW)
 
     def _by_bytes(self, network: Network) -> BudgetCheck:
-        file = (self._job.folder / "dense.onnx").stat().st_size
+        file = self._job.dense_file.stat().st_size
         cost = parameter_cost(network.raw, network.structure)
         # Counted without metadata, which is the same in every file but for a few names.
         check = partial(_bytes_share, network, file, file + METADATA_BYTES - _count_bytes(self._dense, {}))
@@ -113,7 +117,7 @@ class BudgetMeasures:
         if self.budget.kind == "speedup":
             return 1 / value
         if self.budget.kind == "size":
-            return value / (self._job.folder / "dense.onnx").stat().st_size
+            return value / self._job.dense_file.stat().st_size
         assert self._timer is not None
         return value / self._timer.dense_ms()
 
@@ -165,10 +169,7 @@ def plan_scaled(
             keep = select_indices(counts, group_scores(network.structure, scores[signal]))
             assignment = Assignment(signal, (measures.budget.strategy,), met.draft.sparsity)
             plans.append(ChannelPlan(assignment, side=network.side, planned_by=words, keep=keep))
-        where = "" if network.is_dense_size else f" at {network.side} px"
-        asked = f"{measures.budget.asked}{where}"
-        unit = _UNITS[measures.budget.kind]
-        job.note(*budget_notes(network.structure, allowed, counts, met, check, asked, unit))
+        job.note(*budget_notes(network, allowed, met, check, measures.budget))
     return plans
 
 
@@ -192,15 +193,11 @@ def _draw_scaled(
 
 
 def budget_notes(
-    structure: Structure,
-    allowed: Sequence[AllowedWidths],
-    counts: Counts,
-    met: Met,
-    check: BudgetCheck,
-    asked: str,
-    unit: str,
+    network: Network, allowed: Sequence[AllowedWidths], met: Met, check: BudgetCheck, budget: Budget
 ) -> list[str]:
     """Return notes for a budget whose widths ignore the target's multiples, or that was missed, with what is pinned."""
+    asked = budget.asked if network.is_dense_size else f"{budget.asked} at {network.side} px"
+    counts = counts_of(met.draft.keep)
     notes = []
     finer = sum(counts[item.leaf] not in item.widths for item in allowed)
     if finer:
@@ -209,10 +206,10 @@ def budget_notes(
             "which alone miss the budget by more than 3 %: expect less speed than the MACs say"
         )
     if not met.fits(check) or met.share < check.window[0] * check.largest_share:
-        held = sorted(structure.pinned, key=lambda item: -item.size * len(item.tensors))[:3]
+        held = sorted(network.structure.pinned, key=lambda item: -item.size * len(item.tensors))[:3]
         pins = "; ".join(f"{item.id}: {item.reason}" for item in held)
         reached = met.share / check.whole
-        found = f"the nearest the widths reach is {reached:.3f} of the dense {unit} there"
+        found = f"the nearest the widths reach is {reached:.3f} of the dense {_UNITS[budget.kind]} there"
         notes.append(f"{asked}: {found} (pinned: {pins})")
     return notes
 
@@ -253,19 +250,15 @@ def plan_by_sensitivity(job: Job, measures: BudgetMeasures, networks: Networks) 
         if len(fitting) < 2:
             smallest = [min(found, key=lambda item: item.met.share)] if found else []
             return [*(item.plan for item in fitting or smallest), *unpruned]
-        best = _least_diverging(job, budget, networks, measures, fitting, advance)
+        best = _least_diverging(job, measures, networks, fitting, advance)
     return [best.plan, *unpruned]
 
 
 def _least_diverging(
-    job: Job,
-    budget: Budget,
-    networks: Networks,
-    measures: BudgetMeasures,
-    fitting: Sequence[_Combination],
-    advance: Advance,
+    job: Job, measures: BudgetMeasures, networks: Networks, fitting: Sequence[_Combination], advance: Advance
 ) -> _Combination:
     """Return the combination of least divergence, and note those of all and of the controls within the budget."""
+    budget = measures.budget
     tried: list[tuple[float, _Combination]] = []
     for item in fitting:
         tried.append((_divergence(job, networks.dense, item.network, item.plan), item))
@@ -407,7 +400,7 @@ def measures_of(job: Job, dense: Network) -> list[BudgetMeasures]:
     """Return the measures of every budget that can be planned for, and note the others."""
     budgets = job.budgets
     timed = any(budget.is_time for budget in budgets)
-    timer = open_timer(job.folder / "dense.onnx", job.target, job.transport, job.store) if timed else None
+    timer = open_timer(job.dense_file, job.target, job.transport, job.store) if timed else None
     able = [budget for budget in budgets if budget.kind != "latency" or timer is not None]
     unable = [budget for budget in budgets if budget not in able]
     job.note(*(f"{item.asked}: no time is measured here, so no candidate is planned for it" for item in unable))

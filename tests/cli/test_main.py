@@ -278,7 +278,7 @@ def test_what_the_system_refuses_elsewhere_is_one_line(files: Path, monkeypatch:
     def refuse(*_: object) -> None:
         raise OSError(28, "No space left on device", "/tmp/x")
 
-    monkeypatch.setattr("mm_edge.api.run_pipeline", refuse)
+    monkeypatch.setattr("mm_edge.api.start", refuse)
     message = refused("prune-export", files / "net.pt", *ONE, "--out", "run", code=1)
     assert message == "the system refused '/tmp/x': No space left on device"
 

@@ -233,7 +233,7 @@ def test_plans_are_timed_once(files: Path, tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_budget_that_dense_meets_adds_nothing(files: Path, tmp_path: Path) -> None:
     report = run(files, tmp_path, recover="none", constraints=Constraints(speedup=0.9))
-    assert [row.id for row in report.candidates] == ["magnitude/balanced/structured/fp32"]
+    assert [item.id for item in report.candidates] == ["magnitude/balanced/structured/fp32"]
 
 
 def test_nothing_is_planned_for_a_latency_where_time_is_emulated(tmp_path: Path) -> None:
@@ -241,9 +241,17 @@ def test_nothing_is_planned_for_a_latency_where_time_is_emulated(tmp_path: Path)
     store = RunStore(tmp_path)
     budgets = asked_budgets((), Constraints(latency_ms=2, speedup=2), ("structured",))
     request = SimpleNamespace(allocate_by="macs")
-    parts = {"budgets": budgets, "folder": tmp_path, "target": None, "transport": emulated, "store": store}
+    parts = {
+        "budgets": budgets,
+        "dense_file": tmp_path / "dense.onnx",
+        "target": None,
+        "transport": emulated,
+        "store": store,
+    }
     notes: list[str] = []
-    job: Any = SimpleNamespace(**parts, request=request, note=lambda *texts: notes.extend(texts))
+    job: Any = SimpleNamespace(
+        **parts, target=None, transport=emulated, request=request, note=lambda *texts: notes.extend(texts)
+    )
     dense: Any = None
     found = planning.measures_of(job, dense)
     assert [(item.budget, item.measured) for item in found] == [(Budget("speedup", 2), False)]
