@@ -29,7 +29,7 @@ from mm_edge.bench.session import environment, measure_memory, measure_pair
 from mm_edge.bench.stats import bootstrap_median
 from mm_edge.bench.target import load_target, resolve_host
 from mm_edge.bench.transport import LocalTransport
-from mm_edge.formats.precisions import QuantReport
+from mm_edge.formats.conversion import QuantReport
 from mm_edge.formats.quantize import quantise
 from mm_edge.load.data import DataSplits, noise_batches, open_data
 from mm_edge.quality.evaluation import compare_logits, run_onnx

@@ -53,8 +53,8 @@ from mm_edge.quality.evaluation import compare_logits, run_onnx
 from mm_edge.recover.closed_form.branches import allocate_rest, measure_branches, offers
 from mm_edge.recover.closed_form.context import RecoveryContext, build_context
 from mm_edge.recover.training.adapt import tune_for
-from mm_edge.run.job import recovery_images
-from mm_edge.run.make import recover_keep
+from mm_edge.run.closed_form import recover_keep
+from mm_edge.run.networks import recovery_images
 from mm_edge.runtime import cores
 
 RESULTS = Path(__file__).resolve().parent / "results" / "lite0.json"

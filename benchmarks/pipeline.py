@@ -48,7 +48,8 @@ def run_one(name: str) -> dict[str, object]:
     from mm_edge.load.data import open_data
     from mm_edge.load.models import LoadOptions, load_model
     from mm_edge.progress import Stages
-    from mm_edge.run import pipeline
+    from mm_edge.run.job import Job
+    from mm_edge.run.pipeline import run_stages
     from mm_edge.run.request import Request
     from mm_edge.store import RunStore
 
@@ -77,7 +78,7 @@ def run_one(name: str) -> dict[str, object]:
         store = RunStore(Path(folder) / "run")
         target = resolve_host(load_target("x86_64-avx512"))
         request = Request(recover="none")
-        report = pipeline.prune_export(pipeline.Job(request, model, data, target, None, store.folder, store, stages))
+        report = run_stages(Job(request, model, data, target, None, store.folder, store, stages))
     assert model.module is not None
     size = sum(tensor.numel() * tensor.element_size() for tensor in model.module.state_dict().values())
     worst = max(c.parity.max_rel_err for c in report.candidates if c.parity is not None)
