@@ -9,6 +9,8 @@ import importlib
 from dataclasses import dataclass
 from typing import Any
 
+from mm_edge.errors import JobError
+
 
 @dataclass(frozen=True)
 class Deferred:
@@ -21,6 +23,14 @@ class Deferred:
     path: str
 
     def __call__(self, *args: Any, **options: Any) -> Any:
-        """Call the function."""
+        """Call the function.
+
+        Raises:
+            JobError: there is no such module or function.
+        """
         module, _, name = self.path.partition(":")
-        return getattr(importlib.import_module(module), name)(*args, **options)
+        try:
+            function = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError) as error:
+            raise JobError(f"'{self.path}', which a registry names, cannot be imported: {error}") from error
+        return function(*args, **options)

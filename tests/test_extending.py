@@ -57,8 +57,7 @@ def extended() -> Iterator[None]:
         registry = importlib.import_module(module_name(path))
         table = getattr(registry, text.partition("[")[0])
         saved.append((table, dict(table)))
-        names = {"Deferred": importlib.import_module("mm_edge.deferred").Deferred, **vars(registry)}
-        exec(compile(text, path, "exec", dont_inherit=True), names)
+        exec(compile(text, path, "exec", dont_inherit=True), dict(vars(registry)))
         assert len(table) == len(saved[-1][1]) + 1
     yield
     for table, before in reversed(saved):
@@ -114,7 +113,7 @@ def test_strategy_signal_and_recovery_make_candidates(done: tuple[Path, Report])
 def test_a_precision_is_converted_and_judged(done: tuple[Path, Report]) -> None:
     out, report = done
     made = next(item for item in report.candidates if item.id == "square/deeper/structured/rounded")
-    assert made.recovered_by == "shift-bias + rounded rounded" and made.kl_to_dense is not None
+    assert made.recovered_by == "shift-bias + cast rounded" and made.kl_to_dense is not None
     assert made.artifact is not None and made.artifact.endswith("square-deeper-structured-rounded.onnx")
     weights = [onnx.numpy_helper.to_array(t) for t in onnx.load(out / made.artifact).graph.initializer]
     assert all((w.view(np.uint32) & 0xFFFF == 0).all() for w in weights if w.dtype == np.float32)

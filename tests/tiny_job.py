@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import mm_edge  # noqa: F401  before timm, which it makes importable beside CPU-only torch
+
+# isort: split
 import numpy as np
 import timm
 import torch

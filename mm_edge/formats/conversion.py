@@ -19,20 +19,30 @@ class CalibrationImages:
 
 @dataclass(frozen=True)
 class QuantReport:
-    """What was made: `precision` "int8" or "fp16", by `method` "static", "dynamic" or "cast".
+    """What was made.
 
-    `kl_to_fp32` is on held-back images, None where none were given. `layers` counts the weighted layers in 8 bits.
+    Attributes:
+        precision: its name in PRECISIONS.
+        method: how it was converted, "static", "dynamic" or "cast" for instance; `recovered_by` in the report names it.
+        file_bytes: size of the file.
+        scheme: types of the activations and weights of int8, "U8S8" for instance.
+        ranges: how the ranges of int8 were found.
+        layers: how many layers with weights are in 8 bits.
+        fp32_layers: names of those left in fp32.
+        kl_to_fp32: divergence from the fp32 model on held-back images, nats; None where none were given.
+        agreement_top1: share of them whose first class is the same.
+        notes: what else the reader should know.
     """
 
     precision: str
     method: str
-    scheme: str | None
-    ranges: str | None
-    layers: int
-    fp32_layers: tuple[str, ...]
-    kl_to_fp32: float | None
-    agreement_top1: float | None
     file_bytes: int
+    scheme: str | None = None
+    ranges: str | None = None
+    layers: int = 0
+    fp32_layers: tuple[str, ...] = ()
+    kl_to_fp32: float | None = None
+    agreement_top1: float | None = None
     notes: tuple[str, ...] = ()
 
 

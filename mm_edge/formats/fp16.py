@@ -37,4 +37,4 @@ def convert_fp16(
     except Exception as error:  # the converter's exceptions have no common base
         raise JobError(f"the model cannot be converted to fp16: {cause_line(error)}") from error
     write_atomically(out, content)
-    return QuantReport("fp16", "cast", None, None, 0, (), None, None, len(content))
+    return QuantReport("fp16", "cast", len(content))

@@ -123,7 +123,7 @@ def quantise_static(
     content = _quantised(proto, ranges, scheme, left)
     write_atomically(out, content)
     layers = len(weighted_layers(proto)) - len(left)
-    return QuantReport("int8", "static", scheme.name, None, layers, left, None, None, len(content))
+    return QuantReport("int8", "static", len(content), scheme=scheme.name, layers=layers, fp32_layers=left)
 
 
 def quantise_dynamic(model: Path, out: Path, scheme: Scheme) -> QuantReport:
@@ -151,7 +151,7 @@ def quantise_dynamic(model: Path, out: Path, scheme: Scheme) -> QuantReport:
     content = made.SerializeToString()
     write_atomically(out, content)
     rest = tuple(name for name in weighted if name not in linear)
-    return QuantReport("int8", "dynamic", "U8S8", None, len(linear), rest, None, None, len(content))
+    return QuantReport("int8", "dynamic", len(content), scheme="U8S8", layers=len(linear), fp32_layers=rest)
 
 
 def find_sensitive_layers(

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mm_edge.arrays import Float32Array
+from mm_edge.deferred import Deferred  # noqa: F401  for entries whose function lies in another module
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from mm_edge.deferred import Deferred  # noqa: F401  for entries whose function lies in another module
 from mm_edge.records import Assignment, Layer, SparsityRange
 
 CONVOLUTION_ROLES = frozenset({"conv", "depthwise", "downsample", "se", "stem"})

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mm_edge.arrays import Array, Float32Array, Float64Array
+from mm_edge.deferred import Deferred  # noqa: F401  for entries whose function lies in another module
 
 
 @dataclass(frozen=True)

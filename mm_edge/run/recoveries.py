@@ -32,10 +32,12 @@ class Recovery:
         improve: takes a work.Work, improves its candidate and returns the new record, or the old one with the reason.
         improves: the kinds of candidates it improves.
         stage: name of the stage that improves candidates.
+        needs_images: whether it needs calibration images.
         needs_moments: whether it needs the dense network's moments on calibration images.
         holds_out: whether held-back images judge it, so that the recovery before it must not use them.
         trains_sizes: whether it trains networks at smaller input sizes to answer as the dense network does at its own.
         trains: whether it takes gradient steps, so that it needs a PyTorch module.
+        has_epochs: whether --epochs limits it.
         least_images: how many labelled calibration images it needs.
     """
 
@@ -46,10 +48,12 @@ class Recovery:
     improve: Callable[..., Any] | None = None
     improves: tuple[str, ...] = ("structured", "n:m", "unstructured")
     stage: str = "recover"
+    needs_images: bool = True
     needs_moments: bool = False
     holds_out: bool = False
     trains_sizes: bool = False
     trains: bool = False
+    has_epochs: bool = False
     least_images: int = 0
 
     @property
@@ -64,7 +68,7 @@ class Recovery:
 
 
 RECOVERIES: dict[str, Recovery] = {
-    "none": Recovery("leaves the weights as pruning left them"),
+    "none": Recovery("leaves the weights as pruning left them", needs_images=False),
     "bn": Recovery(
         "re-estimates BatchNorm statistics on calibration images",
         adjust=Deferred("mm_edge.run.closed_form:reestimate_"),
@@ -91,6 +95,7 @@ RECOVERIES: dict[str, Recovery] = {
         improve=Deferred("mm_edge.run.finetune:finetune_candidate"),
         stage="fine-tune",
         trains=True,
+        has_epochs=True,
         least_images=2,
     ),
 }

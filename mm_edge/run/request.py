@@ -317,14 +317,14 @@ Rule = Callable[[Request, Collection[str]], str | None]
 
 def recovery_needs_images(request: Request, given: Collection[str]) -> str | None:
     """Refuse a recovery without data, because it needs calibration images."""
-    if request.recover != "none" and request.data is None:
+    if RECOVERIES[request.recover].needs_images and request.data is None:
         return f"--recover {request.recover} needs calibration images; give --data PATH"
     return None
 
 
 def epochs_need_finetuning(request: Request, given: Collection[str]) -> str | None:
     """Refuse epochs without fine-tuning, which alone has them."""
-    if "epochs" in given and request.recover != "finetune":
+    if "epochs" in given and not RECOVERIES[request.recover].has_epochs:
         return f"--epochs {request.epochs} is for fine-tuning; give --recover finetune with it"
     return None
 

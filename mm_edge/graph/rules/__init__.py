@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 import onnx_ir as ir
 
+from mm_edge.deferred import Deferred  # noqa: F401  for entries whose function lies in another module
 from mm_edge.graph.reading import Reading, StructureMismatch, is_static
 from mm_edge.graph.rules.elementwise import BROADCAST, UNARY, elementwise, first_operand, unary
 from mm_edge.graph.rules.indexing import SIZE_DEPENDENT, gather, gather_nd, positions
