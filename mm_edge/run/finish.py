@@ -67,6 +67,7 @@ def finish(
     )
     # The same records a reader gets from the file: tuples, floats and all.
     report = from_json(Report, to_json(report))
+    job.store.claim("report.json", "report.md")
     write_report(report, job.folder)
     if missed is not None:
         raise missed

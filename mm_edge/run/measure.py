@@ -73,6 +73,7 @@ def _take_times(
             assert candidate.artifact is not None
             artifact = job.folder / candidate.artifact
             samples = job.folder / SAMPLES_FOLDER / f"{artifact.stem}.json"
+            job.store.claim(f"{SAMPLES_FOLDER}/{samples.name}")
             timing = measure_pair(
                 dense_file,
                 artifact,
