@@ -145,7 +145,7 @@ def compare(network: Network, target: Target, shares: list[float]) -> dict[str, 
     sensitivities = read_sensitivities(network.folder / "sensitivities.safetensors", context, network.allowed)
     answers = run_onnx(network.dense, network.judged.batches(BATCH), cores())
     with LocalTransport() as transport:
-        timer = open_timer(network.dense, target, transport, RunStore(network.folder))
+        timer = open_timer(network.dense, target, transport, RunStore(network.folder / "store"))
         assert timer is not None
         start = time.monotonic()
         timed = partial(network.share, timer)

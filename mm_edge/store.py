@@ -20,10 +20,11 @@ import json
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 import numpy as np
 import safetensors
@@ -31,6 +32,23 @@ import safetensors.numpy
 
 from mm_edge.arrays import Array, Arrays
 from mm_edge.errors import JobError, UsageError
+from mm_edge.ownership import (
+    LOCK,
+    MARKER,
+    OWNED,
+    RESERVED,
+    STAGES,
+    TEMPORARY_PREFIX,
+    check_fixed,
+    check_folder,
+    foreign_file,
+    is_marked,
+    marker_document,
+    owned_document,
+    read_owned,
+    refuse_link,
+    remove_leftovers,
+)
 from mm_edge.records import from_json, to_json
 
 T = TypeVar("T")
@@ -79,12 +97,15 @@ def write_atomically(path: Path, content: bytes) -> None:
 
     Raises:
         JobError: the disk is full, or the path cannot be written.
+        UsageError: a symbolic link lies there.
     """
+    refuse_link(path)
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}.{os.getpid()}.tmp")
         try:
-            with temporary.open("wb") as file:
+            temporary.unlink(missing_ok=True)
+            with temporary.open("xb") as file:  # x follows no link that somebody put there
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
@@ -101,10 +122,11 @@ class RunStore:
         """Open `folder`, making it if needed.
 
         Raises:
-            UsageError: it cannot be made or written.
+            UsageError: it cannot be made or written, or it holds files and is no run folder.
         """
+        check_folder(folder)
         self.folder = folder
-        self._stages = folder / ".mm-edge"
+        self._stages = folder / STAGES
         try:
             self._stages.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder) as probe:
@@ -119,9 +141,9 @@ class RunStore:
         """Lock the directory for this run; the system releases the lock even when the process is killed.
 
         Raises:
-            UsageError: another run has locked it.
+            UsageError: another run holds it, or a file of the user's lies where a run writes.
         """
-        with (self._stages / "lock").open("a+") as file:
+        with self._open_lock() as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
@@ -133,20 +155,67 @@ class RunStore:
             file.truncate(0)
             file.write(str(os.getpid()))
             file.flush()
-            self._clean()
+            check_fixed(self.folder, self.owned)
+            self._mark()
+            remove_leftovers(self.folder)
             yield
 
-    def _clean(self) -> None:
-        """Remove the temporary files that a killed run left."""
-        for path in self.folder.rglob(".*.tmp"):
-            path.unlink(missing_ok=True)
+    def _open_lock(self) -> TextIO:
+        """Open the lock, a file of its own: a link could name a file of the user's, which taking the lock empties."""
+        path = self._stages / LOCK
+        try:
+            number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                refuse_link(path)
+            raise UsageError(f"cannot open '{path}': {error.strerror}; give another --out") from error
+        state = os.fstat(number)
+        if not stat.S_ISREG(state.st_mode) or state.st_nlink != 1:
+            os.close(number)
+            raise UsageError(f"'{path}' is not a file of its own (a hard link or a device); give another --out")
+        return os.fdopen(number, "a+")
+
+    def _mark(self) -> None:
+        """Write what makes this a run folder, and the list of files, where an earlier version wrote neither."""
+        if not (self._stages / OWNED).is_file():
+            write_atomically(self._stages / OWNED, owned_document(self.owned))
+        if not is_marked(self.folder):
+            write_atomically(self._stages / MARKER, marker_document())
+
+    @property
+    def owned(self) -> frozenset[str]:
+        """The files outside .mm-edge that runs wrote, relative to the folder."""
+        return read_owned(self.folder)
+
+    def claim(self, *names: str) -> None:
+        """List files as ours before they are written.
+
+        Raises:
+            UsageError: a file that is not ours has such a name.
+            JobError: the list cannot be written.
+        """
+        owned = self.owned
+        for name in names:
+            refuse_link(self.folder / name)
+            if name not in owned and (self.folder / name).exists():
+                raise foreign_file(self.folder / name)
+        if not owned.issuperset(names):
+            write_atomically(self._stages / OWNED, owned_document(owned.union(names)))
+
+    def remove_owned(self, place: str) -> None:
+        """Remove the files in the subfolder `place` that are listed as ours; what else lies there stays."""
+        if (self.folder / place).is_symlink():
+            return
+        for name in self.owned:
+            if Path(name).parent == Path(place):
+                (self.folder / name).unlink(missing_ok=True)
 
     def clear(self) -> None:
         """Remove every stored stage; the artifacts in the directory stay."""
         for path in self._stages.iterdir():
-            if path.is_dir():
+            if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
-            elif path.name != "lock":
+            elif path.name not in (LOCK, *RESERVED):
                 path.unlink()
 
     def save_json(self, name: str, key: Mapping[str, Any], value: Any, files: Iterable[Path] = ()) -> None:
@@ -215,7 +284,7 @@ class RunStore:
         self._path(name, ".safetensors").unlink(missing_ok=True)
 
     def _path(self, name: str, suffix: str) -> Path:
-        if not _NAME.fullmatch(name):
+        if not _NAME.fullmatch(name) or f"{name}{suffix}" in RESERVED:
             raise ValueError(f"not a stage name: {name!r}")
         return self._stages / f"{name}{suffix}"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import pickle
@@ -16,6 +17,7 @@ import pytest
 import torch
 from tiny_job import save_checkpoint, write_images
 from torch import nn
+from torch.onnx._internal.exporter import _registration
 
 from mm_edge.graph import export
 
@@ -35,6 +37,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def export_small_networks_once() -> Iterator[None]:
     """Reuse what torch.onnx.export made of the same small network: most of the suite's time goes there."""
     real, made = export._export, dict[str, ir.Model]()
+    # PyTorch reads the types of all its operators anew for every export: a second of each.
+    operators = functools.cache(_registration.ONNXRegistry.from_torchlib)
 
     def cached(module: nn.Module, example_input: torch.Tensor) -> ir.Model:
         key = _identify(module, example_input)
@@ -46,6 +50,7 @@ def export_small_networks_once() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(export, "_export", cached)
+        patch.setattr(_registration.ONNXRegistry, "from_torchlib", operators)
         yield
 
 

@@ -197,7 +197,9 @@ def test_what_is_kept_is_plain_json(store: RunStore) -> None:
 
 def test_what_a_killed_run_was_writing_is_removed_by_the_next(tmp_path: Path) -> None:
     store = RunStore(tmp_path / "run")
-    left = [tmp_path / "run" / name for name in (".net.onnx.17.tmp", ".mm-edge/finetuned/.a.safetensors.17.tmp")]
+    left = [
+        tmp_path / "run" / name for name in (".mm-edge.net.onnx.17.tmp", ".mm-edge/finetuned/.a.safetensors.17.tmp")
+    ]
     kept = tmp_path / "run" / "candidates" / "notes.tmp"
     for path in (*left, kept):
         path.parent.mkdir(parents=True, exist_ok=True)

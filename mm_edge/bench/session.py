@@ -25,7 +25,8 @@ from mm_edge.bench import MINIMUM_PAIRS, host, stats
 from mm_edge.bench.readiness import require_ready
 from mm_edge.bench.target import Target, pattern_options
 from mm_edge.bench.transport import DEFAULT_TIMEOUT_S, Transport, hash_sent_file
-from mm_edge.errors import BenchError
+from mm_edge.errors import BenchError, UsageError
+from mm_edge.ownership import SAMPLES_START, refuse_link, starts_with
 from mm_edge.records import Latency
 from mm_edge.store import write_atomically
 
@@ -147,6 +148,7 @@ def measure_pair(
         "options": options,
         "fingerprint": fingerprint,
     }
+    _refuse_foreign(raw_samples)
     result = _reuse(raw_samples, identity)
     if result is None:
         files = {"dense": dense, "candidate": candidate}
@@ -375,6 +377,15 @@ def _checked_info(info: Mapping[str, Any], device: str) -> dict[str, Any]:
 
 
 # --- raw samples ----------------------------------------------------------------------------------------------------
+
+
+def _refuse_foreign(path: Path | None) -> None:
+    """Refuse to replace a file that does not start as a file of samples does; an empty one holds nothing to lose."""
+    if path is None or not path.exists():
+        return
+    refuse_link(path)
+    if path.stat().st_size and not starts_with(path, SAMPLES_START):
+        raise UsageError(f"'{path}' is no file of samples and would be overwritten; move it, or give another folder")
 
 
 def _reuse(path: Path | None, identity: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -15,6 +15,7 @@ from typing import Any
 import onnx
 
 from mm_edge.errors import ModelError
+from mm_edge.ownership import WRITING_PREFIX, refuse_link
 from mm_edge.quality.parity import Run
 from mm_edge.records import InputSpec, to_json
 from mm_edge.runtime import open_session
@@ -70,7 +71,9 @@ def write_model(model: onnx.ModelProto, path: Path, external_over: int = EXTERNA
         write_atomically(path, content)
         return len(content)
     data = path.with_name(path.name + ".data")
-    with disk_errors(path), tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as folder:
+    for written in (path, data):
+        refuse_link(written)
+    with disk_errors(path), tempfile.TemporaryDirectory(dir=path.parent, prefix=WRITING_PREFIX) as folder:
         staged = Path(folder) / path.name
         onnx.save_model(
             model,

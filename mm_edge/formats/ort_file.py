@@ -17,6 +17,7 @@ from mm_edge.arrays import Float32Array
 from mm_edge.bench.target import Target, matches_this_machine
 from mm_edge.errors import JobError
 from mm_edge.formats.context import FormatContext
+from mm_edge.ownership import WRITING_PREFIX, refuse_link
 from mm_edge.quality.parity import compare, onnx_runner, require
 from mm_edge.records import Parity
 from mm_edge.store import disk_errors
@@ -48,10 +49,12 @@ def convert_to_ort(model: Path, folder: Path, target: Target, inputs: Float32Arr
         ParityError: the .ort does not answer as the .onnx does; nothing is kept.
     """
     here = target.isa == "x86_64" and matches_this_machine(target)
-    with disk_errors(folder), tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as name:
+    with disk_errors(folder), tempfile.TemporaryDirectory(dir=folder, prefix=WRITING_PREFIX) as name:
         made = _convert(model, Path(name), "amd64" if here else "arm")
         parity = compare(onnx_runner(made[0]), onnx_runner(model), inputs, kind)
         require(parity, made[0].name)
+        for path in made:
+            refuse_link(folder / path.name)
         ort, operators = (path.replace(folder / path.name) for path in made)
     return OrtFiles(ort, operators, parity, ort.stat().st_size)
 

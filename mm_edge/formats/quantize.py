@@ -39,6 +39,7 @@ from mm_edge.formats.int8_graph import (
     weighted_layers,
 )
 from mm_edge.formats.schemes import Scheme, scheme_for
+from mm_edge.ownership import refuse_link
 from mm_edge.progress import Advance
 from mm_edge.quality.evaluation import compare_logits, run_onnx
 from mm_edge.runtime import open_session
@@ -279,6 +280,7 @@ def _dynamic_if_nearer(model: Path, out: Path, scheme: Scheme, fp32: _Comparison
         nearer = (dynamic.kl_to_fp32 or 0.0) < (static.kl_to_fp32 if static.kl_to_fp32 is not None else float("inf"))
         if dynamic.kl_to_fp32 is None or not nearer:
             return static
+        refuse_link(out)
         other.replace(out)
         note = f"static int8 diverges by {static.kl_to_fp32:.3g} nats, dynamic by {dynamic.kl_to_fp32:.3g}"
         return replace(dynamic, notes=(note,))

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from mm_edge.errors import ModelError
+from mm_edge.load.arguments import check_name, check_sizes
 from mm_edge.load.exported import read_exported
 from mm_edge.load.matching import precision_warnings
 from mm_edge.load.network import (
@@ -113,6 +114,8 @@ def wrap_module(
 
 
 def _build_from_weights(content: WeightsFile, options: LoadOptions) -> BuiltNetwork:
+    check_name(content.path, content.arch)
+    check_sizes(content.path, content.config)
     arch = options.arch or content.arch
     if arch is None:
         raise ModelError(

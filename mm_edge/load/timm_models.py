@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from mm_edge.errors import ModelError, first_line, nearest, unknown_name
+from mm_edge.load.arguments import ARGUMENTS, read_arguments
 from mm_edge.load.matching import Misfit, describe_misfits, fill_, find_misfits
 from mm_edge.load.network import INIT_SEED, BuiltNetwork, LoadOptions, TimmBuild, as_module, parse_shape, timm_config
 from mm_edge.load.weights import WeightsFile, quiet_timm, strip_prefixes
@@ -31,7 +32,7 @@ def build_from_tensors(arch: str, content: WeightsFile, options: LoadOptions) ->
     Raises:
         ModelError: the tensors are not those of the network; the message names networks they fit.
     """
-    arguments = _plain_arguments(content.config.get("model_args"))
+    arguments = read_arguments(content.path, content.config)
     blank = create_timm(arch, meta=True, **arguments)
     tensors, warnings = _match_names(strip_prefixes(content.tensors, set(blank.state_dict())), blank)
     arguments |= _infer_ends(tensors, blank)
@@ -77,12 +78,28 @@ def build_from_registry(name: str, options: LoadOptions) -> BuiltNetwork:
         module = create_timm(name, meta=False, **arguments)
         warning = f"no weights of {name} on this machine (none are downloaded): random initialisation, no accuracy"
         return BuiltNetwork(module, name, "timm, random initialisation", {}, channels, warnings=(warning,), build=build)
-    module = create_timm(name, meta=False, pretrained=True, pretrained_cfg_overlay={"file": str(cached)}, **arguments)
+    # The file comes from timm's own download and is named by timm's own configuration, never by a model file.
+    weights = {"pretrained": True, "pretrained_cfg_overlay": {"file": str(cached)}}
+    module = _create(name, False, {**arguments, **weights})
     return BuiltNetwork(module, name, "timm, weights from the local cache", {}, channels, path=cached, build=build)
 
 
 def create_timm(name: str, *, meta: bool, **arguments: Any) -> nn.Module:
-    """Build a timm network, without memory for its weights when `meta`, else initialised from a fixed seed."""
+    """Build a timm network, without memory for its weights when `meta`, else initialised from a fixed seed.
+
+    Nothing is read or downloaded: of timm's arguments only those that describe the network are allowed.
+
+    Raises:
+        ModelError: timm cannot build it.
+        ValueError: an argument is none of load.arguments.ARGUMENTS (a defect).
+    """
+    foreign = arguments.keys() - ARGUMENTS.keys()
+    if foreign:
+        raise ValueError(f"not an argument that describes a network: {min(foreign)}")
+    return _create(name, meta, arguments)
+
+
+def _create(name: str, meta: bool, arguments: Mapping[str, Any]) -> nn.Module:
     try:
         with quiet_timm(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(INIT_SEED)
@@ -151,10 +168,6 @@ def _cached_weights(config: Mapping[str, Any]) -> Path | None:
         if file.is_file():
             return file
     return None
-
-
-def _plain_arguments(value: Any) -> dict[str, Any]:
-    return {str(key): item for key, item in value.items()} if isinstance(value, Mapping) else {}
 
 
 def _match_names(tensors: dict[str, torch.Tensor], blank: nn.Module) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:

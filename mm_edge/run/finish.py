@@ -67,6 +67,7 @@ def finish(
     )
     # Return the same types as read_report: lists become tuples, and whole numbers floats.
     report = from_json(Report, to_json(report))
+    job.store.claim("report.json", "report.md")
     write_report(report, job.folder)
     if missed is not None:
         raise missed

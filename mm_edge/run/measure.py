@@ -70,6 +70,7 @@ def _measure_times(
         for index, candidate in enumerate(candidates):
             artifact = job.artifact(candidate)
             samples = job.folder / SAMPLES_FOLDER / f"{artifact.stem}.json"
+            job.store.claim(f"{SAMPLES_FOLDER}/{samples.name}")
             timing = measure_pair(
                 job.dense_file,
                 artifact,

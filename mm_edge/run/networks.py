@@ -351,6 +351,7 @@ def _write_dense(job: Job, dense: Network) -> Reference:
         proto = ir.to_proto(deploy(dense.raw.model.clone()))
         provenance = {**provenance_of(job, dense.model), "candidate": "dense"}
         add_metadata_(proto, dense.spec, labels_of(job), provenance)
+        job.store.claim("dense.onnx", "dense.onnx.data")
         write_model(proto, file)
         if dense.images.validation is None or job.data is None:
             return Reference()

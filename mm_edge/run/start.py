@@ -5,7 +5,6 @@ Everything that can be refused is refused before the run directory is touched.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 
 from mm_edge.bench.connect import open_transport
@@ -13,6 +12,7 @@ from mm_edge.bench.target import load_target, matches_this_machine, resolve_host
 from mm_edge.graph.sizes import remake
 from mm_edge.load.data import open_data
 from mm_edge.load.models import LoadedModel
+from mm_edge.ownership import check_folder
 from mm_edge.progress import Stages
 from mm_edge.records import Report
 from mm_edge.run.checks import check_request, require_trainable
@@ -30,6 +30,7 @@ def start(load: Callable[[], LoadedModel], request: Request, stages: Stages) -> 
         UsageError: something was refused before scoring.
         JobError: the job ran and failed; what was made is kept.
     """
+    check_folder(request.out)
     target = resolve_host(load_target(request.target))
     with stages.stage("load"):
         model = load()
@@ -46,7 +47,7 @@ def start(load: Callable[[], LoadedModel], request: Request, stages: Stages) -> 
     with store.lock():
         if not request.resume:
             store.clear()
-            shutil.rmtree(store.folder / SAMPLES_FOLDER, ignore_errors=True)
+            store.remove_owned(SAMPLES_FOLDER)
         job = Job(request, model, data, target, transport, store.folder, store, stages)
         if transport is None:
             return run_stages(job)

@@ -120,7 +120,7 @@ def test_samples_are_kept_and_reused_only_where_they_belong(models: tuple[Path, 
     assert len(device.asked) == 1
     measure(fingerprint="machine-b")
     assert len(device.asked) == 2
-    raw.write_text("{ damaged")
+    raw.write_text('{"samples_version": damaged')
     measure(fingerprint="machine-b")
     assert len(device.asked) == 3
     save_convs(models[1], 12)
