@@ -26,9 +26,8 @@ from mm_edge.bench.readiness import require_ready
 from mm_edge.bench.target import Target, pattern_options
 from mm_edge.bench.transport import DEFAULT_TIMEOUT_S, Transport, hash_sent_file
 from mm_edge.errors import BenchError, UsageError
-from mm_edge.ownership import SAMPLES_START, refuse_link, starts_with
 from mm_edge.records import Latency
-from mm_edge.store import write_atomically
+from mm_edge.store import SAMPLES_START, refuse_link, starts_with, write_atomically
 
 SAMPLES_VERSION = 1
 QUIET = 20  # the percentile of the samples that other programs hardly disturb

@@ -15,11 +15,10 @@ from typing import Any
 import onnx
 
 from mm_edge.errors import ModelError
-from mm_edge.ownership import WRITING_PREFIX, refuse_link
 from mm_edge.quality.parity import Run
 from mm_edge.records import InputSpec, to_json
 from mm_edge.runtime import open_session
-from mm_edge.store import disk_errors, write_atomically
+from mm_edge.store import WRITING_PREFIX, disk_errors, refuse_link, write_atomically
 
 KEY_PREFIX = "mm_edge."
 # Protocol buffers end at 2 GiB; weights move out well before.

@@ -17,10 +17,9 @@ from mm_edge.arrays import Float32Array
 from mm_edge.bench.target import Target, matches_this_machine
 from mm_edge.errors import JobError
 from mm_edge.formats.context import FormatContext
-from mm_edge.ownership import WRITING_PREFIX, refuse_link
 from mm_edge.quality.parity import compare, onnx_runner, require
 from mm_edge.records import Parity
-from mm_edge.store import disk_errors
+from mm_edge.store import WRITING_PREFIX, disk_errors, refuse_link
 
 
 @dataclass(frozen=True)

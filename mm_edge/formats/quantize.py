@@ -39,11 +39,10 @@ from mm_edge.formats.int8_graph import (
     weighted_layers,
 )
 from mm_edge.formats.schemes import Scheme, scheme_for
-from mm_edge.ownership import refuse_link
 from mm_edge.progress import Advance
 from mm_edge.quality.evaluation import compare_logits, run_onnx
 from mm_edge.runtime import open_session
-from mm_edge.store import write_atomically
+from mm_edge.store import refuse_link, write_atomically
 
 # Operators between the weighted ones that have 8-bit kernels, or only move bytes; leaving one out costs a round trip.
 CARRYING_OPS = tuple(

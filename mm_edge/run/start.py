@@ -12,7 +12,6 @@ from mm_edge.bench.target import load_target, matches_this_machine, resolve_host
 from mm_edge.graph.sizes import remake
 from mm_edge.load.data import open_data
 from mm_edge.load.models import LoadedModel
-from mm_edge.ownership import check_folder
 from mm_edge.progress import Stages
 from mm_edge.records import Report
 from mm_edge.run.checks import check_request, require_trainable
@@ -20,7 +19,7 @@ from mm_edge.run.job import Job
 from mm_edge.run.measure import SAMPLES_FOLDER
 from mm_edge.run.pipeline import run_stages
 from mm_edge.run.request import Request
-from mm_edge.store import RunStore
+from mm_edge.store import RunStore, check_folder
 
 
 def start(load: Callable[[], LoadedModel], request: Request, stages: Stages) -> Report:

@@ -15,8 +15,7 @@ from mm_edge.bench import session
 from mm_edge.cli.main import main
 from mm_edge.errors import MMEdgeError, UsageError
 from mm_edge.formats.device_files import write_model
-from mm_edge.ownership import PLACES
-from mm_edge.store import RunStore, write_atomically
+from mm_edge.store import PLACES, RunStore, write_atomically
 
 KEY = {"seed": 0}
 FAST = ("--recover", "none", "--no-bench", "--strategies", "balanced", "--kinds", "structured")

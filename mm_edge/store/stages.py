@@ -32,7 +32,8 @@ import safetensors.numpy
 
 from mm_edge.arrays import Array, Arrays
 from mm_edge.errors import JobError, UsageError
-from mm_edge.ownership import (
+from mm_edge.records import from_json, to_json
+from mm_edge.store.ownership import (
     LOCK,
     MARKER,
     OWNED,
@@ -49,7 +50,6 @@ from mm_edge.ownership import (
     refuse_link,
     remove_leftovers,
 )
-from mm_edge.records import from_json, to_json
 
 T = TypeVar("T")
 
