@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mm_edge.errors import BenchError, TargetError
+from mm_edge.errors import BenchError
 
 if TYPE_CHECKING:
     from mm_edge.bench.target import Target
@@ -167,16 +167,7 @@ def setup_command(what: str) -> None:
 @click.option("--like", default="arm64", show_default=True, help="Profile to start from.")
 def new_command(name: str, like: str) -> None:
     """Start a profile of your own called NAME, as a copy of another, in your configuration folder."""
-    from mm_edge.bench.target import list_targets, parse_target, profile_path, user_folder
-    from mm_edge.store import write_atomically
+    from mm_edge.bench.new_target import write_profile
 
-    if not name.replace("-", "").replace("_", "").replace(".", "").isalnum() or name.startswith("."):
-        raise TargetError(f"target name '{name}' may hold letters, digits, '-', '_' and '.' only")
-    if name in list_targets():
-        raise TargetError(f"target '{name}' exists already: see 'mm-edge targets show {name}'")
-    source = profile_path(like)
-    source_name = parse_target(source).name
-    text = source.read_text(encoding="utf-8").replace(f'name = "{source_name}"', f'name = "{name}"', 1)
-    path = user_folder() / f"{name}.toml"
-    write_atomically(path, text.encode())
+    path = write_profile(name, like)
     click.echo(f"wrote {path}: edit it, then 'mm-edge targets show {name}'")
