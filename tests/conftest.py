@@ -50,7 +50,7 @@ def export_small_networks_once() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(export, "_export", cached)
-        patch.setattr(_registration.ONNXRegistry, "from_torchlib", operators)
+        patch.setattr(_registration.ONNXRegistry, "from_torchlib", staticmethod(operators))
         yield
 
 
