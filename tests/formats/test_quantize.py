@@ -12,7 +12,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from mm_edge.arrays import Array, Float32Array
-from mm_edge.bench.target import load_target
+from mm_edge.bench.target import load_target, resolve_host
 from mm_edge.errors import JobError, ModelError, UsageError
 from mm_edge.formats.fp16 import convert_fp16
 from mm_edge.formats.quantize import (
@@ -313,7 +313,9 @@ def test_a_shared_bias_is_split_before_the_quantiser_names_its_copies(tmp_path: 
         helper.make_node("Add", ["e", "b"], ["y"], "shift"),
     ]
     model = save(tmp_path / "m.onnx", nodes, weights, [1, 3, 8, 8], 20)
-    report = quantise(model, tmp_path / "q.onnx", load_target(VNNI), [images(16)], images(32, 5))
+    # Without VNNI the sums of the VNNI scheme saturate, so the scheme is the one for the machine that runs the file.
+    here = resolve_host(load_target("host"))
+    report = quantise(model, tmp_path / "q.onnx", here, [images(16)], images(32, 5))
     assert report.layers == 3 and report.kl_to_fp32 is not None and report.kl_to_fp32 < 0.02
 
 

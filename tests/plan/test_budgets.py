@@ -249,9 +249,7 @@ def test_nothing_is_planned_for_a_latency_where_time_is_emulated(tmp_path: Path)
         "store": store,
     }
     notes: list[str] = []
-    job: Any = SimpleNamespace(
-        **parts, target=None, transport=emulated, request=request, note=lambda *texts: notes.extend(texts)
-    )
+    job: Any = SimpleNamespace(**parts, request=request, note=lambda *texts: notes.extend(texts))
     dense: Any = None
     found = planning.measures_of(job, dense)
     assert [(item.budget, item.measured) for item in found] == [(Budget("speedup", 2), False)]
