@@ -1,6 +1,6 @@
 """Marks the candidates on the Pareto front, and chooses one of them.
 
-    cost(c)      p50 latency where latencies were measured, else MACs      (less is better)
+    cost(c)      1 / speedup where speed-ups were measured, else MACs      (less is better; the dense model's is 1)
     quality(c)   top-1 accuracy on validation images                       (more is better)
     c is on the Pareto front  <=>  nothing else, the dense network included, is at least as good in both
                                    and better in one
@@ -9,8 +9,10 @@ The choice, in this order:
     no constraint       the fastest within 1 point of the dense network, else the most accurate
     --max-drop alone    the fastest within it
     --latency, --speedup, --size (with or without --max-drop)    the most accurate that meets them all
-Without accuracy there is no front, and the least sparse stands in for the most accurate; without latency the fewest
-MACs stand in for the fastest. The reason given says so.
+A speed-up is the median ratio of pairs, the dense model and the candidate timed in turn. Times in milliseconds were
+taken at different moments and are not compared. Candidates whose 95 % interval overlaps that of the largest speed-up
+are as fast as it: accuracy decides among them, then MACs. Without accuracy there is no front, and the least sparse
+stands in for the most accurate; without speed-ups the fewest MACs stand in for the fastest. The reason given says so.
 """
 
 from __future__ import annotations
@@ -43,16 +45,16 @@ class _Limit:
 
 
 def mark_pareto(candidates: Sequence[Candidate], dense: DenseFigures | None = None) -> tuple[Candidate, ...]:
-    """Return the candidates in their order with `pareto` set by accuracy against latency (MACs where none is measured).
+    """Return the candidates in their order with `pareto` set by accuracy against 1 / speedup (MACs without any).
 
-    A candidate without accuracy, or without latency where others have one, is not marked: it cannot be compared.
+    A candidate without accuracy, or without a speed-up where others have one, is not marked: it cannot be compared.
     With `dense`, a candidate that is no better than the dense network in both is not marked either.
     """
-    measured = _latency_measured(candidates)
-    points = [_point(c.accuracy_top1, c.latency_ms.p50 if measured else c.macs) for c in candidates]
+    measured = _speedups_measured(candidates)
+    points = [_point(c.accuracy_top1, _time_share(c) if measured else c.macs) for c in candidates]
     rivals = [point for point in points if point is not None]
     if dense is not None:
-        own = _point(dense.accuracy_top1, dense.latency_ms.p50 if measured else dense.macs)
+        own = _point(dense.accuracy_top1, 1.0 if measured else dense.macs)
         rivals += [own] if own is not None else []
     return tuple(
         dataclasses.replace(c, pareto=point is not None and not any(_dominates(rival, point) for rival in rivals))
@@ -85,7 +87,10 @@ def _choose_freely(dense: DenseFigures, candidates: Sequence[Candidate]) -> Chos
     drops = [c for c in candidates if c.accuracy_drop is not None]
     if not drops:
         best = _fastest(candidates)
-        return Chosen(best.id, f"the {_fastest_words(candidates)}, accuracy not measured: {_describe(dense, best)}")
+        return Chosen(
+            best.id,
+            f"the {_fastest_words(candidates).removesuffix(',')}, accuracy not measured: {_describe(dense, best)}",
+        )
     close = [c for c in drops if _met(_over(c.accuracy_drop, FREE_DROP_POINTS))]
     if close:
         best = _fastest(close)
@@ -111,7 +116,7 @@ def _limit_of(dense: DenseFigures, candidates: Sequence[Candidate], budget: Budg
         return _Limit(budget.asked, _describe_size, lambda c: _over(c.file_bytes, value))
     if budget.kind == "macs":
         return _Limit(budget.asked, lambda c: _describe_macs(dense, c), lambda c: _over(c.macs, value * dense.macs))
-    by_macs = not _latency_measured(candidates)
+    by_macs = not _speedups_measured(candidates)
     return _Limit(
         budget.asked,
         (lambda c: _describe_macs(dense, c)) if by_macs else _describe_speedup,
@@ -188,19 +193,33 @@ def _met(miss: float | None) -> bool:
     return miss is not None and miss <= _TOLERANCE
 
 
-def _latency_measured(candidates: Sequence[Candidate]) -> bool:
-    return any(c.latency_ms.p50 is not None for c in candidates)
+def _speedups_measured(candidates: Sequence[Candidate]) -> bool:
+    return any(c.speedup is not None for c in candidates)
+
+
+def _time_share(c: Candidate) -> float | None:
+    """Return which share of the dense model's time it takes."""
+    return None if c.speedup is None else 1 / max(c.speedup, 1e-9)
+
+
+def _interval(c: Candidate) -> tuple[float, float]:
+    """Return the interval of the speed-up; of width 0 where only the speed-up is known."""
+    assert c.speedup is not None
+    return c.speedup_ci or (c.speedup, c.speedup)
+
+
+def _as_fast_as_the_fastest(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Return those of the largest speed-up and those whose interval overlaps its; of the fewest MACs without any."""
+    timed = [c for c in candidates if c.speedup is not None]
+    if not timed:
+        return [c for c in candidates if c.macs == min(other.macs for other in candidates)]
+    low, high = _interval(max(timed, key=lambda c: c.speedup or 0.0))
+    return [c for c in timed if _interval(c)[0] <= high and _interval(c)[1] >= low]
 
 
 def _fastest(candidates: Sequence[Candidate]) -> Candidate:
-    """Return the candidate of least p50 latency (least MACs where none is measured), at a tie the more accurate."""
-    measured = _latency_measured(candidates)
-
-    def rank(c: Candidate) -> tuple[float, float, int]:
-        latency = c.latency_ms.p50 if c.latency_ms.p50 is not None else float("inf")
-        return (latency if measured else c.macs, -(c.accuracy_top1 or 0.0), c.macs)
-
-    return min(candidates, key=rank)
+    """Return the fastest; among those as fast the most accurate, then that of the fewest MACs, then the first."""
+    return min(_as_fast_as_the_fastest(candidates), key=lambda c: (-(c.accuracy_top1 or 0.0), c.macs))
 
 
 def _most_accurate(candidates: Sequence[Candidate]) -> Candidate:
@@ -214,7 +233,14 @@ def _most_accurate(candidates: Sequence[Candidate]) -> Candidate:
 
 
 def _fastest_words(candidates: Sequence[Candidate]) -> str:
-    return "fastest" if _latency_measured(candidates) else "one of fewest MACs (latency was not measured)"
+    if not _speedups_measured(candidates):
+        return "one of fewest MACs (latency was not measured)"
+    equal = _as_fast_as_the_fastest(candidates)
+    if len(equal) == 1:
+        return "fastest"
+    differ = len({c.accuracy_top1 for c in equal}) > 1
+    decides = "most accurate" if differ else "one of fewest MACs"
+    return f"{decides} of the {len(equal)} fastest, whose speed-ups cannot be told apart,"
 
 
 def _most_accurate_words(candidates: Sequence[Candidate]) -> str:

@@ -186,6 +186,58 @@ def test_other_refusals(asked: Constraints, candidates: list[Candidate], message
     assert str(caught.value) == message
 
 
+def timed(
+    name: str, accuracy: float | None, speedup: float, ci: tuple[float, float], p50: float, macs: int
+) -> Candidate:
+    return dataclasses.replace(candidate(name, accuracy, p50, macs), speedup=speedup, speedup_ci=ci)
+
+
+def test_paired_ratios_decide_and_times_of_different_moments_do_not() -> None:
+    # "drifted" was timed when the machine was twice as fast: its own dense run was too.
+    drifted = timed("drifted", 0.895, 1.5, (1.45, 1.55), 3.0, 60)
+    faster = timed("faster", 0.895, 2.0, (1.95, 2.05), 5.0, 50)
+    assert choose(DENSE, (drifted, faster), Constraints()).id == "faster"
+    assert front(drifted, faster) == ["faster"]
+    # The dense model's ratio is 1, whatever its own milliseconds were.
+    slower = timed("slower", 0.85, 0.9, (0.85, 0.95), 3.0, 60)
+    assert front(slower, dense=DENSE) == []
+
+
+def test_overlapping_speed_ups_are_equal_and_accuracy_then_macs_decide() -> None:
+    a = timed("a", 0.893, 2.0, (1.8, 2.2), 5.0, 40)
+    b = timed("b", 0.899, 1.9, (1.7, 2.1), 5.2, 60)
+    c = timed("c", 0.900, 1.5, (1.4, 1.6), 6.0, 70)
+    chosen = choose(DENSE, (a, b, c), Constraints())
+    assert chosen.id == "b"
+    assert chosen.reason == (
+        "the most accurate of the 2 fastest, whose speed-ups cannot be told apart, within 1 point of dense on "
+        "validation images: speed-up 1.90x (p50 5.2 ms), accuracy 0.10 points below dense"
+    )
+    equal = dataclasses.replace(b, accuracy_top1=a.accuracy_top1, accuracy_drop=a.accuracy_drop)
+    chosen = choose(DENSE, (equal, a), Constraints(max_drop=2))
+    assert chosen.id == "a"
+    assert chosen.reason.startswith(
+        "the one of fewest MACs of the 2 fastest, whose speed-ups cannot be told apart, that meets --max-drop 2: "
+    )
+    unknown = choose(
+        DENSE, [dataclasses.replace(x, accuracy_top1=None, accuracy_drop=None) for x in (b, a)], Constraints()
+    )
+    assert unknown.id == "a"
+    assert unknown.reason.startswith(
+        "the one of fewest MACs of the 2 fastest, whose speed-ups cannot be told apart, accuracy not measured: "
+    )
+
+
+@given(st.lists(st.tuples(st.floats(0.5, 3), st.floats(0, 0.5), st.integers(0, 4), st.integers(1, 9)), min_size=1))
+def test_nothing_that_is_surely_slower_is_called_the_fastest(rows: list[tuple[float, float, int, int]]) -> None:
+    made = [timed(str(i), 0.9 + a / 1000, s, (s - w, s + w), 1.0, m) for i, (s, w, a, m) in enumerate(rows)]
+    chosen = next(c for c in made if c.id == choose(DENSE, made, Constraints()).id)
+    top = max(made, key=lambda c: c.speedup or 0.0)
+    assert chosen.speedup_ci is not None and top.speedup_ci is not None
+    assert chosen.speedup_ci[1] >= top.speedup_ci[0]
+    assert (chosen.accuracy_top1 or 0) >= (top.accuracy_top1 or 0)
+
+
 def test_without_latency_macs_stand_in_and_the_reason_says_so() -> None:
     candidates = [candidate("a", 0.895, None, 60), candidate("b", 0.895, None, 50), candidate("c", 0.2, None, 10)]
     free = choose(DENSE, candidates, Constraints())
