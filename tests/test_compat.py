@@ -15,11 +15,13 @@ def run(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_importing_mm_edge_makes_timm_importable_without_a_word() -> None:
     result = run("import mm_edge, timm; print(timm.create_model('test_resnet', num_classes=3).num_classes)")
     assert (result.returncode, result.stdout, result.stderr) == (0, "3\n", "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "imports",
     [
@@ -46,6 +48,7 @@ def test_importing_mm_edge_alone_imports_nothing_heavy() -> None:
     assert result.stdout == "[]\n"
 
 
+@pytest.mark.slow
 def test_imports_are_watched_once_and_not_where_torchvision_is_imported_already() -> None:
     count = "print(sum(isinstance(finder, compat._Watcher) for finder in sys.meta_path))"
     watch = f"import sys; from mm_edge import compat; compat.watch_imports(); {count}"

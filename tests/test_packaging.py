@@ -119,6 +119,7 @@ def test_the_demo_images_are_what_the_record_and_the_model_say() -> None:
     assert set(counts.values()) == {RECORD["shipped_images"] // len(counts)}
 
 
+@pytest.mark.slow
 def test_the_demo_network_reads_the_demo_images() -> None:
     import timm
 

@@ -130,6 +130,7 @@ def test_a_name_cannot_leave_the_directory(store: RunStore, name: str) -> None:
         store.save_json(name, KEY, 1)
 
 
+@pytest.mark.slow
 @given(st.dictionaries(st.text(), st.integers() | st.text() | st.booleans() | st.none() | st.floats(allow_nan=False)))
 def test_the_hash_ignores_the_order_of_entries_and_sees_every_value(key: dict[str, object]) -> None:
     assert hash_key(key) == hash_key(dict(reversed(key.items())))

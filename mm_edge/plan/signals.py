@@ -7,7 +7,7 @@ With w a weight and g = the sum over images of dL/dw, L the cross entropy:
     E3 product     S = |w g|
 
 Higher scores mean keep. Scores are divided by their mean over the layer afterwards (scores.py), for every signal alike.
-This module imports NumPy alone, so that the command line can name signals without PyTorch.
+This module imports nothing heavy, so that the command line can name signals without PyTorch.
 
 Source: arXiv 2603.20280 (E1-E3).
 """
@@ -16,11 +16,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import numpy as np
-
-from mm_edge.arrays import Float32Array
 from mm_edge.deferred import Deferred  # noqa: F401  for entries whose function lies in another module
+
+if TYPE_CHECKING:
+    from mm_edge.arrays import Float32Array
 
 
 @dataclass(frozen=True)
@@ -41,19 +42,19 @@ class Signal:
 
 def magnitude(weight: Float32Array, gradient: Float32Array | None) -> Float32Array:
     """E1: |w|."""
-    return np.abs(weight)
+    return abs(weight)
 
 
 def gradient_size(weight: Float32Array, gradient: Float32Array | None) -> Float32Array:
     """E2: |g|."""
     assert gradient is not None
-    return np.abs(gradient)
+    return abs(gradient)
 
 
 def product(weight: Float32Array, gradient: Float32Array | None) -> Float32Array:
     """E3: |w g|."""
     assert gradient is not None
-    return np.asarray(np.abs(weight * gradient))
+    return abs(weight * gradient)
 
 
 SIGNALS: dict[str, Signal] = {

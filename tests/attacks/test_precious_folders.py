@@ -78,6 +78,7 @@ def test_the_command_line_refuses_it_with_exit_code_2(files: Path, tmp_path: Pat
     assert content(tmp_path) == mine
 
 
+@pytest.mark.slow
 def test_a_run_keeps_fresh_or_not_what_the_user_put_in_its_folder(files: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     arguments = ["prune-export", str(files / "net.pt"), *FAST, "--out", str(out)]

@@ -101,6 +101,7 @@ def test_each_layer_has_its_times_or_its_reason() -> None:
     assert rows[0].reason == "a convolution over a window: TensorRT has sparse kernels for it, PyTorch has none"
 
 
+@pytest.mark.slow
 def test_a_machine_without_a_gpu_says_so() -> None:
     torch = pytest.importorskip("torch")
     if torch.cuda.is_available():

@@ -106,6 +106,7 @@ def test_every_command_through_ssh(server: LoopbackServer, models: tuple[Path, P
     assert server.left_behind() == []
 
 
+@pytest.mark.slow
 @needs_sshd
 def test_a_lost_connection_is_made_again(server: LoopbackServer, models: tuple[Path, Path]) -> None:
     told: list[str] = []
@@ -244,6 +245,7 @@ def test_an_unknown_host_key(server: LoopbackServer) -> None:
         pass
 
 
+@pytest.mark.slow
 @needs_sshd
 def test_command_line_measures_over_ssh(server: LoopbackServer, models: tuple[Path, Path], tmp_path: Path) -> None:
     profile = tmp_path / "board.toml"
@@ -261,6 +263,7 @@ def test_command_line_measures_over_ssh(server: LoopbackServer, models: tuple[Pa
     assert server.left_behind() == []
 
 
+@pytest.mark.slow
 @needs_sshd
 def test_a_whole_job_on_a_board_whose_connection_breaks_half_way(server: LoopbackServer, tmp_path: Path) -> None:
     """The packaged profile as it is: the board's own python3, its four threads, accuracy taken there too."""

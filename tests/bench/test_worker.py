@@ -73,10 +73,12 @@ def test_evaluate_returns_the_models_own_outputs(tmp_path: Path) -> None:
     np.testing.assert_allclose(outputs, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_null_session_is_cheap_beside_a_millisecond(tmp_path: Path) -> None:
+def test_the_harness_itself_costs_little_beside_a_small_model(tmp_path: Path) -> None:
     samples = ask("null", tmp_path, pairs=200, threads=1)["result"]["null_ns"]
     assert len(samples) == 200
-    assert np.median(samples) < 0.02 * 1e6
+    model = str(save_convs(tmp_path / "m.onnx", 64))
+    timed = ask("measure", tmp_path, dense=model, candidate=model, pairs=22, threads=1)["result"]["dense_ns"]
+    assert np.median(samples) < 0.25 * np.median(timed)
 
 
 def test_info_describes_this_machine(tmp_path: Path) -> None:

@@ -93,6 +93,7 @@ def test_a_pickle_that_would_run_code_does_not(wrap: bool) -> None:
     assert not Path("it_ran").exists()
 
 
+@pytest.mark.slow
 def test_a_wrong_arch_names_tensors_and_what_fits(files: Path) -> None:
     message = prune(files / "net.pt", "--arch", "resnet18")
     assert message.startswith(
@@ -212,6 +213,7 @@ def test_images_that_cannot_be_used(files: Path) -> None:
     assert data("absent").startswith("data 'absent' does not exist; give a folder or tar of class folders, or ")
 
 
+@pytest.mark.slow
 def test_an_unreadable_image_is_named_counted_and_skipped() -> None:
     save_checkpoint(Path("net.pt"))
     folder = write_images(Path("images"), 8)
@@ -327,6 +329,7 @@ def save_colour_model(path: Path) -> None:
     onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10), path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["inspect", "evaluate"])
 def test_json_is_all_there_is_on_standard_output(files: Path, tmp_path: Path, command: str) -> None:
     model = files / "net.pt"
@@ -348,6 +351,7 @@ def test_json_is_all_there_is_on_standard_output(files: Path, tmp_path: Path, co
         assert {item["reason"] for item in document["pinned"]} == {"input of the model", "output of the model"}
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_what_was_made_and_the_next_run_goes_on(files: Path) -> None:
     arguments = ["prune-export", str(files / "net.pt"), "--data", str(files / "images"), "--no-bench", "--out", "run"]
     # A shell starts what runs in its background with SIGINT ignored, and the tests may run there.

@@ -23,6 +23,8 @@ from mm_edge.plan.scores import score_weights
 from mm_edge.plan.strategies import assign
 from mm_edge.quality.parity import TOLERANCE, compare, onnx_runner, torch_runner
 
+pytestmark = pytest.mark.slow
+
 MULTIPLE = 8
 
 

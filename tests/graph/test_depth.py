@@ -136,6 +136,7 @@ def test_only_whole_branches_may_be_emptied(small: tuple[RawGraph, Structure]) -
         materialise(raw, structure, {stem.leaf: np.zeros(stem.size, dtype=np.bool_)})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "side", "count", "first", "last"),
     [

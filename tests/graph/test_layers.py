@@ -110,6 +110,7 @@ class Transformer(nn.Module):
         return result
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 def test_transformer_by_hand_and_from_an_onnx_file(tmp_path: Path) -> None:
     raw = export_raw(Transformer().eval(), torch.zeros(1, 3, 16, 16))
@@ -192,6 +193,7 @@ def test_weights_are_read_by_name_and_must_be_finite() -> None:
     assert str(caught.value) == "weight 'out.weight' holds NaN or infinite values; give a sound checkpoint"
 
 
+@pytest.mark.slow
 def test_resnet() -> None:
     layers = timm_layers("resnet18", 64)
     assert count_roles(layers) == {"stem": 1, "conv": 13, "downsample": 6, "classifier": 1}
@@ -204,6 +206,7 @@ def test_resnet_whose_last_stage_sees_one_pixel_keeps_its_stages() -> None:
     assert stages == {"conv1": 0, "layer1": 1, "layer2": 2, "layer3": 3, "layer4": 4, "fc": 4}
 
 
+@pytest.mark.slow
 def test_swin() -> None:
     layers = timm_layers("swin_tiny_patch4_window7_224", 64, img_size=64, window_size=2, depths=(1, 2, 1, 1))
     assert count_roles(layers) == {
@@ -219,6 +222,7 @@ def test_swin() -> None:
     assert by_stage == [{0}, {1}, {2}, {3}]
 
 
+@pytest.mark.slow
 def test_levit() -> None:
     layers = timm_layers("levit_128s", 224, depth=(1, 1, 1))
     roles = count_roles(layers)
@@ -227,6 +231,7 @@ def test_levit() -> None:
     assert roles["mlp_fc1"] == roles["mlp_fc2"] == 5 and sum(roles.values()) == 28
 
 
+@pytest.mark.slow
 def test_mobilenet_with_squeeze_and_excitation() -> None:
     roles = count_roles(timm_layers("mobilenetv3_small_100", 64))
     assert roles == {"stem": 1, "conv": 23, "depthwise": 11, "se": 18, "classifier": 1}

@@ -31,6 +31,8 @@ from mm_edge.quality.parity import compare, onnx_runner, torch_runner
 from mm_edge.records import Report, file_name
 from mm_edge.run.request import make_request
 
+pytestmark = pytest.mark.slow
+
 SIDE = 128
 OTHER = 96
 

@@ -153,6 +153,7 @@ def test_torch_averaged_model_counter_is_dropped(tmp_path: Path) -> None:
     assert same_weights(load_model(str(tmp_path / "swa.pt"), LoadOptions(arch="test_resnet")).module, module)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("arch", "size"), [("test_vit", 64), ("levit_128s", 96), ("swin_tiny_patch4_window7_224", 96)])
 def test_a_fixed_input_size_is_inferred_from_the_tensors(tmp_path: Path, arch: str, size: int) -> None:
     path = tmp_path / "small.pt"
@@ -539,6 +540,7 @@ def test_expressions_that_could_call_are_not(expression: str) -> None:
     assert not _EXPRESSION.match(expression)
 
 
+@pytest.mark.slow
 def test_wrong_arch_names_tensors_and_what_fits(tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
     torch.save(make("resnet18").state_dict(), path)

@@ -27,6 +27,8 @@ from mm_edge.recover.training.adapt import adopt, tune_for
 from mm_edge.recover.training.distil import distil
 from mm_edge.recover.training.tune import tune
 
+pytestmark = pytest.mark.slow
+
 SMALL = 12
 
 

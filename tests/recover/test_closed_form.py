@@ -213,6 +213,7 @@ def test_an_unknown_selection_is_refused(plain: Case) -> None:
         recover_closed_form(plain.context, plain.keep, plain.counts, select="best")
 
 
+@pytest.mark.slow
 def test_allocation_meets_the_budget_with_the_measured_costs(case: Case) -> None:
     allowed = [allowed_widths(group, 1) for group in case.structure.groups]
     measured = measure_sensitivities(case.context, allowed)

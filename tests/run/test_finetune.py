@@ -27,6 +27,8 @@ from mm_edge.records import Candidate, DenseFigures, Latency, Report
 from mm_edge.run.recover import worth_training
 from mm_edge.run.request import make_request
 
+pytestmark = pytest.mark.slow
+
 
 def load(folder: Path) -> LoadedModel:
     return load_model(str(folder / "net.pt"), LoadOptions(input_size=(3, SIDE, SIDE)))

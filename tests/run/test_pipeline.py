@@ -35,6 +35,8 @@ from mm_edge.records import Constraints, Report, from_json, to_json
 from mm_edge.run import measure as measuring
 from mm_edge.run.request import make_request
 
+pytestmark = pytest.mark.slow
+
 BUDGET = 0.7
 
 

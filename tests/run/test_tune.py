@@ -31,6 +31,8 @@ from mm_edge.run import closed_form
 from mm_edge.run.closed_form import recover_keep
 from mm_edge.run.request import make_request
 
+pytestmark = pytest.mark.slow
+
 
 def run(files: Path, out: Path, rate: float, monkeypatch: pytest.MonkeyPatch, **more: Any) -> Report:
     for name, value in {"STEPS": 40, "CHECK": 10, "RATE": rate}.items():
