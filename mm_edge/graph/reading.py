@@ -129,11 +129,6 @@ class Reading:
         """Return the axes of a row-major reshape of a tensor with `axes` to `sizes`."""
         return self.table.split_product(self.table.product(axes), sizes)
 
-    def unify_axes(self, left: Sequence[Axis], right: Sequence[Axis]) -> None:
-        """Unify two lists of axes of equal length."""
-        for a, b in zip(left, right, strict=True):
-            self.table.unify(a, b)
-
     def broadcast(self, operands: Sequence[Axes]) -> list[Axis]:
         """Unify operands under ONNX's broadcasting and return the axes of the result.
 

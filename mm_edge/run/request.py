@@ -303,11 +303,6 @@ class Request(ModelOptions):
         """What the chosen candidate has to meet."""
         return Constraints(self.max_drop, self.latency, self.speedup, self.size)
 
-    @property
-    def precisions(self) -> tuple[str, ...]:
-        """The number formats asked for."""
-        return self.precision
-
 
 # --- rules across options -------------------------------------------------------------------------------------------
 
