@@ -232,14 +232,16 @@ class Sides(ValueKind):
 
 @dataclass(frozen=True)
 class Patterns(ValueKind):
-    """Patterns of names; the command line repeats the option, and a comma belongs to the pattern."""
+    """Names or patterns of names; the command line repeats the option, and a comma belongs to the name."""
+
+    what: str = "patterns of parameter names"
 
     def read(self, value: Any, spelling: str) -> tuple[str, ...]:
         """Return the patterns."""
         patterns = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Iterable) else (value,)
         for pattern in patterns:
             if not isinstance(pattern, str):
-                raise UsageError(f"{spelling} takes patterns of parameter names, not {type_name(pattern)}")
+                raise UsageError(f"{spelling} takes {self.what}, not {type_name(pattern)}")
         return patterns
 
     def show(self, value: Any) -> str:

@@ -144,6 +144,14 @@ class ModelOptions:
         section=PRUNING,
         metavar="PATTERN",
     )
+    judge: tuple[str, ...] = option(
+        (),
+        Patterns("names of the network's values"),
+        help="Compare this value of the network with the dense one's; repeatable.",
+        section=RECOVERY,
+        metavar="NAME",
+        shown="outputs, and what they are decoded from; see 'mm-edge inspect'",
+    )
 
 
 @dataclass(frozen=True)
