@@ -20,6 +20,11 @@ def describe_model(model: LoadedModel, keep: tuple[str, ...]) -> dict[str, Any]:
     ranges = apply_constraints(layers, rule_ranges(layers, model.family), structured=True)
     return {
         "model": {**to_json(model.info), "macs": round(structure.macs())},
+        "inputs": [
+            {"name": i.name, "shape": list(i.shape), "measured": list(i.measured), "dtype": i.dtype}
+            for i in model.inputs
+        ],
+        "warnings": list(model.warnings),
         "layers": [
             {
                 **to_json(layer),
