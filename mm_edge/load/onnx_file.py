@@ -188,7 +188,9 @@ def _sizes(value: onnx.ValueInfoProto) -> tuple[int | None, ...] | None:
 
 
 def _symbols(value: onnx.ValueInfoProto) -> tuple[str, ...]:
-    return tuple(size.dim_param for size in value.type.tensor_type.shape.dim)
+    """Return the names of a value's sizes; some exporters write "?" for all of them, which is no name."""
+    names = (size.dim_param for size in value.type.tensor_type.shape.dim)
+    return tuple(name if any(map(str.isalnum, name)) else "" for name in names)
 
 
 def _own_metadata(proto: onnx.ModelProto) -> dict[str, Any]:

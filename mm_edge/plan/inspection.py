@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mm_edge.graph.export import read_raw
+from mm_edge.graph.onnx_graph import read_raw
 from mm_edge.graph.groups import read_structure
 from mm_edge.graph.layers import read_layers
 from mm_edge.load.models import LoadedModel
