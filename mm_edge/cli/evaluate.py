@@ -13,7 +13,7 @@ from mm_edge.errors import UsageError
 from mm_edge.run.request import ModelOptions, make_model_options
 
 
-@click.command("evaluate", cls=RecordCommand, record=ModelOptions, only=("input_size", "mean", "std"))
+@click.command("evaluate", cls=RecordCommand, record=ModelOptions, only=("input_size", "inputs", "mean", "std"))
 @click.argument("model", metavar="MODEL.onnx", type=click.Path(path_type=Path, dir_okay=False))
 @click.option(
     "--data", required=True, metavar="PATH", type=click.Path(path_type=str), help="Folder or tar of class folders."
@@ -30,7 +30,7 @@ def evaluate(model: Path, data: str, as_json: bool, **given: Any) -> None:
     from mm_edge.load.data import open_data
     from mm_edge.quality.evaluation import compare_logits, run_onnx
 
-    loaded = load(str(model), options)
+    loaded = load(str(model), options, only_run=True)
     splits = open_data(data, loaded.input, loaded.info.num_classes, (0.0, 0.0, 1.0))
     with Console(stderr=True).status("evaluating"):
         logits = run_onnx(model, splits.test.batches(32), 2)

@@ -26,7 +26,7 @@ from mm_edge.errors import ParityError
 from mm_edge.formats.device_files import add_metadata_, write_model
 from mm_edge.formats.sparse_file import store_smallest
 from mm_edge.graph.axes import Keep
-from mm_edge.graph.compact import AxisMask, apply_mask, mask_tensors, masked_model, materialise
+from mm_edge.graph.compact import AxisMask, apply_mask, mask_tensors, masked_model, materialise_artifact
 from mm_edge.graph.deploy import deploy
 from mm_edge.graph.depth import dead_tensors
 from mm_edge.graph.groups import Structure
@@ -223,7 +223,7 @@ def _check_and_store_masks(network: Network, plan: WeightPlan, settings: MakeSet
 
 def compact_model(network: Network, plan: Plan, tensors: Arrays) -> ir.Model:
     """Return the deployable model of masked, dense-shaped `tensors`."""
-    return deploy(materialise(network.raw, network.structure, _keep(plan), tensors))
+    return deploy(materialise_artifact(network.raw, network.structure, _keep(plan), tensors))
 
 
 def _keep(plan: Plan) -> Keep:

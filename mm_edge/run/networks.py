@@ -18,7 +18,8 @@ from mm_edge.formats.device_files import add_metadata_, write_model
 from mm_edge.graph.axes import Axis
 from mm_edge.graph.deploy import deploy
 from mm_edge.graph.depth import find_branches
-from mm_edge.graph.export import RawGraph, read_raw
+from mm_edge.graph.export import RawGraph
+from mm_edge.graph.onnx_graph import read_raw
 from mm_edge.graph.groups import Structure, read_structure
 from mm_edge.graph.layers import read_layers
 from mm_edge.graph.sizes import auto_sizes, export_at, match_groups, remake, square_side, total_stride
@@ -360,7 +361,7 @@ def _write_dense(job: Job, dense: Network) -> Reference:
     """Write dense.onnx and return what it answers on the validation images."""
     file = job.dense_file
     with job.stages.stage("dense model") as advance:
-        proto = ir.to_proto(deploy(dense.raw.model.clone()))
+        proto = ir.to_proto(deploy((dense.raw.given or dense.raw.model).clone()))
         provenance = {**provenance_of(job, dense.model), "candidate": "dense"}
         add_metadata_(proto, dense.spec, labels_of(job), provenance)
         job.store.claim("dense.onnx", "dense.onnx.data")

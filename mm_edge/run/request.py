@@ -25,6 +25,7 @@ from mm_edge.run.options import (
     Flag,
     Flags,
     Folder,
+    InputShapes,
     Name,
     Names,
     Number,
@@ -118,6 +119,15 @@ class ModelOptions:
         help="Input shape, where the file does not say.",
         section=MODEL,
         metavar="C,H,W",
+        shown="what the file says",
+    )
+    inputs: tuple[tuple[str, tuple[int, ...]], ...] = option(
+        (),
+        InputShapes(),
+        help="Shape of an input of an .onnx, batch included; sizes it leaves open stay open. Repeatable.",
+        section=MODEL,
+        metavar="NAME=SHAPE",
+        spelled="--input",
         shown="what the file says",
     )
     mean: tuple[float, ...] | None = option(
