@@ -17,6 +17,8 @@ from mm_edge.plan.plans import PATTERN
 from mm_edge.run.recoveries import RECOVERIES
 from mm_edge.run.request import Request
 
+_NO_LABELS = "the images have no labels; give class folders"
+
 
 @dataclass(frozen=True)
 class Circumstances:
@@ -31,6 +33,11 @@ class Circumstances:
     def has_calibration_images(self) -> bool:
         """Whether there are calibration images."""
         return self.data is not None and len(self.data.calibration) > 0
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether the images have labels."""
+        return self.data is not None and self.data.labelled
 
     @property
     def has_validation_images(self) -> bool:
@@ -84,6 +91,8 @@ def _accuracy_on_device(given: Circumstances) -> None:
         raise UsageError("--accuracy-on device needs a device, and nothing is measured here; give --host USER@HOST")
     if not given.has_validation_images:
         raise UsageError("--accuracy-on device needs validation images, and there are none; give --data PATH")
+    if not given.has_labels:
+        raise UsageError(f"--accuracy-on device needs accuracy, and {_NO_LABELS}")
 
 
 def _training_images(given: Circumstances) -> None:
@@ -93,11 +102,15 @@ def _training_images(given: Circumstances) -> None:
             f"--recover {given.request.recover} trains on calibration images, and there are none; "
             "give --split a first part"
         )
+    if least and not given.has_labels:
+        raise UsageError(f"--recover {given.request.recover} trains on labels, and {_NO_LABELS} or use --recover tune")
 
 
 def _largest_drop(given: Circumstances) -> None:
     if given.request.max_drop is not None and not given.has_validation_images:
         raise UsageError("--max-drop needs accuracy, and there are no validation images; give --data PATH")
+    if given.request.max_drop is not None and not given.has_labels:
+        raise UsageError(f"--max-drop needs accuracy, and {_NO_LABELS}")
 
 
 def _times(given: Circumstances) -> None:

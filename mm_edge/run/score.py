@@ -62,6 +62,9 @@ def _gradients(job: Job) -> Float32Arrays:
     if job.data is None or not len(job.data.calibration):
         job.note("no calibration images: signal magnitude only; give --data PATH for the other signals")
         return {}
+    if not job.data.labelled:
+        job.note("the calibration images have no labels: signal magnitude only; give class folders for the others")
+        return {}
     key = job.key(data=job.data_key, images=GRADIENT_IMAGES)
     stored = job.store.load_arrays("gradients", key)
     if stored is None:
