@@ -22,7 +22,8 @@ ImageShape = tuple[int, int, int]
 class LoadOptions:
     """The user's options for loading a model; None where the user gave none.
 
-    `input_size` is (channels, height, width); `mean` and `std` hold one value, or one per channel, of pixels in [0, 1].
+    `input_size` is (channels, height, width); `mean` and `std` hold one value, or one per channel, of scaled pixels.
+    `preprocess` names a preset; `scale`, `colours`, `resize` and `layout` are as in records.InputSpec.
     """
 
     arch: str | None = None
@@ -30,6 +31,11 @@ class LoadOptions:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     trust_pickle: bool = False
+    preprocess: str | None = None
+    scale: float | None = None
+    colours: str | None = None
+    resize: str | None = None
+    layout: str | None = None
 
 
 @dataclass(frozen=True)

@@ -342,7 +342,8 @@ def test_json_is_all_there_is_on_standard_output(files: Path, tmp_path: Path, co
     if command == "evaluate":
         assert document == {"model": "colour.onnx", "accuracy_top1": 1.0, "images": 48}
         assert finished.stderr.splitlines() == [
-            "warning: preprocessing unknown: ImageNet mean and std assumed; set --mean and --std"
+            "warning: preprocessing not stated, assumed: mean 0.485,0.456,0.406, std 0.229,0.224,0.225, scale 1/255, "
+            "colours RGB, resize crop; give --preprocess NAME, or --mean, --std, --scale, --colours, --resize"
         ]
     else:
         assert len(document["layers"]) == 16
