@@ -168,6 +168,52 @@ class Parity:
 
 
 @dataclass(frozen=True)
+class OutputFidelity:
+    """How like the dense network's one output is, on held-back inputs; None where it has no finite value.
+
+    `nmse` is the squared error over the variance, `cosine` that of the angle between the two outputs.
+    """
+
+    nmse: float | None
+    cosine: float | None
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """How like the dense network's the outputs are, on held-back inputs; None where a figure does not apply.
+
+    `map50_to_dense` and `map_to_dense` are the mean average precision of the detected boxes against those that the
+    dense network detects, at an overlap of 0.5 and over the overlaps from 0.5 to 0.95. `miou_to_dense` is the mean
+    intersection over union of the segmented classes against the dense network's.
+    """
+
+    outputs: dict[str, OutputFidelity] = field(default_factory=dict)
+    map50_to_dense: float | None = None
+    map_to_dense: float | None = None
+    miou_to_dense: float | None = None
+
+
+@dataclass(frozen=True)
+class MetricValue:
+    """A figure of merit: that of the user, or the one that the user's labels make possible.
+
+    `others` holds further figures by name; only `value` decides. A value that `is_fraction` lies in [0, 1], and a drop
+    of it is counted in points of 100; a drop of another is counted in its own unit.
+    """
+
+    name: str
+    value: float
+    higher_is_better: bool = True
+    is_fraction: bool = False
+    others: dict[str, float] = field(default_factory=dict)
+
+    def drop(self, found: MetricValue) -> float:
+        """Return by how much `found` is worse than this; below 0 where it is better."""
+        worse = self.value - found.value if self.higher_is_better else found.value - self.value
+        return 100 * worse if self.is_fraction else worse
+
+
+@dataclass(frozen=True)
 class DenseFigures:
     """The measurements of the dense network."""
 
@@ -177,6 +223,8 @@ class DenseFigures:
     file_bytes: int | None
     params: int
     macs: int
+    fidelity: Fidelity | None = None
+    metric: MetricValue | None = None
 
 
 @dataclass(frozen=True)
@@ -186,7 +234,7 @@ class Candidate:
     `file_bytes` is the size of the `artifact`, or of the `stored_file`, which holds no zeros. `accuracy_top1` is on
     validation images; `accuracy_drop` is dense minus this, in points. `epochs` is the number of epochs of fine-tuning,
     `stopped` why it ended, or the outcome of block-wise tuning. `planned_by` says how the cost of a candidate was
-    planned for its budget, and whether it was counted or measured.
+    planned for its budget, and whether it was counted or measured. `fidelity` and `metric` are on validation images.
     """
 
     id: str
@@ -218,6 +266,8 @@ class Candidate:
     also_named: tuple[str, ...] = ()
     removed_blocks: tuple[str, ...] = ()
     planned_by: str | None = None
+    fidelity: Fidelity | None = None
+    metric: MetricValue | None = None
 
     @property
     def is_pruned(self) -> bool:

@@ -12,11 +12,10 @@ from mm_edge.cli.options import RecordCommand, load
 from mm_edge.errors import UsageError
 from mm_edge.run.request import ModelOptions, make_model_options
 
+PHOTOS = ("mean", "std", "preprocess", "scale", "colours", "resize", "layout")
 
-PHOTOS = ("input_size", "mean", "std", "preprocess", "scale", "colours", "resize", "layout")
 
-
-@click.command("evaluate", cls=RecordCommand, record=ModelOptions, only=PHOTOS)
+@click.command("evaluate", cls=RecordCommand, record=ModelOptions, only=("input_size", "inputs", *PHOTOS))
 @click.argument("model", metavar="MODEL.onnx", type=click.Path(path_type=Path, dir_okay=False))
 @click.option(
     "--data",
@@ -40,7 +39,7 @@ def evaluate(model: Path, data: str, as_json: bool, **given: Any) -> None:
     from mm_edge.load.data import open_data
     from mm_edge.quality.evaluation import compare_logits, run_onnx
 
-    loaded = load(str(model), options)
+    loaded = load(str(model), options, only_run=True)
     splits = open_data(data, loaded.input, loaded.info.num_classes, (0.0, 0.0, 1.0))
     with Console(stderr=True).status("evaluating"):
         logits = run_onnx(model, splits.test.batches(32), 2)

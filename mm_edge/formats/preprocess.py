@@ -167,5 +167,6 @@ def require_bakeable(spec: InputSpec) -> None:
         )
     if spec.resize == "crop" and spec.shape[1] != spec.shape[2]:
         raise UsageError(
-            f"--bake-preprocess with --resize crop needs a square input; this network takes {spec.shape[1]} x {spec.shape[2]}"
+            "--bake-preprocess with --resize crop needs a square input; "
+            f"this network takes {spec.shape[1]} x {spec.shape[2]}"
         )

@@ -115,9 +115,8 @@ def _first(sources: Sequence[_Config], key: str, usable: Any) -> Any:
     """Return the first usable value of `key`; files may hold anything under it."""
     for source in sources:
         value = source.get(key)
-        if value is not None and isinstance(value, (str, int, float)) and not isinstance(value, bool):
-            if usable(value):
-                return value
+        if isinstance(value, (str, int, float)) and not isinstance(value, bool) and usable(value):
+            return value
     return None
 
 

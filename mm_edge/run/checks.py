@@ -10,9 +10,9 @@ import torch
 from mm_edge.bench.target import Target
 from mm_edge.errors import UsageError
 from mm_edge.formats.precisions import PRECISIONS
+from mm_edge.formats.preprocess import require_bakeable
 from mm_edge.load.data import DataSplits
 from mm_edge.load.models import LoadedModel
-from mm_edge.formats.preprocess import require_bakeable
 from mm_edge.plan.n_m import require_support
 from mm_edge.plan.plans import PATTERN
 from mm_edge.records import InputSpec

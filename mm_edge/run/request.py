@@ -26,6 +26,7 @@ from mm_edge.run.options import (
     Flag,
     Flags,
     Folder,
+    InputShapes,
     Name,
     Names,
     Number,
@@ -127,6 +128,15 @@ class ModelOptions:
         metavar="C,H,W",
         shown="what the file says",
     )
+    inputs: tuple[tuple[str, tuple[int, ...]], ...] = option(
+        (),
+        InputShapes(),
+        help="Shape of an input of an .onnx, batch included; sizes it leaves open stay open. Repeatable.",
+        section=MODEL,
+        metavar="NAME=SHAPE",
+        spelled="--input",
+        shown="what the file says",
+    )
     mean: tuple[float, ...] | None = option(
         None,
         Numbers("0.485,0.456,0.406"),
@@ -191,6 +201,14 @@ class ModelOptions:
         help="Never prune parameters this names; repeatable.",
         section=PRUNING,
         metavar="PATTERN",
+    )
+    judge: tuple[str, ...] = option(
+        (),
+        Patterns("names of the network's values"),
+        help="Compare this value of the network with the dense one's; repeatable.",
+        section=RECOVERY,
+        metavar="NAME",
+        shown="outputs, and what they are decoded from; see 'mm-edge inspect'",
     )
 
 

@@ -18,8 +18,11 @@ from mm_edge.records import (
     Chosen,
     Constraints,
     DenseFigures,
+    Fidelity,
     Latency,
+    MetricValue,
     ModelInfo,
+    OutputFidelity,
     Parity,
     ParityInputs,
     Report,
@@ -130,13 +133,17 @@ CONTRACT = {
         "seconds budgets"
     ),
     "model": "name source sha256 params macs input_shape num_classes",
-    "dense": "accuracy_top1 latency_ms peak_memory_bytes file_bytes params macs",
+    "dense": "accuracy_top1 latency_ms peak_memory_bytes file_bytes params macs fidelity metric",
     "dense.latency_ms": "p50 p90 p99 samples threads source",
     "candidates.0": (
         "id signal strategy kind precision sparsity params macs accuracy_top1 accuracy_drop agreement_top1 kl_to_dense "
         "latency_ms speedup speedup_ci peak_memory_bytes file_bytes parity recovered_by epochs stopped pareto artifact "
-        "masked_state_dict stored_file input_shape also_named removed_blocks planned_by"
+        "masked_state_dict stored_file input_shape also_named removed_blocks planned_by "
+        "fidelity metric"
     ),
+    "candidates.0.fidelity": "outputs map50_to_dense map_to_dense miou_to_dense",
+    "candidates.0.fidelity.outputs.boxes": "nmse cosine",
+    "candidates.0.metric": "name value higher_is_better is_fraction others",
     "candidates.0.parity": "max_abs_err max_rel_err top1_agreement inputs",
     "chosen": "id reason accuracy_top1_test",
     "skipped_groups.0": "group layers reason",
@@ -144,7 +151,8 @@ CONTRACT = {
 
 
 def test_report_json_has_the_fields_of_the_contract(tmp_path: Path) -> None:
-    write_report(make_report(FAST), tmp_path)
+    fidelity = Fidelity({"boxes": OutputFidelity(0.01, 0.99)}, map50_to_dense=0.98)
+    write_report(make_report(dataclasses.replace(FAST, fidelity=fidelity, metric=MetricValue("mAP", 0.5))), tmp_path)
     data = json.loads((tmp_path / "report.json").read_text())
     for place, fields in CONTRACT.items():
         value = data
@@ -154,6 +162,22 @@ def test_report_json_has_the_fields_of_the_contract(tmp_path: Path) -> None:
     assert data["schema_version"] == 4
     assert data["candidates"][0]["parity"]["inputs"] == {"count": 8, "kind": "images"}
     assert data["candidates"][0]["kl_to_dense"] is None
+
+
+def test_fields_that_an_older_report_lacks_are_unknown(tmp_path: Path) -> None:
+    write_report(make_report(FAST), tmp_path)
+    data = json.loads((tmp_path / "report.json").read_text())
+    for record in (data["dense"], data["candidates"][0]):
+        del record["fidelity"], record["metric"]
+    (tmp_path / "report.json").write_text(json.dumps(data))
+    assert read_report(tmp_path) == make_report(FAST)
+
+
+def test_a_drop_of_a_metric_is_in_points_or_in_its_own_unit() -> None:
+    accuracy = MetricValue("mAP", 0.5, is_fraction=True)
+    assert accuracy.drop(dataclasses.replace(accuracy, value=0.25)) == 25.0
+    error = MetricValue("error", 3.0, higher_is_better=False)
+    assert error.drop(dataclasses.replace(error, value=5.0)) == 2.0
 
 
 def test_a_figure_that_is_no_number_is_a_defect_and_writes_nothing(tmp_path: Path) -> None:
