@@ -29,13 +29,39 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class InputSpec:
-    """What the network expects: CHW shape and the preprocessing that produces it."""
+    """What the network expects of a picture: its shape and the preprocessing that produces it.
+
+    Attributes:
+        shape: channels, height and width, in this order whatever the layout.
+        mean: subtracted from the scaled pixels, one value per channel in the order of `colours`.
+        std: what they are divided by afterwards.
+        interpolation: how pixels are resized: bilinear, bicubic, nearest or lanczos.
+        crop_pct: with the resizing "crop", the share of the short side that is kept.
+        layout: "NCHW" or "NHWC", the order of the axes of the network's input.
+        colours: "RGB" or "BGR", the order of the channels.
+        scale: what pixels in 0..255 are multiplied by before mean and std.
+        resize: how a picture gets the height and width, a name of load.presets.RESIZES.
+        pad: pixel value in 0..255 where the resizing leaves a border.
+        assumed: the names of those fields that nobody stated.
+    """
 
     shape: tuple[int, int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     interpolation: str = "bicubic"
     crop_pct: float = 0.875
+    layout: str = "NCHW"
+    colours: str = "RGB"
+    scale: float = 1 / 255
+    resize: str = "crop"
+    pad: int = 0
+    assumed: tuple[str, ...] = ()
+
+    @property
+    def array_shape(self) -> tuple[int, int, int]:
+        """The shape of one input as the network takes it, without the batch."""
+        channels, height, width = self.shape
+        return (height, width, channels) if self.layout == "NHWC" else self.shape
 
 
 @dataclass(frozen=True)

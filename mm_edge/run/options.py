@@ -161,6 +161,25 @@ class Number(ValueKind):
 
 
 @dataclass(frozen=True)
+class Ratio(ValueKind):
+    """A number, which text may write as a fraction such as 1/255.
+
+    Attributes:
+        example: a value to show in the message.
+    """
+
+    example: str = "1/255"
+
+    def read(self, value: Any, spelling: str) -> float:
+        """Return the number."""
+        above, slash, below = value.partition("/") if isinstance(value, str) else (value, "", "")
+        parts = [_to_float(part) for part in ((above, below) if slash else (above,))]
+        if None in parts or (slash and not parts[1]):
+            raise UsageError(f"{spelling} {value!r} is not a number; write for example {spelling} {self.example}")
+        return float(parts[0] or 0.0) / float(parts[1] or 1.0 if slash else 1.0)
+
+
+@dataclass(frozen=True)
 class Numbers(ValueKind):
     """One or more finite numbers; text has commas between them.
 

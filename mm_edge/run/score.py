@@ -69,12 +69,12 @@ def _gradients(job: Job) -> Float32Arrays:
     if job.data is None or not len(job.data.calibration):
         job.note("no calibration images: signal magnitude only; give --data PATH for the other signals")
         return {}
-    classes = job.model.info.num_classes is not None
-    key = job.key(data=job.data_key, images=GRADIENT_IMAGES, **({} if classes else {"loss": "projections"}))
+    supervised = job.model.info.num_classes is not None and job.data.labelled
+    key = job.key(data=job.data_key, images=GRADIENT_IMAGES, **({} if supervised else {"loss": "projections"}))
     stored = job.store.load_arrays("gradients", key)
     if stored is None:
         images = job.data.calibration.take(GRADIENT_IMAGES)
-        take = gradients if classes else projected_gradients
+        take = gradients if supervised else projected_gradients
         with job.stages.stage("gradients") as advance:
             found = take(job.model.module, _Batches(images, _gradient_batch(job.model)), job.request.seed, advance)
         stored = found.values
@@ -106,7 +106,7 @@ class _Batches:
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
         for images, labels in self._images.batches(self._size):
-            yield torch.from_numpy(images), torch.from_numpy(labels)
+            yield torch.from_numpy(images), torch.from_numpy(labels) if self._images.labels is not None else None
 
     def __len__(self) -> int:
         return -(-len(self._images) // self._size)
