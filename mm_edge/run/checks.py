@@ -133,8 +133,6 @@ def _baking(given: Circumstances) -> None:
 def _largest_drop(given: Circumstances) -> None:
     if given.request.max_drop is not None and not given.has_validation_images:
         raise UsageError("--max-drop needs accuracy, and there are no validation images; give --data PATH")
-    if given.request.max_drop is not None and not given.has_labels:
-        raise UsageError(f"--max-drop needs accuracy, and {_NO_LABELS}")
 
 
 def _times(given: Circumstances) -> None:
