@@ -59,7 +59,7 @@ def read_preprocessing(
         scale=float(options.scale or _first(sources, "scale", lambda value: _is_number(value) and value > 0) or BYTE),
         resize=options.resize or _first(sources, "resize", lambda value: value in RESIZES) or "crop",
         pad=int(_first(sources, "pad", lambda value: isinstance(value, int) and 0 <= value <= 255) or 0),
-        assumed=_assumed(options, sources),
+        assumed=_assumed(channels, options, sources),
     )
     notes = tuple(dict.fromkeys(text for text in (mean_note, std_note) if text))
     crop_mode = own_config.get("crop_mode") if config.get("crop_mode") is None else config["crop_mode"]
@@ -83,11 +83,13 @@ def _without_assumed(config: _Config) -> dict[str, Any]:
     return {key: value for key, value in config.items() if value is not None and key not in names}
 
 
-def _assumed(options: LoadOptions, sources: Sequence[_Config]) -> tuple[str, ...]:
+def _assumed(channels: int, options: LoadOptions, sources: Sequence[_Config]) -> tuple[str, ...]:
     normalised = any(_numbers(source.get(key)) for source in sources for key in ("mean", "std"))
     stated = {name for name in STATED_BY_OPTION if getattr(options, name) is not None}
     stated |= {key for source in sources for key, value in source.items() if value is not None}
     implied = {"scale", "colours", "resize"} if normalised else set()
+    implied |= {"scale"} if stated >= {"mean", "std"} else set()  # they are of pixels / 255
+    implied |= {"colours"} if channels != 3 else set()
     return tuple(name for name in STATED_BY_OPTION if name not in stated | implied)
 
 

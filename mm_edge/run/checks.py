@@ -125,6 +125,18 @@ def _augmentation(given: Circumstances) -> None:
             )
 
 
+def _ready_inputs(given: Circumstances) -> None:
+    if given.data is None or given.data.holds_photos:
+        return
+    if RECOVERIES[given.request.recover].least_images:
+        raise UsageError(
+            f"--recover {given.request.recover} augments photos, and {given.request.data} holds inputs that are ready; "
+            "use --recover tune"
+        )
+    if isinstance(given.request.input_sizes, tuple):
+        raise UsageError(f"--input-sizes needs photos, and {given.request.data} holds inputs for one size")
+
+
 def _baking(given: Circumstances) -> None:
     if given.spec is not None and "bake-preprocess" in given.request.formats:
         require_bakeable(given.spec)
@@ -151,6 +163,7 @@ CHECKS: tuple[Callable[[Circumstances], None], ...] = (
     _kinds,
     _accuracy_on_device,
     _training_images,
+    _ready_inputs,
     _augmentation,
     _baking,
     _largest_drop,
