@@ -209,7 +209,8 @@ def _yielded(path: str, function: Any) -> Iterator[dict[str, Array]]:
     """Yield each batch of the user's code by name, its labels under LABELS."""
     number = 0
     try:
-        for number, batch in enumerate(function(), start=1):
+        for batch in function():
+            number += 1
             yield _named(batch)
     except DataError as error:
         raise DataError(f"--data {path}: batch {number} {error}") from error
