@@ -136,7 +136,10 @@ class Assignment:
 
 @dataclass(frozen=True)
 class Latency:
-    """Latency percentiles of one model. `source` is "device", "host" or None (not measured)."""
+    """Latency percentiles of one model. `source` is "device", "host" or None (not measured).
+
+    `verdict` says how far the times can be trusted: "stable", "noisy" or "unusable"; None where nothing was measured.
+    """
 
     p50: float | None = None
     p90: float | None = None
@@ -144,6 +147,7 @@ class Latency:
     samples: int = 0
     threads: int | None = None
     source: str | None = None
+    verdict: str | None = None
 
 
 @dataclass(frozen=True)
@@ -215,7 +219,10 @@ class MetricValue:
 
 @dataclass(frozen=True)
 class DenseFigures:
-    """The measurements of the dense network."""
+    """The measurements of the dense network.
+
+    `accuracy_ci` is the exact 95 % interval of `accuracy_top1`, `accuracy_images` the number of validation images.
+    """
 
     accuracy_top1: float | None
     latency_ms: Latency
@@ -225,6 +232,8 @@ class DenseFigures:
     macs: int
     fidelity: Fidelity | None = None
     metric: MetricValue | None = None
+    accuracy_ci: tuple[float, float] | None = None
+    accuracy_images: int | None = None
 
 
 @dataclass(frozen=True)
@@ -234,7 +243,10 @@ class Candidate:
     `file_bytes` is the size of the `artifact`, or of the `stored_file`, which holds no zeros. `accuracy_top1` is on
     validation images; `accuracy_drop` is dense minus this, in points. `epochs` is the number of epochs of fine-tuning,
     `stopped` why it ended, or the outcome of block-wise tuning. `planned_by` says how the cost of a candidate was
-    planned for its budget, and whether it was counted or measured. `fidelity` and `metric` are on validation images.
+    planned for its budget, and whether it was counted or measured. `accuracy_ci` is the exact 95 % interval of
+    `accuracy_top1`; `drop_ci` that of `accuracy_drop`, in points, from images that only one of the two networks reads
+    right. `dense_latency_ms` is the dense network's, timed in turn with this candidate, at the same moments.
+    `fidelity` and `metric` are on validation images.
     """
 
     id: str
@@ -268,11 +280,24 @@ class Candidate:
     planned_by: str | None = None
     fidelity: Fidelity | None = None
     metric: MetricValue | None = None
+    accuracy_ci: tuple[float, float] | None = None
+    drop_ci: tuple[float, float] | None = None
+    dense_latency_ms: Latency = field(default_factory=Latency)
 
     @property
     def is_pruned(self) -> bool:
         """Whether anything was removed; a budget may also ask for the unpruned network at a smaller input size."""
         return self.kind != "dense" and (self.sparsity > 0 or bool(self.removed_blocks))
+
+    @property
+    def was_compared(self) -> bool:
+        """Whether its answers to anything but the parity check's inputs were compared with labels or with dense's."""
+        return self.accuracy_top1 is not None or self.kl_to_dense is not None
+
+    @property
+    def is_unusable(self) -> bool:
+        """Whether it was timed and the times cannot be used."""
+        return self.latency_ms.verdict == "unusable"
 
     @property
     def is_budget(self) -> bool:
@@ -301,11 +326,12 @@ def _id_without_size(signal: str, strategy: str, kind: str, precision: str, side
 
 @dataclass(frozen=True)
 class Chosen:
-    """The chosen candidate, the reason, and its accuracy on test images (read once, at the end)."""
+    """The chosen candidate, the reason, and its accuracy and the dense network's on test images (read once, last)."""
 
     id: str
     reason: str
     accuracy_top1_test: float | None = None
+    dense_accuracy_top1_test: float | None = None
 
 
 @dataclass(frozen=True)

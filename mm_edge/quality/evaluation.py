@@ -12,13 +12,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 
 from mm_edge.arrays import Float32Array, IntArray
 from mm_edge.errors import JobError, first_line
 from mm_edge.quality.divergences import divergence_per_image, error_per_image
+from mm_edge.quality.intervals import accuracy_interval, compare_right, drop_interval
 from mm_edge.records import Fidelity, OutputFidelity
 from mm_edge.runtime import in_order, model_name, open_session
 
@@ -27,6 +28,7 @@ __all__ = [
     "Judgement",
     "Reference",
     "compare_logits",
+    "interval_of",
     "judge_logits",
     "open_session",
     "run_onnx",
@@ -72,6 +74,8 @@ class Judgement(TypedDict):
     agreement_top1: float | None
     kl_to_dense: float | None
     fidelity: Fidelity | None
+    accuracy_ci: NotRequired[tuple[float, float] | None]
+    drop_ci: NotRequired[tuple[float, float] | None]
 
 
 NOT_JUDGED: Judgement = {
@@ -121,7 +125,21 @@ def judge_logits(logits: Float32Array, reference: Reference) -> Judgement:
         "agreement_top1": found.agreement_top1,
         "kl_to_dense": found.kl_to_dense,
         "fidelity": None,
+        "accuracy_ci": interval_of(found.accuracy_top1, found.count),
+        "drop_ci": _drop_interval(logits, reference),
     }
+
+
+def interval_of(accuracy: float | None, count: int) -> tuple[float, float] | None:
+    """Return the 95 % interval of an accuracy measured on `count` images; None where there is no accuracy."""
+    return None if accuracy is None else accuracy_interval(round(accuracy * count), count)
+
+
+def _drop_interval(logits: Float32Array, reference: Reference) -> tuple[float, float] | None:
+    """Return the 95 % interval of the loss in points; None without labels or answers of the dense network."""
+    if reference.labels is None or reference.logits is None or not len(logits):
+        return None
+    return drop_interval(*compare_right(logits, reference.logits, reference.labels))
 
 
 def _drop(dense: float | None, accuracy: float | None) -> float | None:
