@@ -356,7 +356,9 @@ def test_onnx(tmp_path: Path) -> None:
     assert loaded.onnx_path == path
     assert loaded.input.shape == (3, 4, 4)
     assert (loaded.info.params, loaded.info.num_classes, loaded.family) == (240, 5, "onnx")
-    assert loaded.warnings == ()
+    assert loaded.warnings == (
+        "preprocessing not stated, assumed: colours RGB, resize crop; give --preprocess NAME, or --colours, --resize",
+    )
     assert len(load_model(str(path), NONE).warnings) == 1
 
 

@@ -121,9 +121,7 @@ def test_values_that_do_not_fit(tmp_path: Path, arrays: dict[str, Any], message:
 def test_names_that_do_not_fit(tmp_path: Path, arrays: dict[str, Any], found: str) -> None:
     path = tmp_path / "x.npz"
     np.savez(path, **arrays)
-    assert refuse(path) == (
-        f"'{path}' holds {found}; the model takes the input 'images': give one array of that name"
-    )
+    assert refuse(path) == (f"'{path}' holds {found}; the model takes the input 'images': give one array of that name")
 
 
 def test_two_inputs_are_refused(tmp_path: Path) -> None:
@@ -188,7 +186,7 @@ def test_damaged_files(tmp_path: Path) -> None:
     [("x", False), ("{'images': x}", False), ("(x, y)", True), ("[{'images': x}, y]", True), ("(x,)", False)],
 )
 def test_batches_of_the_users_code(tmp_path: Path, batch: str, labelled: bool) -> None:
-    body = f"def give():\n  for i in range(4):\n    x, y = np.full((2, 3, 4, 6), i / 4, 'f4'), np.full(2, i % 3)\n"
+    body = "def give():\n  for i in range(4):\n    x, y = np.full((2, 3, 4, 6), i / 4, 'f4'), np.full(2, i % 3)\n"
     path = write_code(tmp_path, f"{body}    yield {batch}\n")
     splits = open_data(path, SPEC, 3, split=(0, 0, 1), inputs=IMAGES)
     assert splits.labelled is labelled
@@ -228,7 +226,9 @@ def test_code_that_fails(tmp_path: Path, body: str, message: str) -> None:
 
 def test_code_that_is_not_there(tmp_path: Path) -> None:
     path = write_code(tmp_path, "def give():\n  return []\n")
-    assert refuse(path.replace(":give", ":gave")) == f"--data {path[:-4]}gave: unknown callable 'gave'; did you mean give?"
+    assert (
+        refuse(path.replace(":give", ":gave")) == f"--data {path[:-4]}gave: unknown callable 'gave'; did you mean give?"
+    )
     assert refuse(tmp_path / "no.py:give") == (
         f"--data {tmp_path / 'no.py:give'}: the file '{tmp_path / 'no.py'}' does not exist"
     )
