@@ -126,15 +126,16 @@ def _augmentation(given: Circumstances) -> None:
 
 
 def _ready_inputs(given: Circumstances) -> None:
-    if given.data is None or given.data.holds_photos:
+    sizes = isinstance(given.request.input_sizes, tuple)
+    trains = RECOVERIES[given.request.recover].least_images > 0
+    if given.data is None or not (sizes or trains) or given.data.holds_photos:
         return
-    if RECOVERIES[given.request.recover].least_images:
+    if trains:
         raise UsageError(
             f"--recover {given.request.recover} augments photos, and {given.request.data} holds inputs that are ready; "
             "use --recover tune"
         )
-    if isinstance(given.request.input_sizes, tuple):
-        raise UsageError(f"--input-sizes needs photos, and {given.request.data} holds inputs for one size")
+    raise UsageError(f"--input-sizes needs photos, and {given.request.data} holds inputs for one size")
 
 
 def _baking(given: Circumstances) -> None:

@@ -73,8 +73,9 @@ def test_every_preset_states_everything_and_survives_an_artifact(name: str) -> N
 
 
 def test_what_an_artifact_only_assumed_stays_assumed() -> None:
-    first = read(scale=1.0)
+    first, half = read(scale=1.0), read(mean=(0.5,), std=(0.5,))
     assert read(to_json(first)) == first
+    assert read(to_json(half)) == half and half.assumed == ("colours", "resize")
     assert read(to_json(first), preprocess="yolo").assumed == ()
 
 
