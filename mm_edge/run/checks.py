@@ -125,6 +125,19 @@ def _augmentation(given: Circumstances) -> None:
             )
 
 
+def _ready_inputs(given: Circumstances) -> None:
+    sizes = isinstance(given.request.input_sizes, tuple)
+    trains = RECOVERIES[given.request.recover].least_images > 0
+    if given.data is None or not (sizes or trains) or given.data.holds_photos:
+        return
+    if trains:
+        raise UsageError(
+            f"--recover {given.request.recover} augments photos, and {given.request.data} holds inputs that are ready; "
+            "use --recover tune"
+        )
+    raise UsageError(f"--input-sizes needs photos, and {given.request.data} holds inputs for one size")
+
+
 def _baking(given: Circumstances) -> None:
     if given.spec is not None and "bake-preprocess" in given.request.formats:
         require_bakeable(given.spec)
@@ -149,6 +162,7 @@ CHECKS: tuple[Callable[[Circumstances], None], ...] = (
     _kinds,
     _accuracy_on_device,
     _training_images,
+    _ready_inputs,
     _augmentation,
     _baking,
     _largest_drop,

@@ -38,7 +38,8 @@ def start(load: Callable[[], LoadedModel], request: Request, stages: Stages) -> 
             remake(model, side)  # refuses what the network cannot take
         data = None
         if request.data is not None:
-            data = open_data(request.data, model.input, model.info.num_classes, request.split, request.seed)
+            classes, inputs = model.info.num_classes, () if model.onnx_path is None else model.inputs
+            data = open_data(request.data, model.input, classes, request.split, request.seed, inputs)
     measured = request.bench and (request.host is not None or matches_this_machine(target))
     check_request(request, data, target, measured, model.input)
     transport = open_transport(target, request.host, stages.tell) if measured else None
