@@ -98,6 +98,10 @@ def square_side(model: LoadedModel, asked: str) -> int:
         raise UsageError(
             f"{OPTION} {asked}: an .onnx has its input size built in; give the weights with --arch, or one .onnx a size"
         )
+    if len(model.inputs) > 1:
+        raise UsageError(
+            f"{OPTION} {asked}: the network has {len(model.inputs)} inputs; only one of images changes size"
+        )
     if model.family == "ExportedProgram":
         raise UsageError(f"{OPTION} {asked}: a .pt2 has its input size built in; give the state_dict with --arch")
     if height != width:

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from mm_edge.arrays import BoolArray, Float32Array, IntArray
+from mm_edge.arrays import Array, BoolArray, Float32Array, IntArray
 from mm_edge.errors import DataError
 from mm_edge.load.network import ModelInput
 from mm_edge.load.photos import Bytes, normalise, pixels_of, with_channels
@@ -369,11 +369,28 @@ def _open_photos(
     return _divide(path, members, split, seed, notes)
 
 
-def noise_batches(spec: InputSpec, count: int = 8, seed: int = 0) -> Iterator[Float32Array]:
-    """Yield `count` inputs of standard normal noise, (1, C, H, W) or (1, H, W, C), the same for the same seed."""
+def noise_of(spec: InputSpec, inputs: Sequence[ModelInput] = (), count: int = 8, seed: int = 0) -> Array:
+    """Return `count` inputs of standard normal noise, whole numbers as zeros and ones, the same for the same seed.
+
+    Images are (count, C, H, W) or (count, H, W, C). A network with several `inputs` gets a structured array.
+    """
     generator = np.random.default_rng(seed)
-    for _ in range(count):
-        yield generator.standard_normal((1, *spec.array_shape), dtype=np.float32)
+    if len(inputs) < 2 and (not inputs or inputs[0].is_image):
+        return generator.standard_normal((count, *spec.array_shape), dtype=np.float32)
+    arrays = {item.name: _noise(item, count, generator) for item in inputs}
+    if len(arrays) == 1:
+        return arrays[inputs[0].name]
+    batch = np.empty(count, [(name, array.dtype, array.shape[1:]) for name, array in arrays.items()])
+    for name, array in arrays.items():
+        batch[name] = array
+    return batch
+
+
+def _noise(item: ModelInput, count: int, generator: np.random.Generator) -> Array:
+    shape = (count, *item.measured[1:])
+    if np.dtype(item.dtype).kind != "f":
+        return generator.integers(0, 2, shape).astype(item.dtype)
+    return generator.standard_normal(shape, dtype=np.float32)
 
 
 def _check_split(split: tuple[float, float, float]) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from mm_edge.arrays import BoolArray, Float32Array, IntArray
+from mm_edge.arrays import BoolArray, IntArray, in_order_of_fields
 from mm_edge.errors import DataError, first_line
 from mm_edge.load.network import ModelInput
 from mm_edge.load.sources import NO_LABEL
@@ -45,11 +45,15 @@ class Wanted:
         name: the name of the network's input; None where any name is taken, because a module's inputs have none.
         shape: the shape of one example.
         num_classes: how many classes the network has; None for one that is no classifier.
+        dtype: NumPy's name of the input's type.
+        several: the inputs of a network with more than one; `name`, `shape` and `dtype` are then those of the first.
     """
 
     name: str | None
     shape: tuple[int, ...]
     num_classes: int | None
+    dtype: str = "float32"
+    several: tuple[ModelInput, ...] = ()
 
 
 @dataclass
@@ -57,7 +61,7 @@ class Ready:
     """Inputs that were read and checked; without labels `classes` is empty and every label is NO_LABEL."""
 
     where: str
-    inputs: Float32Array
+    inputs: Array
     labels: IntArray
     classes: tuple[str, ...]
 
@@ -68,7 +72,8 @@ class Ready:
     def identity(self) -> str:
         """Return a digest of the inputs and labels."""
         digest = hashlib.sha256(repr((self.inputs.shape, self.labels.tolist())).encode())
-        digest.update(np.ascontiguousarray(self.inputs).data)
+        for array in in_order_of_fields(self.inputs):
+            digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
 
 
@@ -87,11 +92,11 @@ class ReadyPool:
         """False: they cannot be made again for another input."""
         return False
 
-    def read(self, index: int) -> Float32Array:
+    def read(self, index: int) -> Array:
         """Return one example."""
         return np.asarray(self.source.inputs[index])
 
-    def stack(self, pieces: Sequence[Any]) -> Float32Array:
+    def stack(self, pieces: Sequence[Any]) -> Array:
         """Return examples as one batch."""
         return np.stack(pieces)
 
@@ -123,11 +128,10 @@ def open_ready(
     suffix = Path(path).suffix.lower()
     if not is_code and not (is_file and suffix in (".npz", ".npy")):
         return None
-    if len(inputs) > 1:
-        names = ", ".join(item.name for item in inputs)
-        raise DataError(f"the model takes {len(inputs)} inputs ({names}); --data feeds models with one")
     shape = inputs[0].measured[1:] if inputs else spec.array_shape
-    wanted = Wanted(inputs[0].name if inputs else None, shape, num_classes)
+    dtype = inputs[0].dtype if inputs else "float32"
+    several = tuple(inputs) if len(inputs) > 1 else ()
+    wanted = Wanted(inputs[0].name if inputs else None, shape, num_classes, dtype, several)
     if is_code:
         return _read_code(path, wanted)
     arrays = _read_archive(Path(path)) if suffix == ".npz" else {wanted.name or "inputs": _read_array(Path(path))}
@@ -242,9 +246,13 @@ def _as_array(value: Any) -> Array:
 
 def _check(where: str, arrays: Mapping[str, Array], wanted: Wanted) -> tuple[Ready, tuple[str, ...]]:
     rest = dict(arrays)
-    labels = rest.pop(LABELS, None) if wanted.name != LABELS else None
-    name = _input_name(where, list(rest), wanted)
-    inputs = _check_inputs(f"'{where}': {name}", rest[name], wanted)
+    taken = {wanted.name, *(item.name for item in wanted.several)}
+    labels = rest.pop(LABELS, None) if LABELS not in taken else None
+    if wanted.several:
+        inputs = _join(where, rest, wanted)
+    else:
+        name = _input_name(where, list(rest), wanted)
+        inputs = _check_inputs(f"'{where}': {name}", rest[name], wanted)
     if labels is None:
         note = f"'{where}' holds no array '{LABELS}': its inputs count as unlabelled, so no accuracy is measured"
     elif wanted.num_classes is None:
@@ -253,6 +261,30 @@ def _check(where: str, arrays: Mapping[str, Array], wanted: Wanted) -> tuple[Rea
         classes = tuple(str(index) for index in range(wanted.num_classes))
         return Ready(where, inputs, _check_labels(where, labels, len(inputs), wanted.num_classes), classes), ()
     return Ready(where, inputs, np.full(len(inputs), NO_LABEL), ()), (note,)
+
+
+def _join(where: str, arrays: Mapping[str, Array], wanted: Wanted) -> Array:
+    """Return the arrays of a network with several inputs as one structured array, see mm_edge/arrays.py."""
+    names = [item.name for item in wanted.several]
+    if set(arrays) != set(names):
+        raise DataError(
+            f"'{where}' holds {', '.join(arrays) or 'no arrays'}; the model takes {', '.join(names)}: give one array "
+            "of each name in an .npz"
+        )
+    checked = {
+        item.name: _check_inputs(
+            f"'{where}': {item.name}", arrays[item.name], Wanted(item.name, item.measured[1:], None, item.dtype)
+        )
+        for item in wanted.several
+    }
+    counts = {name: len(array) for name, array in checked.items()}
+    if len(set(counts.values())) > 1:
+        listed = ", ".join(f"{name} {count}" for name, count in counts.items())
+        raise DataError(f"'{where}' holds different numbers of examples: {listed}; give one of each input per example")
+    joined = np.empty(len(checked[names[0]]), [(name, array.dtype, array.shape[1:]) for name, array in checked.items()])
+    for name, array in checked.items():
+        joined[name] = array
+    return joined
 
 
 def _input_name(where: str, names: Iterable[str], wanted: Wanted) -> str:
@@ -265,18 +297,18 @@ def _input_name(where: str, names: Iterable[str], wanted: Wanted) -> str:
     raise DataError(f"'{where}' holds {listed}; the model takes {expected}: give one array of that name")
 
 
-def _check_inputs(what: str, array: Array, wanted: Wanted) -> Float32Array:
+def _check_inputs(what: str, array: Array, wanted: Wanted) -> Array:
     if array.ndim == 0 or array.shape[1:] != wanted.shape:
         needed = ", ".join(map(str, wanted.shape))
         raise DataError(f"{what} has shape {array.shape}; the model takes (examples, {needed})")
     if not len(array):
         raise DataError(f"{what} holds no examples")
-    if array.dtype.kind != "f":
-        raise DataError(
-            f"{what} holds {array.dtype} values; the model takes float32, scaled and normalised already: convert them"
-        )
+    kind = np.dtype(wanted.dtype).kind
+    if array.dtype.kind != kind and not (kind == "i" and array.dtype.kind == "u"):
+        hint = "float32, scaled and normalised already" if kind == "f" else wanted.dtype
+        raise DataError(f"{what} holds {array.dtype} values; the model takes {hint}: convert them")
     with np.errstate(over="ignore"):
-        values = np.asarray(array, dtype=np.float32)
+        values = np.asarray(array, dtype=np.float32 if kind == "f" else wanted.dtype)
     bad = ~np.isfinite(values).reshape(len(values), -1).all(axis=1)
     if bad.any():
         raise DataError(

@@ -16,7 +16,7 @@ from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 
-from mm_edge.arrays import Float32Array, IntArray
+from mm_edge.arrays import Float32Array, IntArray, by_input
 from mm_edge.errors import JobError, first_line
 from mm_edge.quality.divergences import divergence_per_image, error_per_image
 from mm_edge.quality.intervals import accuracy_interval, compare_right, drop_interval
@@ -205,14 +205,16 @@ def _run(
     on_images: Callable[[int], None] | None,
 ) -> Iterator[dict[str, Float32Array]]:
     """Yield the outputs called `names` for some images after the others; `on_images` is told of each batch done."""
-    feed = session.get_inputs()[0]
-    fixed = feed.shape[0] if isinstance(feed.shape[0], int) else None
-    dtype = np.float16 if feed.type == "tensor(float16)" else np.float32
+    inputs = session.get_inputs()
+    fixed = inputs[0].shape[0] if inputs[0].shape and isinstance(inputs[0].shape[0], int) else None
+    halves = {item.name for item in inputs if item.type == "tensor(float16)"}
 
     def run_one(piece: tuple[Float32Array, int]) -> dict[str, Float32Array]:
         images, used = piece
         try:
-            found = session.run(names, {feed.name: images.astype(dtype, copy=False)})
+            given = by_input(images, [item.name for item in inputs])
+            feed = {name: array.astype(np.float16) if name in halves else array for name, array in given.items()}
+            found = session.run(names, feed)
         except Exception as error:  # ONNX Runtime's own exception types have no common base
             raise JobError(f"ONNX Runtime failed on {model_name(model)}: {first_line(error)}") from error
         return {name: np.asarray(rows, np.float32)[:used] for name, rows in zip(names, found, strict=True)}

@@ -24,7 +24,7 @@ from mm_edge.graph.layers import read_layers
 from mm_edge.graph.onnx_graph import read_raw
 from mm_edge.graph.sizes import auto_sizes, export_at, match_groups, remake, square_side, total_stride
 from mm_edge.graph.widths import AllowedWidths
-from mm_edge.load.data import DataSplits, noise_batches
+from mm_edge.load.data import DataSplits, noise_of
 from mm_edge.load.models import LoadedModel
 from mm_edge.plan.n_m import reduced_axes
 from mm_edge.plan.target_widths import allowed_widths_on
@@ -197,7 +197,7 @@ def _read_network(job: Job, model: LoadedModel, raw: RawGraph, data: DataSplits 
         raw=raw,
         structure=read_structure(raw, job.request.keep, prune_norms=job.request.prune_norms),
         layers=tuple(layer for layer in read_layers(raw) if layer.fqn in raw.weights),
-        images=_images(job, model.input, data),
+        images=_images(job, model, data),
     )
 
 
@@ -244,8 +244,8 @@ def _export_at(job: Job, dense: Network, side: int) -> Network:
     )
 
 
-def _images(job: Job, spec: InputSpec, data: DataSplits | None) -> Images:
-    noise = np.concatenate(list(noise_batches(spec, PARITY_IMAGES, job.request.seed)))
+def _images(job: Job, model: LoadedModel, data: DataSplits | None) -> Images:
+    noise = noise_of(model.input, model.inputs, PARITY_IMAGES, job.request.seed)
     if data is None:
         return Images(noise, "noise")
     calibration, validation = data.calibration, data.validation

@@ -22,7 +22,8 @@ from timm.data import create_transform
 from mm_edge.arrays import IntArray
 from mm_edge.errors import DataError
 from mm_edge.load import data, sources
-from mm_edge.load.data import ImageSet, noise_batches, open_data
+from mm_edge.load.data import ImageSet, noise_of, open_data
+from mm_edge.load.network import ModelInput
 from mm_edge.records import InputSpec, to_json
 
 SPEC = InputSpec((3, 16, 16), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), "bilinear", 0.8)
@@ -389,13 +390,20 @@ def test_every_cut_is_exact_disjoint_and_stratified(counts: list[int], cuts: lis
 
 
 def test_noise_is_the_same_for_the_same_seed() -> None:
-    first, second = list(noise_batches(SPEC, 8, 3)), list(noise_batches(SPEC, 8, 3))
-    assert len(first) == 8
-    assert first[0].shape == (1, 3, 16, 16)
-    assert first[0].dtype == np.float32
-    assert all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
+    first, second = noise_of(SPEC, (), 8, 3), noise_of(SPEC, (), 8, 3)
+    assert first.shape == (8, 3, 16, 16)
+    assert first.dtype == np.float32
+    np.testing.assert_array_equal(first, second)
     assert not np.array_equal(first[0], first[1])
-    assert not np.array_equal(first[0], next(noise_batches(SPEC, 1, 4)))
+    assert not np.array_equal(first[0], noise_of(SPEC, (), 1, 4)[0])
+
+
+def test_noise_of_several_inputs_has_a_field_for_each() -> None:
+    picture = ModelInput("picture", (1, 3, 4, 6), (1, 3, 4, 6), (1, 3, 4, 6))
+    words = ModelInput("words", (1, 5), (1, 5), (1, 5), "int64")
+    noise = noise_of(SPEC, (picture, words), 2, 0)
+    assert noise.dtype.names == ("picture", "words") and noise["picture"].shape == (2, 3, 4, 6)
+    assert noise["words"].dtype == np.int64 and set(noise["words"].ravel().tolist()) <= {0, 1}
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -124,12 +124,34 @@ def test_names_that_do_not_fit(tmp_path: Path, arrays: dict[str, Any], found: st
     assert refuse(path) == (f"'{path}' holds {found}; the model takes the input 'images': give one array of that name")
 
 
-def test_two_inputs_are_refused(tmp_path: Path) -> None:
-    two = (*IMAGES, ModelInput("scale", (1, 2), (1, 2), (1, 2)))
+TWO = (*IMAGES, ModelInput("scale", (1, 2), (1, 2), (1, 2), "int64"))
+
+
+def test_two_inputs_come_as_one_structured_array(tmp_path: Path) -> None:
+    path = tmp_path / "x.npz"
+    np.savez(path, images=EXAMPLES, scale=np.arange(2 * len(EXAMPLES)).reshape(-1, 2))
+    splits = open_data(str(path), SPEC, None, (1.0, 0.0, 0.0), inputs=TWO)
+    (batch, _), *_ = splits.calibration.batches(len(EXAMPLES))
+    assert batch.dtype.names == ("images", "scale") and batch["scale"].dtype == np.int64
+    for number in range(len(EXAMPLES)):
+        place = int(batch["scale"][number, 0]) // 2
+        np.testing.assert_array_equal(batch["images"][number], EXAMPLES[place])
+
+
+def test_what_two_inputs_need(tmp_path: Path) -> None:
+    two = TWO
     np.save(tmp_path / "x.npy", EXAMPLES)
     assert refuse(tmp_path / "x.npy", inputs=two) == (
-        "the model takes 2 inputs (images, scale); --data feeds models with one"
+        f"'{tmp_path / 'x.npy'}' holds images; the model takes images, scale: give one array of each name in an .npz"
     )
+    path = tmp_path / "y.npz"
+    np.savez(path, images=EXAMPLES, scale=np.zeros((1, 2), np.int64))
+    assert refuse(path, inputs=two) == (
+        f"'{path}' holds different numbers of examples: images {len(EXAMPLES)}, scale 1; give one of each input per "
+        "example"
+    )
+    np.savez(path, images=EXAMPLES, scale=np.zeros((len(EXAMPLES), 2), np.float32))
+    assert refuse(path, inputs=two) == f"'{path}': scale holds float32 values; the model takes int64: convert them"
     assert refuse(tmp_path, inputs=two) == (
         "the model takes images (1, 3, 4, 6), scale (1, 2); photos feed models with one input of images"
     )
