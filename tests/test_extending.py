@@ -21,8 +21,8 @@ from mm_edge.api import run_job
 from mm_edge.bench.connect import open_transport
 from mm_edge.bench.target import load_target
 from mm_edge.cli.prune_export import prune_export
-from mm_edge.graph.onnx_graph import raw_from_onnx
 from mm_edge.graph.groups import read_structure
+from mm_edge.graph.onnx_graph import raw_from_onnx
 from mm_edge.load.models import LoadOptions, load_model
 from mm_edge.progress import Stages
 from mm_edge.quality.divergences import divergence_for, divergence_per_row

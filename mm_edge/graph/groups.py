@@ -35,7 +35,6 @@ from mm_edge.graph.reading import (
 )
 from mm_edge.graph.rules import apply_rule
 from mm_edge.graph.rules.operands import operand_names
-from mm_edge.graph.rules.recurrent import BRANCHING
 from mm_edge.graph.rules.zeros import (
     ADDING,
     MULTIPLYING,

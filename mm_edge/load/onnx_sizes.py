@@ -1,9 +1,9 @@
 """Decides at which sizes the inputs of an .onnx are read and measured.
 
-A size comes from the first of these that states it: --input, --input-size, mm-edge's metadata, another dimension of the same symbol, the
-file. An open batch is 1. Every other open size is refused, or guessed where only the structure is wanted. The network
-is run once at these sizes, and at other ones if it leaves some open: what ONNX Runtime does not accept is refused
-here, before anything is written.
+A size comes from the first of these that states it: --input, --input-size, mm-edge's metadata, another dimension of the
+same symbol, the file. An open batch is 1. Every other open size is refused, or guessed where only the structure is
+wanted. The network is run once at these sizes, and at other ones if it leaves some open: what ONNX Runtime does not
+accept is refused here, before anything is written.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from mm_edge.graph.onnx_graph import read_raw
 from mm_edge.graph.groups import read_structure
 from mm_edge.graph.layers import read_layers
+from mm_edge.graph.onnx_graph import read_raw
 from mm_edge.load.models import LoadedModel
 from mm_edge.plan.ranges import apply_constraints, rule_ranges
 from mm_edge.records import to_json

@@ -19,9 +19,9 @@ from mm_edge.graph.axes import Axis
 from mm_edge.graph.deploy import deploy
 from mm_edge.graph.depth import find_branches
 from mm_edge.graph.export import RawGraph
-from mm_edge.graph.onnx_graph import read_raw
 from mm_edge.graph.groups import Structure, read_structure
 from mm_edge.graph.layers import read_layers
+from mm_edge.graph.onnx_graph import read_raw
 from mm_edge.graph.sizes import auto_sizes, export_at, match_groups, remake, square_side, total_stride
 from mm_edge.graph.widths import AllowedWidths
 from mm_edge.load.data import DataSplits, noise_batches

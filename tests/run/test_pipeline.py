@@ -23,8 +23,8 @@ from torch import nn
 import mm_edge
 from mm_edge.api import run_job
 from mm_edge.errors import ConstraintError, UsageError
-from mm_edge.graph.onnx_graph import read_raw
 from mm_edge.graph.layers import read_layers
+from mm_edge.graph.onnx_graph import read_raw
 from mm_edge.load.data import open_data
 from mm_edge.load.models import LoadedModel, LoadOptions, load_model, wrap_module
 from mm_edge.plan.ranges import apply_constraints, rule_ranges
