@@ -172,6 +172,11 @@ def _pin_static_alone(reading: Reading) -> None:
         if name in reading.axes and name not in given.graph.initializers:
             reading.pin(reading.axes[name], f"'{name}' is computed from the sizes of the input")
     nodes = {node.name for node in given.graph}
+    static = {node.name for node in reading.raw.model.graph}
+    for node in given.graph:
+        if node.op_type in BRANCHING and node.name not in static:
+            for value in values_read(node):
+                reading.pin(reading.axes.get(value.name or "", ()), f"{node.op_type}: the graph inside it is kept whole")
     for edit in reading.edits:
         if edit.node not in nodes:
             reading.pin(_axes_of(edit), f"{edit.node} is there at one size of the input alone")

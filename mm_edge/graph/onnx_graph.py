@@ -325,7 +325,9 @@ def _fold_fixed_sizes_(model: ir.Model, inputs: Sequence[ModelInput]) -> None:
 
 
 def _equal(first: np.ndarray, second: np.ndarray) -> bool:
-    return first.shape == second.shape and first.dtype == second.dtype and bool(np.array_equal(first, second))
+    """Return whether a value is the same at both sizes; a comparison of sizes may come out otherwise at a third one."""
+    same = first.shape == second.shape and first.dtype == second.dtype and first.dtype != np.bool_
+    return same and bool(np.array_equal(first, second))
 
 
 def _replace_by_constants_(model: ir.Model, arrays: Arrays) -> None:
