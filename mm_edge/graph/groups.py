@@ -35,6 +35,7 @@ from mm_edge.graph.reading import (
 )
 from mm_edge.graph.rules import apply_rule
 from mm_edge.graph.rules.operands import operand_names
+from mm_edge.graph.rules.recurrent import BRANCHING
 from mm_edge.graph.rules.zeros import (
     ADDING,
     MULTIPLYING,
@@ -175,8 +176,9 @@ def _pin_static_alone(reading: Reading) -> None:
     static = {node.name for node in reading.raw.model.graph}
     for node in given.graph:
         if node.op_type in BRANCHING and node.name not in static:
+            reason = f"{node.op_type}: the graph inside it is kept whole"
             for value in values_read(node):
-                reading.pin(reading.axes.get(value.name or "", ()), f"{node.op_type}: the graph inside it is kept whole")
+                reading.pin(reading.axes.get(value.name or "", ()), reason)
     for edit in reading.edits:
         if edit.node not in nodes:
             reading.pin(_axes_of(edit), f"{edit.node} is there at one size of the input alone")

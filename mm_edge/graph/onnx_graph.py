@@ -40,15 +40,15 @@ from mm_edge.graph.fold import add_constant_, fold_weight_arithmetic_
 from mm_edge.graph.partial import constant_values, open_part, values_read
 from mm_edge.load.models import LoadedModel
 from mm_edge.load.network import ModelInput
+from mm_edge.load.onnx_precision import other_precisions, to_float32_
 from mm_edge.load.onnx_sizes import noise
 from mm_edge.runtime import FATAL, open_session
 
 # The oldest opset whose operators the rules read; older files are converted up.
 OLDEST_OPSET = 11
-NARROW = (ir.DataType.FLOAT16, ir.DataType.DOUBLE, ir.DataType.BFLOAT16)
-# Operators whose results have a shape that the values they read decide, or that hold graphs which may do so.
+# Operators whose results have a shape that the values they read decide.
 SHAPED_BY_VALUES = frozenset(
-    "NonZero NonMaxSuppression Unique Compress If Loop Scan SequenceMap SplitToSequence SequenceAt SequenceInsert "
+    "NonZero NonMaxSuppression Unique Compress SequenceMap SplitToSequence SequenceAt SequenceInsert "
     "SequenceConstruct SequenceEmpty SequenceErase ConcatFromSequence StringSplit".split()
 )
 
@@ -94,6 +94,8 @@ def raw_from_onnx(path: Path, inputs: Sequence[ModelInput] = ()) -> RawGraph:
 def _load(path: Path) -> ir.Model:
     try:
         proto = onnx.load(str(path))
+        if other_precisions(proto):
+            to_float32_(proto)
         opset = max((item.version for item in proto.opset_import if item.domain in ("", "ai.onnx")), default=None)
         if opset is not None and opset < OLDEST_OPSET:
             proto = onnx.version_converter.convert_version(proto, OLDEST_OPSET)
@@ -106,36 +108,12 @@ def _load(path: Path) -> ir.Model:
 
 
 def _prepare_(model: ir.Model) -> None:
-    """Make functions, constants and Identities disappear, weights initialisers alone, and everything float32."""
+    """Make functions, Constant nodes and Identities disappear, and weights initialisers alone."""
     ir_passes.InlinePass()(model)
     ir_passes.RemoveInitializersFromInputsPass()(model)
-    for graph in (model.graph, *model.graph.subgraphs()):
-        _to_float32_(graph)
     ir_passes.LiftConstantsToInitializersPass(lift_all_constants=False, size_limit=0)(model)
     remove_identities(model)
     ir_passes.RemoveUnusedNodesPass()(model)
-
-
-def _to_float32_(graph: ir.Graph) -> None:
-    """Turn values, constants and casts of other floating-point types into float32."""
-    for value in (*graph.inputs, *graph.initializers.values()):
-        _widen_(value)
-    for node in graph:
-        for name, attribute in list(node.attributes.items()):
-            tensor = attribute.as_tensor() if attribute.type == ir.AttributeType.TENSOR else None
-            if tensor is not None and tensor.dtype in NARROW:
-                node.attributes[name] = ir.AttrTensor(name, ir.tensor(tensor.numpy().astype(np.float32)))
-            elif name in ("to", "dtype") and attribute.type == ir.AttributeType.INT and attribute.as_int() in NARROW:
-                node.attributes[name] = ir.AttrInt64(name, int(ir.DataType.FLOAT))
-        for value in node.outputs:
-            _widen_(value)
-
-
-def _widen_(value: ir.Value) -> None:
-    if value.const_value is not None and value.const_value.dtype in NARROW:
-        value.const_value = ir.tensor(value.const_value.numpy().astype(np.float32), name=value.name)
-    if isinstance(value.type, ir.TensorType) and value.dtype in NARROW:
-        value.type = ir.TensorType(ir.DataType.FLOAT)
 
 
 def _fixed_inputs(model: ir.Model, path: Path) -> tuple[ModelInput, ...]:
@@ -268,7 +246,10 @@ def _fold_(model: ir.Model, floats: set[str]) -> None:
 
 
 def _complete_shapes_(model: ir.Model) -> None:
-    """Give values that shape inference knows nothing of, behind operators of other domains, the shape they have."""
+    """Give values that shape inference knows nothing of, behind loops and other domains, the shape they have.
+
+    A shape counts as theirs where it is the same for two different inputs.
+    """
     depends: set[ir.Value] = set()
     for node in model.graph:
         if node.op_type in SHAPED_BY_VALUES or not depends.isdisjoint(values_read(node)):
@@ -281,28 +262,29 @@ def _complete_shapes_(model: ir.Model) -> None:
     }
     if not unknown:
         return
-    feeds = {
-        value.name or "": noise(value.shape.numpy(), value.dtype.numpy().name)
-        for value in model.graph.inputs
-        if value.shape is not None and value.dtype is not None
-    }
-    for name, array in open_part(model, tuple(feeds), tuple(unknown), threads=0).run(feeds).items():
-        if isinstance(array, np.ndarray):
+    feeds, other = (
+        {
+            value.name or "": noise(value.shape.numpy(), value.dtype.numpy().name, seed)
+            for value in model.graph.inputs
+            if value.shape is not None and value.dtype is not None
+        }
+        for seed in (0, 1)
+    )
+    part = open_part(model, tuple(feeds), tuple(unknown), threads=0)
+    again = part.run(other)
+    for name, array in part.run(feeds).items():
+        if isinstance(array, np.ndarray) and np.shape(again[name]) == array.shape:
             unknown[name].shape = ir.Shape(array.shape)
             unknown[name].type = ir.TensorType(ir.DataType.from_numpy(array.dtype))
 
 
 def _runs(model: ir.Model, inputs: Sequence[ModelInput], shapes: Shapes) -> bool:
-    feeds = {item.name: noise(tuple(shapes[item.name]), _wide(item.dtype)) for item in inputs}
+    feeds = {item.name: noise(tuple(shapes[item.name]), item.dtype) for item in inputs}
     try:
         open_session(ir.to_proto(model).SerializeToString(), 0, severity=FATAL).run(None, feeds)
     except Exception:  # whatever it is, the network is not read at these sizes
         return False
     return True
-
-
-def _wide(dtype: str) -> str:
-    return "float32" if dtype in ("float16", "float64", "bfloat16") else dtype
 
 
 def _fold_fixed_sizes_(model: ir.Model, inputs: Sequence[ModelInput]) -> None:
@@ -318,7 +300,7 @@ def _fold_fixed_sizes_(model: ir.Model, inputs: Sequence[ModelInput]) -> None:
         return
     part = open_part(model, tuple(item.name for item in inputs), names, threads=0)
     first, second = (
-        part.run({item.name: noise(shape, _wide(item.dtype)) for item, shape in zip(inputs, shapes, strict=True)})
+        part.run({item.name: noise(shape, item.dtype) for item, shape in zip(inputs, shapes, strict=True)})
         for shapes in ([item.measured for item in inputs], [item.other for item in inputs])
     )
     _replace_by_constants_(model, {name: first[name] for name in names if _equal(first[name], second[name])})
