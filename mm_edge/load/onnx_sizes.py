@@ -223,7 +223,9 @@ def _open(path: Path, proto: onnx.ModelProto | None, replaced: Sequence[Declared
     try:
         return _Runner(open_session(source, 0, severity=FATAL))
     except ModelError as error:
-        raise ModelError(f"ONNX Runtime cannot run '{path}': {cause_line(error)}") from error
+        shown = " ".join(f"{item.name}={_text(item.shape)}" for item in replaced if item.shape is not None)
+        where = f"'{path}' with the shapes {shown}" if replaced else f"'{path}'"
+        raise ModelError(f"ONNX Runtime cannot run {where}: {cause_line(error)}") from error
 
 
 def set_input_shapes_(proto: onnx.ModelProto, shapes: Mapping[str, Sequence[int | None]]) -> None:
@@ -285,14 +287,20 @@ def _others(declared: Sequence[Declared], inputs: Sequence[ModelInput]) -> Itera
         for item, own in zip(declared, inputs, strict=True)
     ]
     batches = {names[0] for names in keys if names}
-    rest = list(dict.fromkeys(name for names in keys for name in names if name not in batches))
+    open_names = [
+        name
+        for names, item in zip(keys, inputs, strict=True)
+        for name, size in zip(names, item.shape, strict=True)
+        if size is None
+    ]
+    rest = [name for name in dict.fromkeys(open_names) if name not in batches]
     for sizes, batch in ((True, True), (True, False), (False, True)):
         for step in STEPS if sizes else STEPS[:1]:
             more = {**dict.fromkeys(batches, int(batch))}
             more |= {name: sizes * step * (1 + rest.index(name) % 2) for name in rest}
             yield [
                 tuple(
-                    size + more[name] if fixed is None else size
+                    size if fixed is not None else size + more[name]
                     for fixed, size, name in zip(item.shape, item.measured, names, strict=True)
                 )
                 for item, names in zip(inputs, keys, strict=True)
@@ -326,5 +334,5 @@ def _show_all(declared: Sequence[Declared]) -> str:
     return ", ".join(f"{item.name} {_show(item)}" for item in declared)
 
 
-def _text(shape: Sequence[int]) -> str:
-    return ",".join(map(str, shape))
+def _text(shape: Sequence[int | None]) -> str:
+    return ",".join("?" if size is None else str(size) for size in shape)

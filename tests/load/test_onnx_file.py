@@ -81,7 +81,11 @@ def test_a_baked_size_may_be_replaced_where_the_network_takes_it(tmp_path: Path)
     text = "(float[1,3,4,4] x) { f = Flatten(x) y = MatMul(f, u) }"
     path = write(tmp_path / "flat.onnx", text, {"u": (48, 5)})
     message = refuse(path, LoadOptions(inputs=(("x", (1, 3, 8, 8)),)))
-    assert message.startswith(f"'{path}' does not run at x=1,3,8,8: ")
+    assert message.startswith(f"ONNX Runtime cannot run '{path}' with the shapes x=1,3,8,8: ")
+    text = "(float[1,3,H,4] x) { f = Flatten(x) y = MatMul(f, u) }"
+    path = write(tmp_path / "open.onnx", text, {"u": (48, 5)})
+    message = refuse(path, LoadOptions(inputs=(("x", (1, 3, 8, 4)),)))
+    assert message.startswith(f"'{path}' does not run at x=1,3,8,4: ")
     assert message.endswith("; give other sizes with --input NAME=SHAPE")
 
 
