@@ -40,6 +40,7 @@ class RawGraph:
             structure and scores, never masked nor swapped.
         given: the same graph with the sizes open, and the batch, that artifacts have (see onnx_graph.py); None where
             they have those of `model`.
+        keeps_names: whether artifacts keep the names of nodes, which in a user's file are the user's.
     """
 
     model: ir.Model
@@ -48,6 +49,7 @@ class RawGraph:
     unused: tuple[str, ...] = ()
     folded: frozenset[str] = frozenset()
     given: ir.Model | None = None
+    keeps_names: bool = False
 
     @property
     def weights(self) -> frozenset[str]:
@@ -116,6 +118,19 @@ def fold_rounds(model: ir.Model, names: set[str]) -> None:
             infer_shapes(model)
             if _all_static(model):
                 break
+
+
+def remove_identities(model: ir.Model) -> None:
+    """Remove Identity nodes, in place. The pass of onnx_ir fails on those inside the graphs of If, Loop and Scan."""
+    if next(iter(model.graph.subgraphs()), None) is None:
+        ir_passes.IdentityEliminationPass()(model)
+        return
+    for node in list(model.graph):
+        if node.op_type == "Identity" and node.domain == "" and not node.outputs[0].is_graph_output():
+            source = node.inputs[0]
+            assert source is not None
+            node.outputs[0].replace_all_uses_with(source)
+            model.graph.remove(node, safe=True)
 
 
 def infer_shapes(model: ir.Model) -> None:

@@ -28,6 +28,26 @@ from mm_edge.runtime import in_order, open_session
 SHAPE_READERS = frozenset({"Shape", "Size"})
 
 
+def values_read(node: ir.Node) -> list[ir.Value]:
+    """Return what a node reads: its operands, and what the graphs inside it (of If, Loop, Scan) read from outside."""
+    found = {value: None for value in node.inputs if value is not None}
+    for attribute in node.attributes.values():
+        for graph in inner_graphs(attribute):
+            own = {*graph.inputs, *graph.initializers.values()}
+            for inner in graph:
+                found.update((value, None) for value in values_read(inner) if value not in own)
+                own.update(inner.outputs)
+            found.update((value, None) for value in graph.outputs if value not in own)
+    return list(found)
+
+
+def inner_graphs(attribute: ir.Attr) -> list[ir.Graph]:
+    """Return the graphs that an attribute holds."""
+    if attribute.type == ir.AttributeType.GRAPH:
+        return [attribute.as_graph()]
+    return list(attribute.as_graphs()) if attribute.type == ir.AttributeType.GRAPHS else []
+
+
 def constant_values(graph: ir.Graph, *, static_shapes: bool = False) -> set[ir.Value]:
     """Return the values of `graph` that do not depend on its input: initialisers and what is computed from them alone.
 
@@ -36,7 +56,7 @@ def constant_values(graph: ir.Graph, *, static_shapes: bool = False) -> set[ir.V
     """
     constant = set(graph.initializers.values())
     for node in graph:
-        operands = [value for value in node.inputs if value is not None]
+        operands = values_read(node)
         alone = all(value in constant for value in operands) if operands else node.op_type == "Constant"
         if alone or (static_shapes and node.op_type in SHAPE_READERS):
             constant.update(node.outputs)

@@ -361,7 +361,8 @@ def _write_dense(job: Job, dense: Network) -> Reference:
     """Write dense.onnx and return what it answers on the validation images."""
     file = job.dense_file
     with job.stages.stage("dense model") as advance:
-        proto = ir.to_proto(deploy((dense.raw.given or dense.raw.model).clone()))
+        model = (dense.raw.given or dense.raw.model).clone()
+        proto = ir.to_proto(deploy(model, keep_names=dense.raw.keeps_names))
         provenance = {**provenance_of(job, dense.model), "candidate": "dense"}
         add_metadata_(proto, dense.spec, labels_of(job), provenance)
         job.store.claim("dense.onnx", "dense.onnx.data")
