@@ -254,7 +254,7 @@ def _check(where: str, arrays: Mapping[str, Array], wanted: Wanted) -> tuple[Rea
         name = _input_name(where, list(rest), wanted)
         inputs = _check_inputs(f"'{where}': {name}", rest[name], wanted)
     if labels is None:
-        note = f"'{where}' holds no array '{LABELS}': its inputs count as unlabelled, so no accuracy is measured"
+        note = f"'{where}' has no labels: its inputs count as unlabelled, so no accuracy is measured"
     elif wanted.num_classes is None:
         note = f"the model is no classifier: the labels in '{where}' are not used"
     else:

@@ -123,7 +123,7 @@ def test_presets_reach_the_range_they_say(name: str, low: float, high: float) ->
 
 
 def test_imagenets_presets() -> None:
-    for name in ("imagenet", "imagenet-stretch", "paddle-det", "paddle-detection"):
+    for name in ("imagenet", "imagenet-stretch", "paddle-det", "picodet"):
         low, high = extremes(name)
         assert low == pytest.approx([-2.1179, -2.0357, -1.8044], abs=1e-4)
         assert high == pytest.approx([2.2489, 2.4286, 2.64], abs=1e-4)

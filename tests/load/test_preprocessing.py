@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from mm_edge.errors import UsageError
 from mm_edge.load.network import LoadOptions
 from mm_edge.load.preprocessing import read_preprocessing
-from mm_edge.load.presets import PRESETS
+from mm_edge.load.presets import PRESETS, RESIZES
 from mm_edge.records import InputSpec, to_json
 from mm_edge.run.request import make_model_options
 
@@ -121,3 +122,11 @@ def test_options_that_cannot_be_read(given: dict[str, Any], message: str) -> Non
 
 def test_scale_is_a_number_or_a_fraction() -> None:
     assert [make_model_options(scale=value).scale for value in ("1/255", "0.5", 2, 1.5)] == [1 / 255, 0.5, 2.0, 1.5]
+
+
+def test_the_page_shows_every_name() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    for name, preset in PRESETS.items():
+        assert f"| `{name}` | {preset.help} |" in page
+        assert preset.source in page
+    assert all(f"| `{name}` |" in page for name in RESIZES)

@@ -20,7 +20,7 @@ SPEC = InputSpec((3, 4, 6), (0.5,) * 3, (0.2,) * 3)
 LAST = InputSpec((3, 4, 6), (0.5,) * 3, (0.2,) * 3, layout="NHWC")
 IMAGES = (ModelInput("images", (None, 3, 4, 6), (1, 3, 4, 6), (2, 3, 4, 6)),)
 EXAMPLES = np.random.default_rng(0).normal(size=(8, 3, 4, 6)).astype(np.float32)
-UNLABELLED = "holds no array 'labels': its inputs count as unlabelled, so no accuracy is measured"
+UNLABELLED = "has no labels: its inputs count as unlabelled, so no accuracy is measured"
 
 
 def refuse(path: object, num_classes: int | None = 3, inputs: tuple[ModelInput, ...] = IMAGES) -> str:
