@@ -71,6 +71,9 @@ def test_the_interval_of_sittings_is_students() -> None:
     ratio, interval = stats.mean_ratio(np.exp([-0.1, 0.0, 0.1]))
     half = 4.303 * 0.1 / 3**0.5
     assert ratio == pytest.approx(1) and interval == pytest.approx((np.exp(-half), np.exp(half)))
+    _, wider = stats.mean_ratio(np.exp([-0.1, 0.0, 0.1]), busy=0.5)
+    half = (half**2 + (stats.BUSY_SHIFT / 2) ** 2) ** 0.5
+    assert wider == pytest.approx((np.exp(-half), np.exp(half)))
     assert stats.half_width(2.0, (1.9, 2.1)) == pytest.approx(0.05)
     assert stats.mean_ratio(np.array([2.0]))[1] is None
     assert stats.half_width(2.0, None) == float("inf")
