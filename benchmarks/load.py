@@ -4,8 +4,8 @@
 
 DEMO is a run folder of `mm-edge demo`. Three pairs are timed: the demo's dense network against one pruned candidate,
 against itself on smaller images, and two stacks of convolutions that are made here. In turn, round after round, this
-script loads the machine with nothing (every second round), one busy core, bursts (two programs that work and sleep at random, 0.3 s each in
-the mean) and memory traffic (one program that copies 128 MB back and forth).
+script loads the machine with nothing (every second round), one busy core, bursts (two programs that work and sleep at
+random, 0.3 s each in the mean) and memory traffic (one program that copies 128 MB back and forth).
 
 The quiet ratio of a pair is the geometric mean of its five measurements of least load, among those without a load of
 this script. What else the machine did is in every row (`others`, the cores that other programs kept busy while
