@@ -377,6 +377,26 @@ class Chosen:
 
 
 @dataclass(frozen=True)
+class SustainedPoint:
+    """One point of a sustained run: seconds since its start, median times since the point before, clock and heat."""
+
+    seconds: float
+    dense_ms: float
+    candidate_ms: float
+    clock_mhz: float | None = None
+    temperature_c: float | None = None
+
+
+@dataclass(frozen=True)
+class Sustained:
+    """The dense network and the candidate `id` in turn without pause for `minutes`."""
+
+    id: str
+    minutes: float
+    points: tuple[SustainedPoint, ...]
+
+
+@dataclass(frozen=True)
 class Constraints:
     """What the user asked for; None where nothing was asked."""
 
@@ -461,6 +481,7 @@ class Report:
     warnings: tuple[str, ...]
     seconds: dict[str, float]
     budgets: tuple[BudgetOutcome, ...] = ()
+    sustained: Sustained | None = None
     schema_version: int = SCHEMA_VERSION
 
     def is_control(self, candidate: Candidate) -> bool:

@@ -171,7 +171,7 @@ def _images_needed(drop: float, interval: tuple[float, float], images: int, limi
     """Return how many images would tell a loss of `drop` from `limit`, rounded up to two digits."""
     width = (interval[1] - interval[0]) / 2
     needed = images * (width / max(abs(limit - drop), _NEAREST_POINTS)) ** 2
-    step = 10 ** max(0, math.floor(math.log10(max(needed, 1))) - 1)
+    step = int(10 ** max(0, math.floor(math.log10(max(needed, 1))) - 1))
     return math.ceil(round(needed / step, 6)) * step  # 45.0000001 is 45
 
 

@@ -12,12 +12,23 @@ from mm_edge.formats.bundle import write_bundle
 from mm_edge.formats.context import FormatContext
 from mm_edge.graph.groups import Structure
 from mm_edge.quality.evaluation import compare_logits, run_onnx
-from mm_edge.records import Candidate, Chosen, DenseFigures, Report, SkippedGroup, candidate_id, from_json, to_json
+from mm_edge.records import (
+    Candidate,
+    Chosen,
+    DenseFigures,
+    Report,
+    SkippedGroup,
+    Sustained,
+    candidate_id,
+    from_json,
+    to_json,
+)
 from mm_edge.report import write_report
 from mm_edge.run.job import IMAGES_PER_BATCH, Job
 from mm_edge.run.make import MakeSettings
 from mm_edge.run.measure import how_to_measure
 from mm_edge.run.networks import Network, Networks
+from mm_edge.run.sustain import sustain
 from mm_edge.select import UNCOMPARED, choose, judge_budget, mark_pareto
 
 
@@ -38,6 +49,7 @@ def finish(
     job.note(*notes_of_shared_names(candidates))
     missed: ConstraintError | None = None
     chosen: Chosen | None = None
+    sustained: Sustained | None = None
     try:
         chosen = choose(dense, listed, job.request.constraints)
     except ConstraintError as error:
@@ -53,6 +65,7 @@ def finish(
             accuracy_top1_test=_test_accuracy(job, network, settings, job.artifact(candidate)),
             dense_accuracy_top1_test=_test_accuracy(job, networks.dense, settings, job.dense_file),
         )
+        sustained = sustain(job, candidate, environment)
         _write_bundle(job, network, candidate)
     if job.data is not None:
         job.note(*job.data.warnings)
@@ -71,6 +84,7 @@ def finish(
         warnings=tuple(dict.fromkeys(job.notes)),
         seconds=dict(job.stages.seconds),
         budgets=tuple(judge_budget(dense, listed, budget) for budget in job.budgets),
+        sustained=sustained,
     )
     # Return the same types as read_report: lists become tuples, and whole numbers floats.
     report = from_json(Report, to_json(report))

@@ -340,6 +340,14 @@ class Request(ModelOptions):
         spelled="--no-bench",
         shown="off",
     )
+    sustained: float | None = option(
+        None,
+        Number("10"),
+        help="Also run the chosen model and dense in turn without pause, and show how times change with heat.",
+        section=MEASURING,
+        metavar="MINUTES",
+        check=_check_limit,
+    )
     accuracy_on: str = option(
         "host", Name(ACCURACY_ON), help="Where accuracy is measured:", section=MEASURING, metavar="NAME"
     )
@@ -411,12 +419,20 @@ def host_is_for_measuring(request: Request, given: Collection[str]) -> str | Non
     return None
 
 
+def sustained_is_for_measuring(request: Request, given: Collection[str]) -> str | None:
+    """Refuse a sustained run where nothing is measured."""
+    if request.sustained is not None and not request.bench:
+        return "--sustained measures for minutes and --no-bench measures nothing; leave one out"
+    return None
+
+
 RULES: tuple[Rule, ...] = (
     recovery_needs_images,
     epochs_need_finetuning,
     selection_needs_moments,
     latency_table_needs_a_budget_of_time,
     host_is_for_measuring,
+    sustained_is_for_measuring,
 )
 
 

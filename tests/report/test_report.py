@@ -130,7 +130,7 @@ def test_the_report_comes_back_as_written(tmp_path: Path) -> None:
 CONTRACT = {
     "": (
         "schema_version model target environment data dense candidates chosen constraints skipped_groups warnings "
-        "seconds budgets"
+        "seconds budgets sustained"
     ),
     "model": "name source sha256 params macs input_shape num_classes",
     "dense": (
