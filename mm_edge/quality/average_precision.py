@@ -44,7 +44,8 @@ def average_precision(found: Sequence[Detections], expected: Sequence[Detections
         return None
     classes = sorted({int(label) for item in expected for label in item.classes})
     precision = _precisions(_annotations(found), _annotations(expected), len(expected), classes)
-    return AveragePrecision(float(precision[0].mean()), float(precision.mean()), count)
+    # pycocotools divides by slightly more than the number of boxes: equal boxes come to 1 - 2e-16.
+    return AveragePrecision(round(float(precision[0].mean()), 9), round(float(precision.mean()), 9), count)
 
 
 def _precisions(found: list[Any], expected: list[Any], images: int, classes: list[int]) -> Any:
