@@ -138,6 +138,11 @@ def test_an_unknown_name_is_refused_with_the_nearest(
         ({"input_sizes": (0,)}, "--input-sizes '0': give sides of 1 pixel or more, such as 224,192"),
         ({"mean": "grey"}, "--mean 'grey' is not a list of numbers; write for example --mean 0.485,0.456,0.406"),
         ({"recover": "bn"}, "--recover bn needs calibration images; give --data PATH"),
+        ({"labels": "a.json"}, "--labels a.json labels photos; give --data PATH with it"),
+        (
+            {"labels": "a.json", "data": "photos", "metric": "a.py:b"},
+            "--labels and --metric are two figures of merit; leave one out, or read the labels in the metric",
+        ),
         ({"epochs": 3}, "--epochs 3 is for fine-tuning; give --recover finetune with it"),
         ({"epochs": 0}, "--epochs 0 trains nothing; give at least 1"),
         ({"select": "obs"}, "--select obs goes by the closed form's moments; give --recover closed-form with it"),
