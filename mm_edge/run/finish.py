@@ -11,8 +11,19 @@ from mm_edge.formats.bundle import write_bundle
 from mm_edge.formats.context import FormatContext
 from mm_edge.graph.groups import Structure
 from mm_edge.quality.evaluation import compare_logits, run_onnx
-from mm_edge.records import Candidate, Chosen, DenseFigures, Report, SkippedGroup, candidate_id, from_json, to_json
-from mm_edge.report import write_report
+from mm_edge.records import (
+    Candidate,
+    Chosen,
+    DenseFigures,
+    LayerPicture,
+    Report,
+    SkippedGroup,
+    candidate_id,
+    from_json,
+    to_json,
+)
+from mm_edge.report import REPORT_FILES, write_report
+from mm_edge.run.describe import describe_layers, write_command
 from mm_edge.run.job import IMAGES_PER_BATCH, Job
 from mm_edge.run.make import MakeSettings
 from mm_edge.run.measure import how_to_measure
@@ -36,6 +47,7 @@ def finish(
     listed = mark_pareto(_list_all_names(networks, candidates), dense)
     job.note(*notes_of_shared_names(candidates))
     missed: ConstraintError | None = None
+    layers: tuple[LayerPicture, ...] = ()
     chosen: Chosen | None = None
     try:
         chosen = choose(dense, listed, job.request.constraints)
@@ -46,6 +58,7 @@ def finish(
         candidate = next(item for item in listed if item.id == chosen.id)
         network = networks.at(candidate.input_shape[-1])
         chosen = replace(chosen, accuracy_top1_test=_test_accuracy(job, network, settings, candidate))
+        layers = describe_layers(job, networks.dense, candidate)
         _write_bundle(job, network, candidate)
     if job.data is not None:
         job.note(*job.data.warnings)
@@ -64,10 +77,12 @@ def finish(
         warnings=tuple(dict.fromkeys(job.notes)),
         seconds=dict(job.stages.seconds),
         budgets=tuple(judge_budget(dense, listed, budget) for budget in job.budgets),
+        layers=layers,
+        command=write_command(job.request, "MODEL"),
     )
     # Return the same types as read_report: lists become tuples, and whole numbers floats.
     report = from_json(Report, to_json(report))
-    job.store.claim("report.json", "report.md")
+    job.store.claim(*REPORT_FILES)
     write_report(report, job.folder)
     if missed is not None:
         raise missed
