@@ -38,7 +38,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from zoo import ROOT, randomise_, representatives
 
 from mm_edge.graph.deploy import deploy
-from mm_edge.graph.export import export_raw, raw_from_onnx
+from mm_edge.graph.export import export_raw
+from mm_edge.graph.onnx_graph import raw_from_onnx
 from mm_edge.graph.groups import read_structure
 from mm_edge.quality.parity import onnx_runner
 

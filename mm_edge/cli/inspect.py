@@ -23,7 +23,7 @@ def inspect(model: str, as_json: bool, **given: Any) -> None:
     from mm_edge.plan.inspection import describe_model
 
     with Console(stderr=True).status("exporting"):
-        document = describe_model(load(model, options), options.keep)
+        document = describe_model(load(model, options, guess_sizes=True), options.keep)
     if as_json:
         click.echo(json.dumps(document, indent=2))
     else:
@@ -35,6 +35,10 @@ def _print(document: dict[str, Any]) -> None:
     from rich.table import Table
 
     console = Console()
+    for item in document["inputs"]:
+        console.print(_describe_input(item), markup=False, highlight=False)
+    for warning in document["warnings"]:
+        console.print(f"warning: {warning}", markup=False, highlight=False)
     layers = Table(
         "layer", "role", "shape", "MACs", "sparsity range", title=f"{len(document['layers'])} prunable layers"
     )
@@ -54,3 +58,12 @@ def _print(document: dict[str, Any]) -> None:
     for group in document["pinned"]:
         pinned.add_row(group["id"], str(group["size"]), group["reason"])
     console.print(pinned)
+
+
+def _describe_input(item: dict[str, Any]) -> str:
+    """Return one line on an input: its sizes, and at which it was read where some are open."""
+    sizes = ", ".join("?" if size is None else str(size) for size in item["shape"])
+    text = f"input {item['name']}: {item['dtype']} ({sizes})"
+    if None in item["shape"]:
+        text += f", ? is open; read at {','.join(map(str, item['measured']))}"
+    return text

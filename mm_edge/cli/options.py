@@ -10,7 +10,20 @@ import click
 from click.shell_completion import CompletionItem
 
 from mm_edge.errors import MMEdgeError
-from mm_edge.run.options import Flag, Flags, Folder, Names, Number, Option, Patterns, Sides, Text, Whole, list_options
+from mm_edge.run.options import (
+    Flag,
+    Flags,
+    Folder,
+    InputShapes,
+    Names,
+    Number,
+    Option,
+    Patterns,
+    Sides,
+    Text,
+    Whole,
+    list_options,
+)
 from mm_edge.run.request import SECTIONS
 
 if TYPE_CHECKING:
@@ -112,7 +125,7 @@ def _make(item: Option) -> Iterator[RecordOption]:
         name = f"no_{item.name}" if negated else item.name
         yield RecordOption(item, [item.flag, name], is_flag=True, default=item.default and not negated, help=text)
         return
-    multiple = isinstance(kind, Patterns)
+    multiple = isinstance(kind, (Patterns, InputShapes))
     # The default None distinguishes an option that was left out from one that was given its default.
     yield RecordOption(
         item,
@@ -137,10 +150,11 @@ def _type_of(item: Option) -> click.ParamType[Any]:
     return click.STRING
 
 
-def load(model: str, options: ModelOptions) -> LoadedModel:
-    """Load the model that a command was given."""
+def load(model: str, options: ModelOptions, *, guess_sizes: bool = False, only_run: bool = False) -> LoadedModel:
+    """Load the model that a command was given; `guess_sizes` and `only_run` are those of LoadOptions."""
     from dataclasses import fields
 
     from mm_edge.load.models import LoadOptions, load_model
 
-    return load_model(model, LoadOptions(**{item.name: getattr(options, item.name) for item in fields(LoadOptions)}))
+    own = {item.name: getattr(options, item.name) for item in fields(LoadOptions) if hasattr(options, item.name)}
+    return load_model(model, LoadOptions(**own, guess_sizes=guess_sizes, only_run=only_run))

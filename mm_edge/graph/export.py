@@ -1,4 +1,4 @@
-"""Exports a PyTorch network to one raw ONNX graph, or reads a user's .onnx as one.
+"""Exports a PyTorch network to one raw ONNX graph.
 
 The raw graph is not optimised: every parameter and floating-point buffer keeps its PyTorch name, so that structure is
 read and weights are swapped by name. Only values that do not depend on a weight are folded.
@@ -11,7 +11,6 @@ import logging
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -20,9 +19,8 @@ import onnxscript.optimizer
 import torch
 from torch import nn
 
-from mm_edge.errors import ExportError, ModelError
+from mm_edge.errors import ExportError
 from mm_edge.graph.fold import fold_weight_arithmetic_
-from mm_edge.load.models import LoadedModel
 
 FOLDING_ROUNDS = 4
 FOLDED_BYTES = 1 << 24
@@ -40,6 +38,8 @@ class RawGraph:
         unused: parameters of the module that its forward pass never reads.
         folded: parameters whose initialiser holds what the network computes from them (see fold.py): read for
             structure and scores, never masked nor swapped.
+        given: the same graph with the sizes open, and the batch, that artifacts have (see onnx_graph.py); None where
+            they have those of `model`.
     """
 
     model: ir.Model
@@ -47,6 +47,7 @@ class RawGraph:
     buffers: frozenset[str]
     unused: tuple[str, ...] = ()
     folded: frozenset[str] = frozenset()
+    given: ir.Model | None = None
 
     @property
     def weights(self) -> frozenset[str]:
@@ -75,46 +76,9 @@ def export_raw(module: nn.Module, example_input: torch.Tensor) -> RawGraph:
             f"the export lost {len(lost)} of the network's parameters ({', '.join(lost[:3])}); "
             "its forward pass computes with cached copies of them: clear its caches or give an .onnx file"
         )
-    return _raw(model, state & present, buffers & present, tuple(absent))
-
-
-def raw_from_onnx(path: Path) -> RawGraph:
-    """Read a user's own .onnx as a raw graph; every floating-point initialiser counts as a parameter.
-
-    Raises:
-        ModelError: the file is not a readable ONNX model, or its shapes are not static at batch 1.
-    """
-    try:
-        model = ir.load(path)
-    except Exception as error:
-        raise ModelError(
-            f"{path} is not an ONNX model ({type(error).__name__}); give a file made by torch.onnx.export"
-        ) from error
-    _fix_batch(model, path)
-    ir_passes.InlinePass()(model)
-    ir_passes.LiftConstantsToInitializersPass(lift_all_constants=False, size_limit=0)(model)
-    ir_passes.IdentityEliminationPass()(model)
-    statistics = {
-        value.name
-        for node in model.graph
-        if node.op_type == "BatchNormalization"
-        for value in node.inputs[3:5]
-        if value is not None and value.name is not None
-    }
-    floats = {
-        name
-        for name, value in model.graph.initializers.items()
-        if value.dtype in FLOAT_TYPES and value.shape is not None and len(value.shape) > 0
-    }
-    fold_constants(model, keep=floats)
+    folded = fold_weight_arithmetic_(model, state & present)
     present = set(model.graph.initializers)
-    return _raw(model, (floats - statistics) & present, statistics & present, ())
-
-
-def _raw(model: ir.Model, parameters: set[str], buffers: set[str], unused: tuple[str, ...]) -> RawGraph:
-    folded = fold_weight_arithmetic_(model, parameters)
-    present = frozenset(model.graph.initializers)
-    return RawGraph(model, frozenset(parameters & present) - folded, frozenset(buffers) & present, unused, folded)
+    return RawGraph(model, frozenset(state & present) - folded, frozenset(buffers & present), tuple(absent), folded)
 
 
 def fold_constants(model: ir.Model, keep: Iterable[str]) -> None:
@@ -124,6 +88,14 @@ def fold_constants(model: ir.Model, keep: Iterable[str]) -> None:
     floating-point constant has more than one reader.
     """
     names = set(keep)
+    fold_rounds(model, names)
+    split_shared_constants(model, names)
+    for position, node in enumerate(model.graph):
+        node.name = f"{node.op_type}_{position}"
+
+
+def fold_rounds(model: ir.Model, names: set[str]) -> None:
+    """Fold, in place, everything computed from constants alone except from the tensors called `names`."""
 
     def should_fold(node: ir.Node) -> bool | None:
         return False if any(value is not None and value.name in names for value in node.inputs) else None
@@ -144,19 +116,6 @@ def fold_constants(model: ir.Model, keep: Iterable[str]) -> None:
             infer_shapes(model)
             if _all_static(model):
                 break
-    _split_shared_constants(model, names)
-    for position, node in enumerate(model.graph):
-        node.name = f"{node.op_type}_{position}"
-
-
-def read_raw(model: LoadedModel) -> RawGraph:
-    """Export the model once, or read the user's own .onnx."""
-    if model.module is None:
-        assert model.onnx_path is not None
-        raw = raw_from_onnx(model.onnx_path)
-    else:
-        raw = export_raw(model.module, torch.zeros(1, *model.input.shape))
-    return raw
 
 
 def infer_shapes(model: ir.Model) -> None:
@@ -269,22 +228,7 @@ def output_tensors(value: object) -> list[torch.Tensor]:
     return []
 
 
-def _fix_batch(model: ir.Model, path: Path) -> None:
-    """Set a symbolic batch of the graph's inputs to 1, and refuse other symbolic sizes."""
-    for value in model.graph.inputs:
-        if value.name in model.graph.initializers or value.shape is None:
-            continue
-        sizes = [size if isinstance(size, int) else None for size in value.shape]
-        if sizes and sizes[0] is None:
-            sizes[0] = 1
-        if None in sizes:
-            raise ModelError(
-                f"{path}: input '{value.name}' has the shape {value.shape}; export it with a fixed height and width"
-            )
-        value.shape = ir.Shape([size for size in sizes if size is not None])
-
-
-def _split_shared_constants(model: ir.Model, keep: set[str]) -> None:
+def split_shared_constants(model: ir.Model, keep: set[str]) -> None:
     """Give every reader of a floating-point constant its own copy: each may lose other indices."""
     for name, value in list(model.graph.initializers.items()):
         uses = list(value.uses())

@@ -147,8 +147,29 @@ def read_structure(raw: RawGraph, keep: Sequence[str] = (), *, prune_norms: bool
         if value.name in reading.axes or is_static(value):
             reading.pin(reading.axes_of(value), "output of the model")
     _pin_kept(reading, keep)
+    _pin_static_alone(reading)
     pin_inexact(reading)
     return _collect(reading)
+
+
+def _pin_static_alone(reading: Reading) -> None:
+    """Pin what only the static graph has, because an artifact with open sizes computes it when it runs."""
+    given = reading.raw.given
+    if given is None:
+        return
+    for name in reading.raw.model.graph.initializers:
+        if name in reading.axes and name not in given.graph.initializers:
+            reading.pin(reading.axes[name], f"'{name}' is computed from the sizes of the input")
+    nodes = {node.name for node in given.graph}
+    for edit in reading.edits:
+        if edit.node not in nodes:
+            reading.pin(_axes_of(edit), f"{edit.node} is there at one size of the input alone")
+
+
+def _axes_of(edit: Edit) -> Axes:
+    if isinstance(edit, OperandEdit):
+        return tuple(axis for size in edit.sizes for axis in size.axes)
+    return (edit.axis,) if isinstance(edit, AttributeEdit) else edit.axes
 
 
 def matches(pattern: str, fqn: str) -> bool:
@@ -329,14 +350,7 @@ def _live_edits(reading: Reading) -> tuple[Edit, ...]:
 
     live: list[Edit] = []
     for edit in reading.edits:
-        if isinstance(edit, OperandEdit):
-            if any(can_change(axis) for size in edit.sizes for axis in size.axes):
-                live.append(edit)
-        elif isinstance(edit, AttributeEdit):
-            if can_change(edit.axis):
-                live.append(edit)
-        else:
-            axes = tuple(axis for axis in edit.axes if can_change(axis))
-            if axes:
-                live.append(replace(edit, axes=axes))
+        axes = tuple(axis for axis in _axes_of(edit) if can_change(axis))
+        if axes:
+            live.append(edit if isinstance(edit, (OperandEdit, AttributeEdit)) else replace(edit, axes=axes))
     return tuple(live)

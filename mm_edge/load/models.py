@@ -23,12 +23,13 @@ from mm_edge.load.network import (
     BuiltNetwork,
     ImageShape,
     LoadOptions,
+    ModelInput,
     TimmBuild,
     output_shape,
     parse_shape,
     timm_config,
 )
-from mm_edge.load.onnx_file import OnnxFile, read_onnx
+from mm_edge.load.onnx_file import read_onnx
 from mm_edge.load.preprocessing import read_preprocessing
 from mm_edge.load.timm_models import base_name, build_from_registry, build_from_tensors, known_timm_name
 from mm_edge.load.user_code import USER_CODE, build_user_module
@@ -36,7 +37,10 @@ from mm_edge.load.weights import WeightsFile, check_finite, read_weights, zip_me
 from mm_edge.records import InputSpec, ModelInfo
 from mm_edge.store import hash_file
 
-__all__ = ["LoadOptions", "LoadedModel", "load_model", "wrap_module"]
+__all__ = ["LoadOptions", "LoadedModel", "ModelInput", "load_model", "wrap_module"]
+
+# What the input of a module is called in messages; the export names it after the argument of `forward`.
+IMAGES = "images"
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ class LoadedModel:
         labels: class names where the file knows them, else ().
         warnings: sentences for the user.
         build: name and arguments of the timm network it was built as, to build it again; None for any other.
+        inputs: its inputs in the graph's order, batch included.
     """
 
     module: nn.Module | None
@@ -62,6 +67,7 @@ class LoadedModel:
     labels: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     build: TimmBuild | None = None
+    inputs: tuple[ModelInput, ...] = ()
 
 
 def load_model(source: str, options: LoadOptions) -> LoadedModel:
@@ -96,8 +102,11 @@ def wrap_module(
     name: str,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    photos: LoadOptions | None = None,
 ) -> LoadedModel:
     """Wrap a user's module, copied so that theirs stays as it is. `example_input` is (N, C, H, W).
+
+    `photos` says how else a photo becomes an input.
 
     Raises:
         ModelError: the input is not a batch of images, or the module does not accept it or holds NaN.
@@ -105,7 +114,8 @@ def wrap_module(
     if example_input.dim() != 4:
         raise ModelError(f"example_input has shape {tuple(example_input.shape)}; give a batch of images (N, C, H, W)")
     channels, height, width = (int(size) for size in example_input.shape[1:])
-    options = LoadOptions(
+    options = replace(
+        photos or LoadOptions(),
         input_size=(channels, height, width),
         mean=None if mean is None else tuple(mean),
         std=None if std is None else tuple(std),
@@ -151,32 +161,26 @@ def _load_exported(path: Path, options: LoadOptions) -> LoadedModel:
 
 
 def _load_onnx(path: Path, options: LoadOptions) -> LoadedModel:
-    file = read_onnx(path)
-    shape = _onnx_shape(file, options)
-    spec, warnings = read_preprocessing(shape, options, file.config, {})
+    file = read_onnx(path, options)
+    main = next((item for item in file.inputs if item.is_image), file.inputs[0])
+    layout = "NHWC" if main.channels_last else "NCHW"
+    spec, warnings = read_preprocessing(main.image_shape, options, file.config, {}, layout)
     info = ModelInfo(
         name=path.stem,
         source=f"ONNX file {path.name}",
         sha256=hash_file(path),
         params=file.params,
         macs=None,
-        input_shape=shape,
+        input_shape=spec.shape,
         num_classes=file.num_classes,
     )
-    return LoadedModel(None, path, spec, info, "onnx", (), warnings)
-
-
-def _onnx_shape(file: OnnxFile, options: LoadOptions) -> ImageShape:
-    asked: Sequence[int | None] = options.input_size or (None, None, None)
-    shape = tuple(own if own is not None else wanted for own, wanted in zip(file.input_shape, asked, strict=True))
-    if None in shape:
-        raise ModelError(f"'{file.path}' leaves its input size open {file.input_shape}; add --input-size C,H,W")
-    if options.input_size is not None and shape != options.input_size:
-        raise ModelError(f"--input-size {options.input_size} is not the input of '{file.path}', {file.input_shape}")
-    return parse_shape(shape) or (0, 0, 0)
+    warnings = file.warnings + (warnings if main.is_image else ())
+    return LoadedModel(None, path, spec, info, "onnx", (), warnings, inputs=file.inputs)
 
 
 def _finish(network: BuiltNetwork, options: LoadOptions, family: str | None = None) -> LoadedModel:
+    if options.layout not in (None, "NCHW"):
+        raise ModelError(f"--layout {options.layout} is for an .onnx; a PyTorch module takes images (N, C, H, W)")
     module = network.module
     label = str(network.path or network.name)
     parameters = list(module.parameters())
@@ -203,7 +207,8 @@ def _finish(network: BuiltNetwork, options: LoadOptions, family: str | None = No
         num_classes=output[1] if len(output) == 2 else None,
     )
     kind = family or type(module).__name__
-    return LoadedModel(module, None, spec, info, kind, network.labels, warnings + spec_warnings, network.build)
+    inputs = (ModelInput(IMAGES, (1, *shape), (1, *shape), (1, *shape)),)
+    return LoadedModel(module, None, spec, info, kind, network.labels, warnings + spec_warnings, network.build, inputs)
 
 
 def _resolve_shape(network: BuiltNetwork, options: LoadOptions) -> ImageShape:

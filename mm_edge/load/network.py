@@ -16,13 +16,19 @@ from mm_edge.load.weights import quiet_timm
 INIT_SEED = 0
 
 ImageShape = tuple[int, int, int]
+# Numbers of channels of pictures: grey and RGB.
+COLOURS = (1, 3)
 
 
 @dataclass(frozen=True)
 class LoadOptions:
     """The user's options for loading a model; None where the user gave none.
 
-    `input_size` is (channels, height, width); `mean` and `std` hold one value, or one per channel, of pixels in [0, 1].
+    `input_size` is (channels, height, width); `mean` and `std` hold one value, or one per channel, of scaled pixels.
+    `preprocess` names a preset; `scale`, `colours`, `resize` and `layout` are as in records.InputSpec.
+    `inputs` holds (name, shape) of the inputs of an .onnx that have a shape of the user's. With `guess_sizes` open
+    dimensions that nothing states get sizes that the network accepts; otherwise they are refused. With `only_run` the
+    model is not pruned, so that it may be quantised.
     """
 
     arch: str | None = None
@@ -30,6 +36,54 @@ class LoadOptions:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     trust_pickle: bool = False
+    preprocess: str | None = None
+    scale: float | None = None
+    colours: str | None = None
+    resize: str | None = None
+    layout: str | None = None
+    inputs: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    guess_sizes: bool = False
+    only_run: bool = False
+
+
+@dataclass(frozen=True)
+class ModelInput:
+    """One input of a network, batch included.
+
+    Attributes:
+        name: its name in the graph.
+        shape: its sizes; None where the network leaves one open, and every artifact with it.
+        measured: the sizes at which it is read, planned and measured.
+        other: other sizes that the network accepts, at which artifacts are verified too; `measured` where no size is
+            open, or where no other sizes were found.
+        dtype: NumPy's name of its type.
+    """
+
+    name: str
+    shape: tuple[int | None, ...]
+    measured: tuple[int, ...]
+    other: tuple[int, ...]
+    dtype: str = "float32"
+
+    @property
+    def channels_last(self) -> bool:
+        """Whether it is a batch of images with the channels behind the positions (N, H, W, C)."""
+        image = len(self.shape) == 4
+        return image and self.measured[3] in COLOURS and self.measured[1] not in COLOURS
+
+    @property
+    def is_image(self) -> bool:
+        """Whether it is a batch of floating-point images."""
+        return len(self.shape) == 4 and self.dtype.startswith("float")
+
+    @property
+    def image_shape(self) -> ImageShape:
+        """Channels, height and width; of other inputs their last two sizes behind ones."""
+        if len(self.measured) == 4:
+            _, first, second, third = self.measured
+            return (third, first, second) if self.channels_last else (first, second, third)
+        last = (1, 1, *self.measured[1:])[-2:]
+        return (1, last[0], last[1])
 
 
 @dataclass(frozen=True)

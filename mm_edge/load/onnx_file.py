@@ -1,22 +1,35 @@
-"""Reads what mm-edge needs to know of an .onnx file, after checking that it is one."""
+"""Reads what mm-edge needs to know of an .onnx file, after checking that it is one that can be pruned and run."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-import onnx_ir as ir
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from mm_edge.errors import ModelError, first_line
+from mm_edge.load.network import LoadOptions, ModelInput
+from mm_edge.load.onnx_sizes import Declared, resolve_inputs
 from mm_edge.load.weights import check_file
 
 # Metadata entry in which mm-edge's own artifacts carry their InputSpec as JSON.
 INPUT_METADATA_KEY = "mm_edge.input"
+# Operators of graphs that are quantised already, apart from those whose names begin with QLinear.
+QUANTISED = frozenset(
+    "QuantizeLinear DequantizeLinear DynamicQuantizeLinear ConvInteger MatMulInteger QGemm QAttention "
+    "DynamicQuantizeMatMul MatMulNBits MatMulIntegerToFloat QOrderedMatMul QMoE".split()
+)
+FLOATS = {
+    onnx.TensorProto.FLOAT: "float32",
+    onnx.TensorProto.FLOAT16: "float16",
+    onnx.TensorProto.DOUBLE: "float64",
+    onnx.TensorProto.BFLOAT16: "bfloat16",
+}
 
 
 @dataclass(frozen=True)
@@ -25,83 +38,163 @@ class OnnxFile:
 
     Attributes:
         path: the file.
-        input_shape: channels, height and width of its input; None where the file leaves one open.
+        inputs: its inputs in the graph's order, with the sizes they are measured at.
         num_classes: size of the last axis of the first output where it is (batch, classes), else None.
         params: number of floating-point values in its weights.
         config: mean, std, interpolation and crop_pct where the file carries them.
+        warnings: sentences for the user.
     """
 
     path: Path
-    input_shape: tuple[int | None, ...]
+    inputs: tuple[ModelInput, ...]
     num_classes: int | None
     params: int
     config: dict[str, Any] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
 
-def read_onnx(path: Path) -> OnnxFile:
-    """Check an .onnx (external data beside it included) and read its input, output and size.
+def read_onnx(path: Path, options: LoadOptions) -> OnnxFile:
+    """Check an .onnx (external data beside it included) and read its inputs, output and size.
 
     Raises:
-        ModelError: not an ONNX model, weights missing or not finite, or an input that is not one batch of NCHW images.
+        ModelError: not an ONNX model, quantised, weights missing or not finite, sizes open that nothing states, or
+            ONNX Runtime cannot run it.
     """
     check_file(path)
+    proto = _load(path)
+    if not proto.graph.node:
+        raise ModelError(f"'{path}' is not a valid ONNX model: it has no operators")
+    if not options.only_run:
+        _refuse_quantised(path, proto)
+    params = _count_weights(path, proto)
+    config = _own_metadata(proto)
+    inputs, size_warnings = resolve_inputs(path, proto, _declared(path, proto), options, config.get("shape"))
+    output = _sizes(proto.graph.output[0]) if proto.graph.output else None
+    classes = output[1] if output is not None and len(output) == 2 else None
+    warnings = size_warnings if options.only_run else (*_precision_warnings(path, proto), *size_warnings)
+    return OnnxFile(path, inputs, classes, params, config, warnings)
+
+
+def _load(path: Path) -> onnx.ModelProto:
     try:
         proto = onnx.load(str(path), load_external_data=False)
-        _require_external_data(path, proto)
+        _check_external_data(path, proto)
         onnx.checker.check_model(str(path))
-        model = ir.load(path)
+        onnx.load_external_data_for_model(proto, str(path.parent))
     except ModelError:
         raise
     except (DecodeError, onnx.checker.ValidationError, ValueError, TypeError, OSError, RuntimeError) as error:
         raise ModelError(f"'{path}' is not a valid ONNX model: {first_line(error)}") from error
-    graph = model.graph
-    if len(graph) == 0:
-        raise ModelError(f"'{path}' is not a valid ONNX model: it has no operators")
-    params = _count_weights(path, model)
-    inputs = [value for value in graph.inputs if value.name not in graph.initializers]
-    shapes = [_dimensions(value) for value in inputs]
-    if len(inputs) != 1 or len(shapes[0]) != 4:
-        raise ModelError(
-            f"'{path}' takes {', '.join(f'{v.name} {s}' for v, s in zip(inputs, shapes, strict=True)) or 'no input'}; "
-            "one input of shape (N, C, H, W) is needed"
-        )
-    if shapes[0][3] in (1, 3) and shapes[0][1] not in (1, 3):
-        raise ModelError(f"'{path}' takes images with channels last {shapes[0]}; export it with (N, C, H, W)")
-    output = _dimensions(graph.outputs[0]) if graph.outputs else ()
-    classes = output[1] if len(output) == 2 else None
-    return OnnxFile(path, tuple(shapes[0][1:]), classes, params, _own_metadata(model))
+    return proto
 
 
-def _require_external_data(path: Path, proto: onnx.ModelProto) -> None:
-    for tensor in proto.graph.initializer:
-        for entry in tensor.external_data:
-            if entry.key == "location" and not (path.parent / entry.value).is_file():
-                raise ModelError(f"'{path}' keeps its weights in '{entry.value}', which is not beside it")
+def _graphs(proto: onnx.ModelProto) -> Iterator[onnx.GraphProto | onnx.FunctionProto]:
+    """Yield the graph, the functions, and the graphs inside their nodes."""
+    stack: list[onnx.GraphProto | onnx.FunctionProto] = [proto.graph, *proto.functions]
+    while stack:
+        graph = stack.pop()
+        yield graph
+        for node in graph.node:
+            for item in node.attribute:
+                stack += [item.g] if item.type == onnx.AttributeProto.GRAPH else []
+                stack += item.graphs
 
 
-def _count_weights(path: Path, model: ir.Model) -> int:
-    params = 0
-    for name, value in model.graph.initializers.items():
-        tensor = value.const_value
-        if tensor is None or not tensor.dtype.is_floating_point():
+def _tensors(proto: onnx.ModelProto) -> Iterator[tuple[str, onnx.TensorProto]]:
+    """Yield every tensor of the file with its name: initialisers, and attributes of nodes under their result's name."""
+    for graph in _graphs(proto):
+        if isinstance(graph, onnx.GraphProto):
+            yield from ((tensor.name, tensor) for tensor in graph.initializer)
+        for node in graph.node:
+            for item in node.attribute:
+                held = [item.t] if item.type == onnx.AttributeProto.TENSOR else list(item.tensors)
+                yield from ((node.output[0] if node.output else node.name, tensor) for tensor in held)
+
+
+def _check_external_data(path: Path, proto: onnx.ModelProto) -> None:
+    folder = path.parent.resolve()
+    for _, tensor in _tensors(proto):
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
             continue
-        values = tensor.numpy().astype(np.float32)
-        bad = values.size - int(np.isfinite(values).sum())
+        entries = {entry.key: entry.value for entry in tensor.external_data}
+        location = entries.get("location", "")
+        file = (folder / location).resolve()
+        if not location or folder not in file.parents:
+            raise ModelError(f"'{path}' names '{location}' as the file of its weights; it must lie beside the .onnx")
+        if not file.is_file():
+            raise ModelError(f"'{path}' keeps its weights in '{location}', which is not beside it")
+        end = int(entries.get("offset") or 0) + int(entries.get("length") or 0)
+        if file.stat().st_size < end:
+            raise ModelError(
+                f"'{path}' reads {end} bytes of '{location}', which has {file.stat().st_size}; it belongs to another "
+                "model or is cut off"
+            )
+
+
+def _refuse_quantised(path: Path, proto: onnx.ModelProto) -> None:
+    for graph in _graphs(proto):
+        for node in graph.node:
+            if node.op_type in QUANTISED or node.op_type.startswith("QLinear"):
+                raise ModelError(
+                    f"'{path}' is quantised already ({node.op_type}); give the float file it was made from and add "
+                    "--precision int8"
+                )
+
+
+def _precision_warnings(path: Path, proto: onnx.ModelProto) -> tuple[str, ...]:
+    kinds = {FLOATS.get(tensor.data_type) for _, tensor in _tensors(proto) if tensor.dims}
+    kinds |= {FLOATS.get(value.type.tensor_type.elem_type) for value in proto.graph.input}
+    found = sorted(kind for kind in kinds if kind not in (None, "float32"))
+    return (f"{path.name} is in {' and '.join(map(str, found))}; it is worked on and written in float32",) * bool(found)
+
+
+def _count_weights(path: Path, proto: onnx.ModelProto) -> int:
+    params = 0
+    for name, tensor in _tensors(proto):
         # Single values may be limits such as -inf for a mask; they are constants, not weights.
+        if tensor.data_type not in FLOATS or not tensor.dims:
+            continue
+        values = onnx.numpy_helper.to_array(tensor)
+        bad = values.size - int(np.isfinite(values.astype(np.float32) if values.dtype.itemsize < 4 else values).sum())
         if bad and values.size > 1:
             raise ModelError(f"'{path}': {bad} of {values.size} values of {name} are NaN or infinite; export it again")
         params += values.size
     return params
 
 
-def _dimensions(value: ir.Value) -> tuple[int | None, ...]:
-    if value.shape is None:
-        return ()
-    return tuple(size if isinstance(size, int) and size > 0 else None for size in value.shape)
+def _declared(path: Path, proto: onnx.ModelProto) -> tuple[Declared, ...]:
+    """Return the inputs as the file declares them; weights that old exporters list among them are none."""
+    weights = {tensor.name for tensor in proto.graph.initializer}
+    found: list[Declared] = []
+    for value in proto.graph.input:
+        if value.name in weights:
+            continue
+        if value.type.WhichOneof("value") != "tensor_type":
+            kind = str(value.type.WhichOneof("value")).removesuffix("_type")
+            raise ModelError(f"'{path}': input {value.name} is a {kind}; only tensors can be fed")
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
+        found.append(Declared(value.name, _sizes(value), _symbols(value), str(dtype)))
+    if not found:
+        raise ModelError(f"'{path}' takes no input; there is nothing to measure")
+    return tuple(found)
 
 
-def _own_metadata(model: ir.Model) -> dict[str, Any]:
-    text = model.metadata_props.get(INPUT_METADATA_KEY)
+def _sizes(value: onnx.ValueInfoProto) -> tuple[int | None, ...] | None:
+    """Return the sizes of a value, None where one is open; None for an unknown rank."""
+    tensor = value.type.tensor_type
+    if not tensor.HasField("shape"):
+        return None
+    return tuple(size.dim_value if size.dim_value > 0 else None for size in tensor.shape.dim)
+
+
+def _symbols(value: onnx.ValueInfoProto) -> tuple[str, ...]:
+    """Return the names of a value's sizes; some exporters write "?" for all of them, which is no name."""
+    names = (size.dim_param for size in value.type.tensor_type.shape.dim)
+    return tuple(name if any(map(str.isalnum, name)) else "" for name in names)
+
+
+def _own_metadata(proto: onnx.ModelProto) -> dict[str, Any]:
+    text = {entry.key: entry.value for entry in proto.metadata_props}.get(INPUT_METADATA_KEY)
     if text is None:
         return {}
     try:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from mm_edge.graph.export import read_raw
 from mm_edge.graph.groups import read_structure
 from mm_edge.graph.layers import read_layers
+from mm_edge.graph.onnx_graph import read_raw
 from mm_edge.load.models import LoadedModel
 from mm_edge.plan.ranges import apply_constraints, rule_ranges
 from mm_edge.records import to_json
@@ -20,6 +20,11 @@ def describe_model(model: LoadedModel, keep: tuple[str, ...]) -> dict[str, Any]:
     ranges = apply_constraints(layers, rule_ranges(layers, model.family), structured=True)
     return {
         "model": {**to_json(model.info), "macs": round(structure.macs())},
+        "inputs": [
+            {"name": i.name, "shape": list(i.shape), "measured": list(i.measured), "dtype": i.dtype}
+            for i in model.inputs
+        ],
+        "warnings": list(model.warnings),
         "layers": [
             {
                 **to_json(layer),

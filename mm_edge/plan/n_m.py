@@ -25,7 +25,8 @@ from mm_edge.arrays import BoolArray, Float32Array, Float32Arrays, Float64Array
 from mm_edge.bench.pattern import PatternLayer
 from mm_edge.bench.target import Target, pattern_options
 from mm_edge.errors import ParityError, UsageError
-from mm_edge.graph.export import constant_array, raw_from_onnx
+from mm_edge.graph.export import constant_array
+from mm_edge.graph.onnx_graph import raw_from_onnx
 from mm_edge.records import Layer
 
 # The pattern halves a layer: a strategy that wants to lose less than half of that leaves the layer dense.

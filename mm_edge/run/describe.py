@@ -94,4 +94,8 @@ def _words(item: Option, value: object) -> list[str]:
     if isinstance(item.kind, Patterns):
         assert isinstance(value, tuple)
         return [word for pattern in value for word in (item.flag, pattern)]
-    return [item.flag, item.kind.show(value)]
+    return [item.flag, ",".join(map(_word, value)) if isinstance(value, tuple) else _word(value)]
+
+
+def _word(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

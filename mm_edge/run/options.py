@@ -161,6 +161,25 @@ class Number(ValueKind):
 
 
 @dataclass(frozen=True)
+class Ratio(ValueKind):
+    """A number, which text may write as a fraction such as 1/255.
+
+    Attributes:
+        example: a value to show in the message.
+    """
+
+    example: str = "1/255"
+
+    def read(self, value: Any, spelling: str) -> float:
+        """Return the number."""
+        above, slash, below = value.partition("/") if isinstance(value, str) else (value, "", "")
+        parts = [_to_float(part) for part in ((above, below) if slash else (above,))]
+        if None in parts or (slash and not parts[1]):
+            raise UsageError(f"{spelling} {value!r} is not a number; write for example {spelling} {self.example}")
+        return float(parts[0] or 0.0) / float(parts[1] or 1.0 if slash else 1.0)
+
+
+@dataclass(frozen=True)
 class Numbers(ValueKind):
     """One or more finite numbers; text has commas between them.
 
@@ -208,6 +227,43 @@ class Shape(ValueKind):
 
 
 @dataclass(frozen=True)
+class InputShapes(ValueKind):
+    """Shapes of inputs by name, batch included; the command line repeats the option."""
+
+    def read(self, value: Any, spelling: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        """Return (name, shape) of each input, from a dict, or from texts such as images=1,3,640,640."""
+        given = value.items() if isinstance(value, Mapping) else [value] if isinstance(value, str) else _list(value)
+        found: dict[str, tuple[int, ...]] = {}
+        for item in given:
+            name, shape = self._read_one(item, spelling)
+            if name in found:
+                raise UsageError(f"{spelling} {name} is given twice; give each input one shape")
+            found[name] = shape
+        return tuple(found.items())
+
+    def show(self, value: Any) -> str:
+        """Return the shapes as users type them."""
+        return " ".join(f"{name}={','.join(map(str, shape))}" for name, shape in value) or "none"
+
+    def _read_one(self, item: Any, spelling: str) -> tuple[str, tuple[int, ...]]:
+        example = f"write for example {spelling} images=1,3,640,640"
+        if isinstance(item, str):
+            name, _, text = item.rpartition("=")
+            sizes: Any = text.lower().replace("x", ",").split(",") if text else []
+        else:
+            name, sizes = item if isinstance(item, (tuple, list)) and len(item) == 2 else ("", item)
+        try:
+            shape = tuple(Whole().read(size, spelling) for size in _list(sizes))
+        except UsageError as error:
+            raise UsageError(f"{spelling} '{_shown(item)}' is not NAME=SHAPE; {example}") from error
+        if not isinstance(name, str) or not name:
+            raise UsageError(f"{spelling} '{_shown(item)}' is not NAME=SHAPE; {example}")
+        if any(size < 1 for size in shape):
+            raise UsageError(f"{spelling} '{_shown(item)}' has a size below 1; {example}")
+        return name, shape
+
+
+@dataclass(frozen=True)
 class Sides(ValueKind):
     """The words auto and none, or sides of square images in pixels; text has commas between them."""
 
@@ -232,14 +288,16 @@ class Sides(ValueKind):
 
 @dataclass(frozen=True)
 class Patterns(ValueKind):
-    """Patterns of names; the command line repeats the option, and a comma belongs to the pattern."""
+    """Names or patterns of names; the command line repeats the option, and a comma belongs to the name."""
+
+    what: str = "patterns of parameter names"
 
     def read(self, value: Any, spelling: str) -> tuple[str, ...]:
         """Return the patterns."""
         patterns = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Iterable) else (value,)
         for pattern in patterns:
             if not isinstance(pattern, str):
-                raise UsageError(f"{spelling} takes patterns of parameter names, not {type_name(pattern)}")
+                raise UsageError(f"{spelling} takes {self.what}, not {type_name(pattern)}")
         return patterns
 
     def show(self, value: Any) -> str:

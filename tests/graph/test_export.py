@@ -16,8 +16,9 @@ from torch import nn
 from torch.nn import functional
 
 from mm_edge.errors import ExportError, ModelError
-from mm_edge.graph.export import export_raw, infer_shapes, raw_from_onnx
+from mm_edge.graph.export import export_raw, infer_shapes
 from mm_edge.graph.groups import read_structure
+from mm_edge.graph.onnx_graph import raw_from_onnx
 from mm_edge.quality.parity import compare, onnx_runner, torch_runner
 
 IMAGE = torch.zeros(1, 3, 8, 8)

@@ -14,8 +14,9 @@ from torch.nn import functional
 
 import mm_edge  # noqa: F401  makes timm importable beside CPU-only torch
 from mm_edge.errors import ModelError
-from mm_edge.graph.export import RawGraph, export_raw, raw_from_onnx
+from mm_edge.graph.export import RawGraph, export_raw
 from mm_edge.graph.layers import read_layer_weights, read_layers
+from mm_edge.graph.onnx_graph import raw_from_onnx
 from mm_edge.records import Layer
 
 

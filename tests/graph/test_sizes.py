@@ -20,8 +20,8 @@ from mm_edge.errors import UsageError
 from mm_edge.formats.device_files import read_metadata
 from mm_edge.graph.compact import mask_tensors, masked_model, materialise
 from mm_edge.graph.deploy import deploy
-from mm_edge.graph.export import read_raw
 from mm_edge.graph.groups import read_structure
+from mm_edge.graph.onnx_graph import read_raw
 from mm_edge.graph.sizes import auto_sizes, export_at, match_groups, remake, total_stride
 from mm_edge.load.data import open_data
 from mm_edge.load.models import LoadedModel, LoadOptions, load_model, wrap_module

@@ -20,8 +20,9 @@ from mm_edge.errors import ConstraintError, UsageError
 from mm_edge.graph.axes import Keep
 from mm_edge.graph.compact import materialise
 from mm_edge.graph.costs import RunningCost
-from mm_edge.graph.export import RawGraph, raw_from_onnx
+from mm_edge.graph.export import RawGraph
 from mm_edge.graph.groups import Structure, read_structure
+from mm_edge.graph.onnx_graph import raw_from_onnx
 from mm_edge.load.models import LoadedModel, LoadOptions, load_model
 from mm_edge.plan.budgets import BudgetCheck, Draft, counts_of, meet, words_for
 from mm_edge.progress import Stages

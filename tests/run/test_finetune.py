@@ -16,8 +16,8 @@ from tiny_job import CLASSES, SIDE, save_checkpoint, write_images
 
 from mm_edge.api import run_job
 from mm_edge.errors import UsageError
-from mm_edge.graph.export import read_raw
 from mm_edge.graph.layers import read_layers
+from mm_edge.graph.onnx_graph import read_raw
 from mm_edge.load.data import open_data
 from mm_edge.load.models import LoadedModel, LoadOptions, load_model
 from mm_edge.plan.ranges import apply_constraints, rule_ranges

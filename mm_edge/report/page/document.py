@@ -26,7 +26,7 @@ def write_page(report: Report, folder: Path) -> str:
     first = first_screen(page)
     parts = [section(page) for section in SECTIONS]
     title = f"{report.model.name} on {report.target.get('name', 'unknown target')}"
-    data = {"plots": page.plots, "rows": plot_values(page.overview), "filters": list(FILTERED)}
+    data = {"plots": page.drawn, "rows": plot_values(page.overview), "filters": list(FILTERED)}
     return write_document(title, [first, filters(page), *parts], data)
 
 

@@ -414,7 +414,7 @@ def _limit_line(axis: str, at: float, label: str) -> list[Spec]:
         "dy": -6 if axis == "y" else 8,
         "fill": "var(--limit)",
     }
-    data = {"values": [{}]}
+    data: Spec = {"values": [{}]}
     return [
         {
             "data": data,

@@ -45,12 +45,12 @@ SHOWN_DOUBTS = 3
 
 @dataclass
 class Page:
-    """A page while it is made: the report, its rows, and the plots that were placed so far by name."""
+    """A page while it is made: the report, its rows, and the plots that were placed so far, by name."""
 
     report: Report
     folder: Path
     overview: Overview
-    plots: dict[str, plots.Spec] = field(default_factory=dict)
+    drawn: dict[str, plots.Spec] = field(default_factory=dict)
 
     @classmethod
     def of(cls, report: Report, folder: Path) -> Page:
@@ -59,7 +59,7 @@ class Page:
 
     def place_(self, name: str, spec: plots.Spec, caption: str, table: Html | None) -> Html:
         """Return a figure that the page's script draws, with its table."""
-        self.plots[name] = spec
+        self.drawn[name] = spec
         drawing = element(
             "div", element("p", text("This plot needs JavaScript; its table follows."), class_="no-script")
         )

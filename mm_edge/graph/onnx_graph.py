@@ -1,0 +1,272 @@
+"""Reads a user's own .onnx as a raw graph, and keeps what it leaves open.
+
+Structure is read, and weights are solved, on a graph with static shapes. An artifact keeps the open sizes of the file,
+and a batch above one. So two graphs are made:
+
+    given    the file as it came, but for: functions inlined, weights that are initialisers alone, float32, every node
+             and weight with a name of its own, and everything folded that no open size changes
+    raw      the given graph at the sizes it is measured at, batch 1 where it takes that, its shapes folded
+
+Weights and nodes have the same names in both, so that what is read from the raw graph is applied to the given one (see
+`compact.materialise_artifact`). A size that the given graph computes, but that is the same at two different sizes of
+the inputs, is folded: it is a width of the dense network, which must not change with the widths of a candidate.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx.version_converter
+import onnx_ir as ir
+import onnx_ir.passes.common as ir_passes
+import torch
+
+from mm_edge.arrays import Arrays
+from mm_edge.errors import ModelError, first_line
+from mm_edge.graph.export import FLOAT_TYPES, RawGraph, export_raw, fold_rounds, split_shared_constants
+from mm_edge.graph.fold import add_constant_, fold_weight_arithmetic_
+from mm_edge.graph.partial import constant_values, open_part
+from mm_edge.load.models import LoadedModel
+from mm_edge.load.network import ModelInput
+from mm_edge.load.onnx_sizes import noise
+from mm_edge.runtime import FATAL, open_session
+
+# The oldest opset whose operators the rules read; older files are converted up.
+OLDEST_OPSET = 11
+NARROW = (ir.DataType.FLOAT16, ir.DataType.DOUBLE, ir.DataType.BFLOAT16)
+
+Shapes = Mapping[str, Sequence[int]]
+
+
+def read_raw(model: LoadedModel) -> RawGraph:
+    """Export the model once, or read the user's own .onnx."""
+    if model.module is not None:
+        return export_raw(model.module, torch.zeros(1, *model.input.shape))
+    assert model.onnx_path is not None
+    return raw_from_onnx(model.onnx_path, model.inputs)
+
+
+def raw_from_onnx(path: Path, inputs: Sequence[ModelInput] = ()) -> RawGraph:
+    """Read a user's own .onnx as a raw graph; every floating-point initialiser counts as a parameter.
+
+    Without `inputs` every size must be fixed but the batch, which becomes 1.
+
+    Raises:
+        ModelError: the file is not a readable ONNX model, or a size is open that nothing states.
+    """
+    model = _load(path)
+    _prepare_(model)
+    inputs = tuple(inputs) or _fixed_inputs(model, path)
+    _open_inputs_(model, inputs)
+    statistics, floats = _state(model)
+    fold_rounds(model, floats)
+    split_shared_constants(model, floats)
+    folded = fold_weight_arithmetic_(model, floats - statistics)
+    _name_all_(model)
+    if any(None in item.shape or item.shape[:1] not in ((), (1,)) for item in inputs):
+        given, model = model, _at_measured(model, inputs)
+    else:
+        given = None
+        fold_rounds(model, floats)
+        _name_all_(model)
+    present = set((model if given is None else given).graph.initializers) & set(model.graph.initializers)
+    parameters = frozenset((floats - statistics) & present) - folded
+    return RawGraph(model, parameters, frozenset(statistics & present), (), folded, given)
+
+
+def _load(path: Path) -> ir.Model:
+    try:
+        proto = onnx.load(str(path))
+        opset = max((item.version for item in proto.opset_import if item.domain in ("", "ai.onnx")), default=None)
+        if opset is not None and opset < OLDEST_OPSET:
+            proto = onnx.version_converter.convert_version(proto, OLDEST_OPSET)
+        return ir.from_proto(proto)
+    except Exception as error:  # each library raises its own
+        raise ModelError(
+            f"'{path}' is not an ONNX model that can be read ({type(error).__name__}: {first_line(error)}); give a "
+            "file made by torch.onnx.export"
+        ) from error
+
+
+def _prepare_(model: ir.Model) -> None:
+    """Make functions, constants and Identities disappear, weights initialisers alone, and everything float32."""
+    ir_passes.InlinePass()(model)
+    ir_passes.RemoveInitializersFromInputsPass()(model)
+    for graph in (model.graph, *model.graph.subgraphs()):
+        _to_float32_(graph)
+    ir_passes.LiftConstantsToInitializersPass(lift_all_constants=False, size_limit=0)(model)
+    ir_passes.IdentityEliminationPass()(model)
+    ir_passes.RemoveUnusedNodesPass()(model)
+
+
+def _to_float32_(graph: ir.Graph) -> None:
+    """Turn values, constants and casts of other floating-point types into float32."""
+    for value in (*graph.inputs, *graph.initializers.values()):
+        _widen_(value)
+    for node in graph:
+        for name, attribute in list(node.attributes.items()):
+            tensor = attribute.as_tensor() if attribute.type == ir.AttributeType.TENSOR else None
+            if tensor is not None and tensor.dtype in NARROW:
+                node.attributes[name] = ir.AttrTensor(name, ir.tensor(tensor.numpy().astype(np.float32)))
+            elif name in ("to", "dtype") and attribute.type == ir.AttributeType.INT and attribute.as_int() in NARROW:
+                node.attributes[name] = ir.AttrInt64(name, int(ir.DataType.FLOAT))
+        for value in node.outputs:
+            _widen_(value)
+
+
+def _widen_(value: ir.Value) -> None:
+    if value.const_value is not None and value.const_value.dtype in NARROW:
+        value.const_value = ir.tensor(value.const_value.numpy().astype(np.float32), name=value.name)
+    if isinstance(value.type, ir.TensorType) and value.dtype in NARROW:
+        value.type = ir.TensorType(ir.DataType.FLOAT)
+
+
+def _fixed_inputs(model: ir.Model, path: Path) -> tuple[ModelInput, ...]:
+    """Return the inputs of a file of which nothing else is known: its fixed sizes, and 1 for an open batch.
+
+    Raises:
+        ModelError: another size is open.
+    """
+    found: list[ModelInput] = []
+    for value in model.graph.inputs:
+        own = [] if value.shape is None else list(value.shape)
+        sizes = [size if isinstance(size, int) else None for size in own]
+        if sizes and sizes[0] is None:
+            sizes[0] = 1
+        if None in sizes or value.shape is None:
+            raise ModelError(f"'{path}': input '{value.name}' has the shape {value.shape}; state the open sizes")
+        shape = tuple(size for size in sizes if size is not None)
+        found.append(ModelInput(value.name or "", shape, shape, shape))
+    return tuple(found)
+
+
+def _open_inputs_(model: ir.Model, inputs: Sequence[ModelInput]) -> None:
+    """Give the inputs the shapes that artifacts have; what was known of other shapes may rest on the file's own."""
+    known = {item.name: item for item in inputs}
+    for value in model.graph.inputs:
+        own = [] if value.shape is None else list(value.shape)
+        shape = known[value.name or ""].shape
+        own = own or [None] * len(shape)
+        value.shape = ir.Shape(
+            size if size is not None else old if _is_symbol(old) else f"{value.name}_{index}"
+            for index, (size, old) in enumerate(zip(shape, own, strict=True))
+        )
+    for graph in (model.graph, *model.graph.subgraphs()):
+        for node in graph:
+            for value in node.outputs:
+                value.shape = None
+
+
+def _is_symbol(size: object) -> bool:
+    return isinstance(size, ir.SymbolicDim) and any(map(str.isalnum, str(size.value or "")))
+
+
+def _state(model: ir.Model) -> tuple[set[str], set[str]]:
+    """Return the names of BatchNormalization's statistics, and of every floating-point initialiser that has axes."""
+    statistics = {
+        value.name
+        for node in model.graph
+        if node.op_type == "BatchNormalization"
+        for value in node.inputs[3:5]
+        if value is not None and value.name is not None
+    }
+    floats = {
+        name
+        for name, value in model.graph.initializers.items()
+        if value.dtype in FLOAT_TYPES and value.const_value is not None and value.const_value.shape.rank() > 0
+    }
+    return statistics, floats
+
+
+def _name_all_(model: ir.Model) -> None:
+    """Give every node without a name of its own one, numbered by its position."""
+    taken = {node.name for node in model.graph if node.name}
+    seen: set[str] = set()
+    for position, node in enumerate(model.graph):
+        if node.name and node.name not in seen:
+            seen.add(node.name)
+            continue
+        name = base = node.name or f"{node.op_type}_{position}"
+        while name in taken or name in seen:
+            name = f"{base}_{position}"
+            position += len(taken)
+        node.name = name
+        seen.add(name)
+
+
+def _at_measured(given: ir.Model, inputs: Sequence[ModelInput]) -> ir.Model:
+    """Return the given graph at the sizes it is measured at, with batch 1 where it takes that."""
+    _fold_fixed_sizes_(given, inputs)
+    measured = {item.name: item.measured for item in inputs}
+    floats = {name for name, value in given.graph.initializers.items() if value.dtype in FLOAT_TYPES}
+    batches = {shape[0] for shape in measured.values() if shape}
+    single = {name: (1, *shape[1:]) for name, shape in measured.items()}
+    if len(batches) == 1 and batches != {1} and all(measured.values()):
+        model = _static(given, single, floats)
+        if _runs(model, inputs, single):
+            return model
+    return _static(given, measured, floats)
+
+
+def _static(given: ir.Model, shapes: Shapes, floats: set[str]) -> ir.Model:
+    model = given.clone()
+    for value in model.graph.inputs:
+        value.shape = ir.Shape(shapes[value.name or ""])
+    for value in model.graph.outputs:
+        value.shape = None
+    for node in model.graph:
+        for value in node.outputs:
+            value.shape = None
+    fold_rounds(model, floats)
+    _name_all_(model)
+    return model
+
+
+def _runs(model: ir.Model, inputs: Sequence[ModelInput], shapes: Shapes) -> bool:
+    feeds = {item.name: noise(tuple(shapes[item.name]), _wide(item.dtype)) for item in inputs}
+    try:
+        open_session(ir.to_proto(model).SerializeToString(), 0, severity=FATAL).run(None, feeds)
+    except Exception:  # whatever it is, the network is not read at these sizes
+        return False
+    return True
+
+
+def _wide(dtype: str) -> str:
+    return "float32" if dtype in ("float16", "float64", "bfloat16") else dtype
+
+
+def _fold_fixed_sizes_(model: ir.Model, inputs: Sequence[ModelInput]) -> None:
+    """Fold what is computed from shapes alone and is the same at two sizes of the inputs."""
+    computed = constant_values(model.graph, static_shapes=True) - constant_values(model.graph)
+    names = [
+        value.name
+        for node in model.graph
+        for value in node.outputs
+        if value in computed and value.name and isinstance(value.type, ir.TensorType) and not value.is_graph_output()
+    ]
+    if not names or all(item.other == item.measured for item in inputs):
+        return
+    part = open_part(model, tuple(item.name for item in inputs), names, threads=0)
+    first, second = (
+        part.run({item.name: noise(shape, _wide(item.dtype)) for item, shape in zip(inputs, shapes, strict=True)})
+        for shapes in ([item.measured for item in inputs], [item.other for item in inputs])
+    )
+    _replace_by_constants_(model, {name: first[name] for name in names if _equal(first[name], second[name])})
+
+
+def _equal(first: np.ndarray, second: np.ndarray) -> bool:
+    return first.shape == second.shape and first.dtype == second.dtype and bool(np.array_equal(first, second))
+
+
+def _replace_by_constants_(model: ir.Model, arrays: Arrays) -> None:
+    for node in model.graph:
+        for value in node.outputs:
+            if value.name in arrays:
+                value.replace_all_uses_with(add_constant_(model, f"{value.name}/fixed", arrays[value.name]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ir_passes.RemoveUnusedNodesPass()(model)
