@@ -466,8 +466,34 @@ class SkippedGroup:
 
 
 @dataclass(frozen=True)
+class LayerPicture:
+    """What became of one layer of the chosen network.
+
+    Attributes:
+        fqn: name of the weight tensor.
+        role: function in the network.
+        width: output channels of the dense layer.
+        kept: those that are left.
+        sparsity: share of its weights that was removed.
+        lo: least sparsity of its range, in [0, 1]; None where the ranges were observed.
+        hi: largest sparsity of its range.
+        sensitivity: divergence in nats with a quarter of its output channels removed and nothing else; None where it
+            was not measured.
+    """
+
+    fqn: str
+    role: str
+    width: int
+    kept: int
+    sparsity: float
+    lo: float | None = None
+    hi: float | None = None
+    sensitivity: float | None = None
+
+
+@dataclass(frozen=True)
 class Report:
-    """report.json, which other tools read."""
+    """report.json, which other tools read. `command` runs the same job again."""
 
     model: ModelInfo
     target: dict[str, Any]
@@ -482,6 +508,8 @@ class Report:
     seconds: dict[str, float]
     budgets: tuple[BudgetOutcome, ...] = ()
     sustained: Sustained | None = None
+    layers: tuple[LayerPicture, ...] = ()
+    command: str | None = None
     schema_version: int = SCHEMA_VERSION
 
     def is_control(self, candidate: Candidate) -> bool:

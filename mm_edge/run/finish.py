@@ -16,6 +16,7 @@ from mm_edge.records import (
     Candidate,
     Chosen,
     DenseFigures,
+    LayerPicture,
     Report,
     SkippedGroup,
     Sustained,
@@ -23,7 +24,8 @@ from mm_edge.records import (
     from_json,
     to_json,
 )
-from mm_edge.report import write_report
+from mm_edge.report import REPORT_FILES, write_report
+from mm_edge.run.describe import describe_layers, write_command
 from mm_edge.run.job import IMAGES_PER_BATCH, Job
 from mm_edge.run.make import MakeSettings
 from mm_edge.run.measure import how_to_measure
@@ -48,6 +50,7 @@ def finish(
     listed = mark_pareto(_list_all_names(networks, candidates), dense)
     job.note(*notes_of_shared_names(candidates))
     missed: ConstraintError | None = None
+    layers: tuple[LayerPicture, ...] = ()
     chosen: Chosen | None = None
     sustained: Sustained | None = None
     try:
@@ -66,6 +69,7 @@ def finish(
             dense_accuracy_top1_test=_test_accuracy(job, networks.dense, settings, job.dense_file),
         )
         sustained = sustain(job, candidate, environment)
+        layers = describe_layers(job, networks.dense, candidate)
         _write_bundle(job, network, candidate)
     if job.data is not None:
         job.note(*job.data.warnings)
@@ -85,10 +89,12 @@ def finish(
         seconds=dict(job.stages.seconds),
         budgets=tuple(judge_budget(dense, listed, budget) for budget in job.budgets),
         sustained=sustained,
+        layers=layers,
+        command=write_command(job.request, "MODEL"),
     )
     # Return the same types as read_report: lists become tuples, and whole numbers floats.
     report = from_json(Report, to_json(report))
-    job.store.claim("report.json", "report.md")
+    job.store.claim(*REPORT_FILES)
     write_report(report, job.folder)
     if missed is not None:
         raise missed
