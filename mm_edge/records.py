@@ -368,12 +368,16 @@ def _id_without_size(signal: str, strategy: str, kind: str, precision: str, side
 
 @dataclass(frozen=True)
 class Chosen:
-    """The chosen candidate, the reason, and its accuracy and the dense network's on test images (read once, last)."""
+    """The chosen candidate, the reason, and how it does on test images (read once, last).
+
+    That is its accuracy and the dense network's, or how like the dense network's the outputs of no classifier are.
+    """
 
     id: str
     reason: str
     accuracy_top1_test: float | None = None
     dense_accuracy_top1_test: float | None = None
+    fidelity_test: Fidelity | None = None
 
 
 @dataclass(frozen=True)

@@ -189,6 +189,11 @@ class ImageSet:
         """Class indices, (len,); None for images without labels."""
         return self._pool.source.labels[self._indices] if self._pool.source.classes else None
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the images: their files, or their numbers in the data set."""
+        return tuple(self._pool.source.name(int(index)) for index in self._indices)
+
     def batches(self, batch_size: int) -> Iterator[tuple[Float32Array, IntArray]]:
         """Yield inputs (n, C, H, W), or (n, H, W, C) where the network takes these, with their labels (n,).
 

@@ -91,7 +91,7 @@ CONTRACT = {
     "candidates.0.fidelity.outputs.boxes": "nmse cosine",
     "candidates.0.metric": "name value higher_is_better is_fraction others",
     "candidates.0.parity": "max_abs_err max_rel_err top1_agreement inputs",
-    "chosen": "id reason accuracy_top1_test dense_accuracy_top1_test",
+    "chosen": "id reason accuracy_top1_test dense_accuracy_top1_test fidelity_test",
     "skipped_groups.0": "group layers reason",
 }
 
