@@ -125,8 +125,8 @@ def _check_examples(examples: tuple[Any, ...]) -> None:
             )
     shapes = [tuple(example.shape) for example in examples]
     if not any(len(shape) == 4 for shape in shapes):
-        listed = ", ".join(map(str, shapes)) or "of no tensor"
-        raise UsageError(f"example_input has shape {listed}; give a batch of images (N, C, H, W)")
+        listed = f"shape {', '.join(map(str, shapes))}" if shapes else "no tensor"
+        raise UsageError(f"example_input has {listed}; give a batch of images (N, C, H, W)")
 
 
 def _name_positional(positional: tuple[Any, ...], options: Mapping[str, Any]) -> dict[str, Any]:

@@ -178,7 +178,9 @@ def test_what_is_no_module_or_no_batch_of_images_is_refused(asked: list[Request]
     assert refuse("net.pt", IMAGES) == (
         "module is a str, not a torch.nn.Module; for a file use: mm-edge prune-export FILE"
     )
-    assert refuse(module, (IMAGES,)) == "example_input is a tuple, not a tensor; give a batch of images (N, C, H, W)"
+    assert refuse(module, [IMAGES]) == "example_input is a list, not a tensor; give a batch of images (N, C, H, W)"
+    assert refuse(module, (IMAGES, 3)) == "example_input is an int, not a tensor; give a batch of images (N, C, H, W)"
+    assert refuse(module, ()) == "example_input has no tensor; give a batch of images (N, C, H, W)"
     assert refuse(module, IMAGES[0]) == "example_input has shape (3, 16, 16); give a batch of images (N, C, H, W)"
     assert refuse(module, IMAGES, "host", "images", "run", "more") == (
         "prune_export takes target, data, out by position at most; give the other options by name"

@@ -40,7 +40,10 @@ def measure_sustained(
 def _read_point(point: Any, device: str) -> SustainedPoint:
     if not isinstance(point, Mapping):
         raise BenchError(f"{device} sent the point {point!r} of a sustained run; the answer was refused")
-    times = [point.get(key) for key in ("dense_ns", "candidate_ns")]
+    times: list[Any] = [point.get(key) for key in ("dense_ns", "candidate_ns")]
+    seconds: Any
+    clock: Any
+    heat: Any
     seconds, clock, heat = (point.get(key) for key in ("seconds", "frequency_khz", "temperature_c"))
     good = (
         all(type(time) is int and 0 < time < MAX_SAMPLE_NS for time in times)

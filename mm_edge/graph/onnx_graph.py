@@ -17,6 +17,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -141,7 +142,7 @@ def _open_inputs_(model: ir.Model, inputs: Sequence[ModelInput]) -> None:
     outputs = {value: value.shape for value in model.graph.outputs}
     replaced = False
     for value in model.graph.inputs:
-        own = [] if value.shape is None else list(value.shape)
+        own: list[Any] = [] if value.shape is None else list(value.shape)
         shape = known[value.name or ""].shape
         own = own or [None] * len(shape)
         replaced |= any(isinstance(old, int) and old != size for size, old in zip(shape, own, strict=True))

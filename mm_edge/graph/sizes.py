@@ -36,7 +36,6 @@ from mm_edge.load.weights import quiet_timm
 SMALLEST_SHARE = 0.7
 MOST_SIZES = 3
 OPTION = "--input-sizes"
-SHAPES = ("shape", "measured", "other")
 
 T = TypeVar("T")
 
@@ -131,7 +130,9 @@ def remake(model: LoadedModel, side: int) -> LoadedModel:
         module=module,
         input=replace(model.input, shape=shape),
         info=replace(model.info, input_shape=shape),
-        inputs=tuple(replace(item, **dict.fromkeys(SHAPES, (1, *shape))) for item in model.inputs),
+        inputs=tuple(
+            replace(item, shape=(1, *shape), measured=(1, *shape), other=(1, *shape)) for item in model.inputs
+        ),
         warnings=(),
     )
 

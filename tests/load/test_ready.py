@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mm_edge.arrays import Array
 from mm_edge.errors import DataError, UsageError
 from mm_edge.load import ready
 from mm_edge.load.data import DataSplits, open_data
@@ -131,7 +132,7 @@ def test_two_inputs_come_as_one_structured_array(tmp_path: Path) -> None:
     path = tmp_path / "x.npz"
     np.savez(path, images=EXAMPLES, scale=np.arange(2 * len(EXAMPLES)).reshape(-1, 2))
     splits = open_data(str(path), SPEC, None, (1.0, 0.0, 0.0), inputs=TWO)
-    (batch, _), *_ = splits.calibration.batches(len(EXAMPLES))
+    batch: Array = next(splits.calibration.batches(len(EXAMPLES)))[0]
     assert batch.dtype.names == ("images", "scale") and batch["scale"].dtype == np.int64
     for number in range(len(EXAMPLES)):
         place = int(batch["scale"][number, 0]) // 2
