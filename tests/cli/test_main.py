@@ -484,7 +484,9 @@ def complete(*words: str) -> list[str]:
         (("prune-export", "net.pt", "--recover", ""), list(RECOVERIES)),
         (("prune-export", "net.pt", "--precision", "fp32,i"), ["fp32,int8"]),
         (("prune-export", "net.pt", "--input-sizes", "a"), ["auto"]),
-        (("prune-export", "net.pt", "--pre"), ["--precision"]),
+        (("prune-export", "net.pt", "--prec"), ["--precision"]),
+        (("prune-export", "net.pt", "--preprocess", "yolo"), ["yolo", "yolox"]),
+        (("prune-export", "net.pt", "--colours", ""), ["RGB", "BGR"]),
         (("prune-export", "net.pt", "--bake"), ["--bake-preprocess"]),
     ],
 )
