@@ -10,7 +10,7 @@ The choice, in this order:
     no constraint       the fastest within 1 point of the dense network, else the most accurate
     --max-drop alone    the fastest within it
     --latency, --speedup, --size (with or without --max-drop)    the most accurate that meets them all
-A speed-up is the median ratio of pairs, the dense model and the candidate timed in turn. Times in milliseconds were
+A speed-up is the ratio of times that the dense model and the candidate took in turn. Times in milliseconds were
 taken at different moments and are not compared. Candidates whose 95 % interval overlaps that of the largest speed-up
 are as fast as it: accuracy decides among them, then MACs. Without speed-ups, also where every time is unusable, the
 fewest MACs stand in for the fastest.
