@@ -24,7 +24,7 @@ import onnx
 from onnxruntime.quantization import CalibrationMethod, QDQQuantizer, QuantType, quantize_dynamic
 from onnxruntime.quantization.calibrate import TensorsData
 
-from mm_edge.arrays import Float32Array
+from mm_edge.arrays import Float32Array, by_input
 from mm_edge.bench.target import Target
 from mm_edge.errors import JobError, UsageError, first_line
 from mm_edge.formats.conversion import CalibrationImages, QuantReport
@@ -96,8 +96,9 @@ def calibrate(model: Path, images: Iterable[Float32Array]) -> Extremes:
     proto = read_ready(model)
     names = add_extremes_(proto)
     session = open_session(proto.SerializeToString())
-    feed = session.get_inputs()[0].name
-    rows = [session.run([EXTREMES], {feed: image[None]})[0] for batch in images for image in batch]
+    names_of_inputs = [item.name for item in session.get_inputs()]
+    examples = (batch[at : at + 1] for batch in images for at in range(len(batch)))
+    rows = [session.run([EXTREMES], by_input(example, names_of_inputs))[0] for example in examples]
     if not rows:
         raise UsageError("int8 needs calibration images; give --data PATH, or ask for --precision fp32")
     values = np.stack(rows)

@@ -13,14 +13,16 @@ from mm_edge.formats.bundle import FOLDER as BUNDLE
 from mm_edge.formats.bundle.contents import Facts, names_of, write_archive, write_contents
 from mm_edge.formats.context import FormatContext
 from mm_edge.graph.groups import Structure
-from mm_edge.quality.evaluation import compare_logits, run_onnx
+from mm_edge.quality.evaluation import compare_logits, compare_outputs, refer_to_outputs, run_onnx, run_outputs
 from mm_edge.records import (
     Candidate,
     Chosen,
     DenseFigures,
+    Fidelity,
     LayerPicture,
     Report,
     SkippedGroup,
+    Sustained,
     candidate_id,
     from_json,
     to_json,
@@ -31,6 +33,7 @@ from mm_edge.run.job import IMAGES_PER_BATCH, Job
 from mm_edge.run.make import MakeSettings
 from mm_edge.run.measure import how_to_measure
 from mm_edge.run.networks import Network, Networks, labels_of, provenance_of
+from mm_edge.run.sustain import sustain
 from mm_edge.select import UNCOMPARED, choose, judge_budget, mark_pareto
 
 
@@ -52,6 +55,7 @@ def finish(
     missed: ConstraintError | None = None
     layers: tuple[LayerPicture, ...] = ()
     chosen: Chosen | None = None
+    sustained: Sustained | None = None
     try:
         chosen = choose(dense, listed, job.request.constraints)
     except ConstraintError as error:
@@ -62,11 +66,8 @@ def finish(
     if chosen is not None:
         candidate = next(item for item in listed if item.id == chosen.id)
         network = networks.at(candidate.input_shape[-1])
-        chosen = replace(
-            chosen,
-            accuracy_top1_test=_test_accuracy(job, network, settings, job.artifact(candidate)),
-            dense_accuracy_top1_test=_test_accuracy(job, networks.dense, settings, job.dense_file),
-        )
+        chosen = _with_test(job, networks, settings, candidate, chosen)
+        sustained = sustain(job, candidate, environment)
         layers = describe_layers(job, networks.dense, candidate)
         _write_bundle(job, network, candidate, chosen, dense)
     if job.data is not None:
@@ -86,6 +87,7 @@ def finish(
         warnings=tuple(dict.fromkeys(job.notes)),
         seconds=dict(job.stages.seconds),
         budgets=tuple(judge_budget(dense, listed, budget) for budget in job.budgets),
+        sustained=sustained,
         layers=layers,
         command=write_command(job.request, "MODEL"),
     )
@@ -125,6 +127,30 @@ def notes_of_shared_names(candidates: Sequence[Candidate]) -> list[str]:
         f"made and measured once, listed under {'both' if len(names) == 2 else 'all their'} names"
         for kind, names in shared
     ]
+
+
+def _with_test(job: Job, networks: Networks, settings: MakeSettings, candidate: Candidate, chosen: Chosen) -> Chosen:
+    """Return the choice with what the test images, which are read here alone, say about it."""
+    network = networks.at(candidate.input_shape[-1])
+    if job.model.info.num_classes is None:
+        return replace(chosen, fidelity_test=_test_fidelity(job, network, networks.dense, settings, candidate))
+    return replace(
+        chosen,
+        accuracy_top1_test=_test_accuracy(job, network, settings, job.artifact(candidate)),
+        dense_accuracy_top1_test=_test_accuracy(job, networks.dense, settings, job.dense_file),
+    )
+
+
+def _test_fidelity(
+    job: Job, network: Network, dense: Network, settings: MakeSettings, candidate: Candidate
+) -> Fidelity | None:
+    if network.data is None or dense.data is None or not len(network.data.test):
+        return None
+    with job.stages.stage("test"):
+        outputs = run_outputs(job.dense_file, dense.data.test.batches(IMAGES_PER_BATCH), settings.threads)
+        reference = refer_to_outputs(outputs, dense.spec.shape[1:])
+        found = run_outputs(job.artifact(candidate), network.data.test.batches(IMAGES_PER_BATCH), settings.threads)
+        return compare_outputs(found, reference)
 
 
 def _test_accuracy(job: Job, network: Network, settings: MakeSettings, model: Path) -> float | None:

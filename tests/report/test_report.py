@@ -74,7 +74,7 @@ def test_the_report_comes_back_as_written(tmp_path: Path) -> None:
 CONTRACT = {
     "": (
         "schema_version model target environment data dense candidates chosen constraints skipped_groups warnings "
-        "seconds budgets layers command"
+        "seconds budgets sustained layers command"
     ),
     "model": "name source sha256 params macs input_shape num_classes",
     "dense": (
@@ -91,7 +91,7 @@ CONTRACT = {
     "candidates.0.fidelity.outputs.boxes": "nmse cosine",
     "candidates.0.metric": "name value higher_is_better is_fraction others",
     "candidates.0.parity": "max_abs_err max_rel_err top1_agreement inputs",
-    "chosen": "id reason accuracy_top1_test dense_accuracy_top1_test",
+    "chosen": "id reason accuracy_top1_test dense_accuracy_top1_test fidelity_test",
     "skipped_groups.0": "group layers reason",
 }
 

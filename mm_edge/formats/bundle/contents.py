@@ -26,6 +26,7 @@ import numpy as np
 from mm_edge.arrays import Array, Float32Array
 from mm_edge.formats.bundle.readme import write_readme
 from mm_edge.formats.context import FormatContext
+from mm_edge.quality.heads import find_head
 from mm_edge.records import Candidate, DenseFigures, ModelInfo, to_json
 from mm_edge.runtime import open_session
 from mm_edge.store import hash_file, write_atomically
@@ -153,12 +154,25 @@ def _describe(
         "classes": len(facts.labels) or facts.model.num_classes,
         "weights_licence": None,
         "provenance": to_json(dict(facts.provenance)),
+        "head": _find_head(session, context),
         "verify": stored,
     }
 
 
 def _describe_tensor(item: Any) -> dict[str, Any]:
     return {"name": item.name, "shape": list(item.shape), "type": item.type}
+
+
+def _find_head(session: Any, context: FormatContext) -> dict[str, Any] | None:
+    """Return the layout of a detector's outputs and their names; None for other networks and for several inputs."""
+    feeds = session.get_inputs()
+    if len(feeds) != 1 or feeds[0].type != "tensor(float)" or feeds[0].shape[0] not in (1, None, "N", "batch"):
+        return None
+    names = [item.name for item in session.get_outputs()]
+    answers = [session.run(None, {feeds[0].name: one[None]}) for one in context.inputs]
+    outputs = {name: np.concatenate([answer[at] for answer in answers]) for at, name in enumerate(names)}
+    head = find_head(outputs, context.input.shape[1:])
+    return None if head is None else {"layout": head.layout, "outputs": list(head.outputs)}
 
 
 def _store_answers(model: Path, path: Path, inputs: Float32Array, precision: str, kind: str) -> dict[str, Any] | None:

@@ -147,7 +147,7 @@ def answer_classes(outputs, labels, top):
     if scores.ndim != 2 or (labels and scores.shape[1] != len(labels)):
         for name, values in outputs.items():
             print("%s: %s %s" % (name, "x".join(map(str, values.shape)), values.dtype))
-        print("these outputs are no classes; what they mean is up to the program that uses them", file=sys.stderr)
+        print("these outputs are no classes and no boxes that this script reads", file=sys.stderr)
         return
     shares = as_shares(scores[0].astype(np.float64))
     for index in np.argsort(-shares, kind="stable")[:top]:
@@ -171,40 +171,24 @@ def name_of(index, labels):
 
 
 def find_boxes(outputs, size, head):
-    """Return boxes (N, 4), scores and classes; None for no detector.
+    """Return boxes (N, 4), scores and classes; None for no detector, or one of a layout that this script does not read.
 
-    Boxes are left, top, right and bottom in pixels of the input.
-    `head` is the layout that manifest.json names. Without one the layout is told from the shapes.
+    Boxes are left, top, right and bottom in pixels of the input. `head` is the layout that manifest.json names.
     """
-    arrays = [np.asarray(value, dtype=np.float64) for value in outputs.values()]
-    layout = (head or {}).get("layout")
-    if head and head.get("outputs"):
-        arrays = [np.asarray(outputs[name], dtype=np.float64) for name in head["outputs"]]
-    if len(arrays) == 1 and arrays[0].ndim == 3 and len(arrays[0]) == 1:
-        rows, cells = arrays[0][0], sum(math.ceil(size[0] / s) * math.ceil(size[1] / s) for s in (8, 16, 32))
-        if layout == "yolo" or (layout is None and rows.shape[1] == cells and rows.shape[0] > 4):
-            return suppressed(in_pixels(corners(rows.T[:, :4]), size), rows.T[:, 4:])
-        if layout == "yolo-anchors" or (layout is None and rows.shape[0] == 3 * cells and rows.shape[1] > 5):
-            return suppressed(in_pixels(corners(rows[:, :4]), size), rows[:, 5:] * rows[:, 4:5])
-        if layout == "rows" or (layout is None and rows.shape[1] == 6 and len(rows) <= 1000):
-            return in_pixels(rows[:, :4], size), rows[:, 4], rows[:, 5].astype(int)
-    if len(arrays) >= 3 and (layout == "post-processed" or layout is None):
-        return find_post_processed(arrays, size)
+    if head is None:
+        return None
+    arrays = [np.asarray(outputs[name], dtype=np.float64) for name in head["outputs"]]
+    layout, rows = head["layout"], arrays[0][0]
+    if layout == "yolo":
+        return suppressed(in_pixels(corners(rows.T[:, :4]), size), rows.T[:, 4:])
+    if layout == "yolo-anchors":
+        return suppressed(in_pixels(corners(rows[:, :4]), size), rows[:, 5:] * rows[:, 4:5])
+    if layout == "rows":
+        return in_pixels(rows[:, :4], size), rows[:, 4], rows[:, 5].astype(int)
+    if layout == "post-processed":
+        boxes, scores, classes = (value[0] if len(value) == 1 else value for value in arrays[:3])
+        return in_pixels(boxes, size), scores, classes.astype(int)
     return None
-
-
-def find_post_processed(arrays, size):
-    """Return the boxes of a network that gives boxes, scores and classes; None where the shapes are others."""
-    arrays = [value[0] if value.ndim > 1 and len(value) == 1 else value for value in arrays]
-    boxes = next((value for value in arrays if value.ndim == 2 and value.shape[1] == 4), None)
-    if boxes is None:
-        return None
-    beside = [value for value in arrays if value.shape == (len(boxes),)]
-    whole = [value for value in beside if np.array_equal(value, np.rint(value)) and value.max(initial=0) > 0]
-    scores = [value for value in beside if not any(value is other for other in whole)]
-    if len(scores) != 1 or len(whole) != 1:
-        return None
-    return in_pixels(boxes, size), scores[0], whole[0].astype(int)
 
 
 def corners(boxes):
