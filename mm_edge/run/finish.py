@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from mm_edge.errors import ConstraintError
-from mm_edge.formats.bundle import write_bundle
+from mm_edge.formats.bundle import ARCHIVE, write_bundle
+from mm_edge.formats.bundle import FOLDER as BUNDLE
+from mm_edge.formats.bundle.contents import Facts, names_of, write_archive, write_contents
 from mm_edge.formats.context import FormatContext
 from mm_edge.graph.groups import Structure
 from mm_edge.quality.evaluation import compare_logits, compare_outputs, refer_to_outputs, run_onnx, run_outputs
@@ -30,7 +32,7 @@ from mm_edge.run.describe import describe_layers, write_command
 from mm_edge.run.job import IMAGES_PER_BATCH, Job
 from mm_edge.run.make import MakeSettings
 from mm_edge.run.measure import how_to_measure
-from mm_edge.run.networks import Network, Networks
+from mm_edge.run.networks import Network, Networks, labels_of, provenance_of
 from mm_edge.run.sustain import sustain
 from mm_edge.select import UNCOMPARED, choose, judge_budget, mark_pareto
 
@@ -67,7 +69,7 @@ def finish(
         chosen = _with_test(job, networks, settings, candidate, chosen)
         sustained = sustain(job, candidate, environment)
         layers = describe_layers(job, networks.dense, candidate)
-        _write_bundle(job, network, candidate)
+        _write_bundle(job, network, candidate, chosen, dense)
     if job.data is not None:
         job.note(*job.data.warnings)
     if job.transport is None:
@@ -159,14 +161,23 @@ def _test_accuracy(job: Job, network: Network, settings: MakeSettings, model: Pa
         return compare_logits(logits, network.data.test.labels, None).accuracy_top1
 
 
-def _write_bundle(job: Job, network: Network, candidate: Candidate) -> None:
-    if not job.request.formats and candidate.kind != "n:m":
-        return
+def _write_bundle(job: Job, network: Network, candidate: Candidate, chosen: Chosen, dense: DenseFigures) -> None:
+    """Write DIR/bundle, and DIR/bundle.tar.gz where it was asked for; what an earlier run wrote there goes first."""
     images = network.images
-    with job.stages.stage("files for the device"):
-        write_bundle(
-            job.folder,
-            candidate,
-            FormatContext(network.spec, job.target, images.parity, images.parity_kind),
-            job.request.formats,
-        )
+    context = FormatContext(network.spec, job.target, images.parity, images.parity_kind)
+    facts = Facts(
+        model=job.model.info,
+        dense=dense,
+        labels=labels_of(job),
+        reason=chosen.reason,
+        accuracy_top1_test=chosen.accuracy_top1_test,
+        provenance=provenance_of(job, network.model),
+    )
+    job.store.remove_owned(BUNDLE)
+    job.store.claim(*(f"{BUNDLE}/{name}" for name in names_of(candidate)))
+    with job.stages.stage("bundle"):
+        formats = write_bundle(job.folder, candidate, context, job.request.formats)
+        made = write_contents(job.folder, job.folder / BUNDLE, candidate, context, facts, formats)
+        if job.request.archive:
+            job.store.claim(ARCHIVE)
+            write_archive(job.folder / BUNDLE, job.folder / ARCHIVE, [path.name for path in (*made, *formats)])

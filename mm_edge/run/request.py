@@ -376,6 +376,7 @@ class Request(ModelOptions):
     formats: tuple[str, ...] = option(
         (), Flags(FORMATS, noun="format"), help="Files written beside the chosen model:", section=FILES
     )
+    archive: bool = option(False, Flag(), help="Also write the bundle as bundle.tar.gz.", section=FILES)
     seed: int = option(0, Whole(0, 2**63 - 1), help="Seed of every random choice.", section=FILES, metavar="N")
     resume: bool = option(
         True,
