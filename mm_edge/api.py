@@ -28,7 +28,7 @@ from mm_edge.run.request import Request, make_request
 from mm_edge.run.start import start
 
 # Options on how to read a file; they are refused for a module in memory.
-FILE_OPTIONS = ("arch", "input_size", "trust_pickle", "layout")
+FILE_OPTIONS = ("arch", "input_size", "inputs", "trust_pickle", "layout")
 # Options that may be given by position, after the module and the example input.
 BY_POSITION = ("target", "data", "out")
 WIDTH = 110

@@ -25,7 +25,7 @@ from mm_edge.run.recoveries import RECOVERIES, Recovery
 from mm_edge.run.request import RULES, SECTIONS, ModelOptions, Request, make_model_options, make_request
 
 IMAGES = torch.zeros(1, 3, 16, 16)
-FILE_ONLY = {"arch", "input_size", "trust_pickle", "layout"}
+FILE_ONLY = {"arch", "input_size", "inputs", "trust_pickle", "layout"}
 
 
 def make_report(chosen: bool = True) -> Report:

@@ -38,6 +38,7 @@ __all__ = [
 
 # The most bytes of outputs that are held of one network that is no classifier.
 OUTPUT_BYTES = 512 << 20
+COMPARED_TYPES = tuple(f"tensor({kind})" for kind in ("float", "float16", "int64", "int32", "uint8"))
 
 
 @dataclass(frozen=True)
@@ -122,10 +123,11 @@ def compare_outputs(found: Mapping[str, Float32Array], reference: Reference) -> 
     Nothing is compared of outputs whose shapes differ, as at another input size.
     """
     dense = reference.outputs or {}
-    pairs = {name: (own, found[name]) for name, own in dense.items() if name in found}
-    same = {name: _fidelity(own, other) for name, (own, other) in pairs.items() if own.shape == other.shape}
-    if len(same) < len(dense) or not same:
+    if any(name not in found or found[name].shape != own.shape for name, own in dense.items()):
         return None
+    # Whole numbers, such as the class of a pixel, have no error; boxes and masks are read from them.
+    pairs = {name: (own, found[name]) for name, own in dense.items() if own.dtype.kind == "f"}
+    same = {name: _fidelity(own, other) for name, (own, other) in pairs.items()}
     if reference.reader is None or reference.answers is None:
         return Fidelity(same)
     likeness = compare_answers(reference.reader.read(found), reference.answers)
@@ -200,25 +202,28 @@ def run_outputs(
     threads: int,
     on_images: Callable[[int], None] | None = None,
 ) -> dict[str, Float32Array]:
-    """Return the floating-point outputs for the images by name, each with the images first.
+    """Return the outputs for the images by name, each with the images first: float32, or whole numbers.
 
-    Images are run until the outputs fill OUTPUT_BYTES. Outputs whose shape depends on the image are left out.
+    Images are run until the outputs fill OUTPUT_BYTES. Outputs whose shape depends on the image, or that do not have
+    the images first, are left out.
 
     Raises:
         ModelError: ONNX Runtime cannot load the model.
         JobError: it failed while running.
     """
     session = open_session(model)
-    names = [item.name for item in session.get_outputs() if item.type in ("tensor(float)", "tensor(float16)")]
+    names = [item.name for item in session.get_outputs() if item.type in COMPARED_TYPES]
     found: dict[str, list[Float32Array]] = {name: [] for name in names}
-    size = 0
+    size = pieces = 0
     for rows in _run(session, model, batches, names, threads, on_images):
         for name, array in rows.items():
             found[name].append(array)
             size += array.nbytes
+        pieces += 1
         if size > OUTPUT_BYTES:
             break
-    alike = {name: rows for name, rows in found.items() if len({row.shape[1:] for row in rows}) == 1}
+    whole = {name: rows for name, rows in found.items() if len(rows) == pieces}
+    alike = {name: rows for name, rows in whole.items() if len({row.shape[1:] for row in rows}) == 1}
     return {name: np.concatenate(rows) for name, rows in alike.items()}
 
 
@@ -243,7 +248,12 @@ def _run(
             found = session.run(names, feed)
         except Exception as error:  # ONNX Runtime's own exception types have no common base
             raise JobError(f"ONNX Runtime failed on {model_name(model)}: {first_line(error)}") from error
-        return {name: np.asarray(rows, np.float32)[:used] for name, rows in zip(names, found, strict=True)}
+        # What does not have the images first, such as a list of all boxes found, cannot be told apart by image.
+        return {
+            name: np.asarray(rows, np.float32 if rows.dtype.kind == "f" else rows.dtype)[:used]
+            for name, rows in zip(names, found, strict=True)
+            if rows.ndim and len(rows) == len(images)
+        }
 
     for images, _ in batches:
         yield from in_order(run_one, _pieces(images, fixed), threads)

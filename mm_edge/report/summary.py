@@ -11,6 +11,7 @@ Candidates faster than every control have a margin only where they are at least 
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 
 from mm_edge.records import Candidate, Report
@@ -44,7 +45,7 @@ def _uncompared_sentence(report: Report) -> str | None:
         return None
     return (
         "Nothing was compared with the dense network, so these candidates may be unusable and none is recommended; to "
-        "find out give --data PATH with images in class folders."
+        "find out give --data PATH with photos."
     )
 
 
@@ -173,9 +174,22 @@ def _speed_sentence(report: Report, chosen: Candidate) -> str:
     return f"{chosen.id} is {chosen.speedup:.2f}x faster than dense ({times})."
 
 
+def _likeness_sentence(report: Report, chosen: Candidate) -> str:
+    """Say how good or how like the dense network a candidate is where accuracy was not measured."""
+    if chosen.metric is not None and report.dense.metric is not None:
+        return f"Its {chosen.metric.name} is {chosen.metric.value:.4g} (dense {report.dense.metric.value:.4g})."
+    if chosen.likeness is None:
+        return "Its accuracy was not measured."
+    value, what = chosen.likeness
+    sentence = f"Its {what} is {value:.3f} on validation images; accuracy was not measured"
+    test = None if report.chosen is None or report.chosen.fidelity_test is None else report.chosen.fidelity_test
+    found = None if test is None else replace(chosen, fidelity=test).likeness
+    return f"{sentence}." if found is None else f"{sentence}. On the test images it is {found[0]:.3f}."
+
+
 def _accuracy_sentence(report: Report, chosen: Candidate) -> str:
     if chosen.accuracy_drop is None:
-        return "Its accuracy was not measured."
+        return _likeness_sentence(report, chosen)
     side = "costs" if chosen.accuracy_drop >= 0 else "gains"
     both = f"{show_percent(report.dense.accuracy_top1)} -> {show_percent(chosen.accuracy_top1)}"
     if chosen.drop_ci is not None:

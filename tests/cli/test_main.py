@@ -299,7 +299,7 @@ def test_a_run_without_images_says_what_it_lacks(files: Path) -> None:
     assert report.warnings == (
         "no calibration images: signal magnitude only; give --data PATH for the other signals",
         "nothing was compared with the dense network, so these candidates may be unusable and none is recommended; to "
-        "find out give --data PATH with images in class folders",
+        "find out give --data PATH with photos",
         "latency is not measured: --no-bench was given; run the same command without it to measure",
     )
     made = out / "candidates" / "magnitude-balanced-structured-fp32.onnx"

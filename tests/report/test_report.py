@@ -183,7 +183,7 @@ def test_headlines() -> None:
 def test_where_nothing_was_compared_that_comes_first() -> None:
     first = (
         "Nothing was compared with the dense network, so these candidates may be unusable and none is recommended; to "
-        "find out give --data PATH with images in class folders. "
+        "find out give --data PATH with photos. "
     )
     assert write_headline(make_report(UNMEASURED, chosen=None)) == (
         f"{first}No candidate was chosen; the dense model stands."
