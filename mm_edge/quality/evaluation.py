@@ -192,7 +192,8 @@ def run_onnx(
     """
     session = open_session(model)
     output = session.get_outputs()[0].name
-    found = [rows[output] for rows in _run(session, model, batches, [output], threads, on_images)]
+    pieces = _run(session, model, batches, [output], threads, on_images)
+    found = [rows[output] for rows in pieces if output in rows]
     return np.concatenate(found) if found else np.zeros((0, 0), dtype=np.float32)
 
 
