@@ -9,7 +9,7 @@ import onnx
 from onnx import TensorProto
 
 # The floating-point types of weights, by NumPy's names.
-FLOATS = {
+FLOATS: dict[int, str] = {
     TensorProto.FLOAT: "float32",
     TensorProto.FLOAT16: "float16",
     TensorProto.DOUBLE: "float64",

@@ -90,7 +90,7 @@ def test_a_grid_computed_from_sizes_is_left_to_the_artifact(tmp_path: Path) -> N
         "(float[N,3,H,W] x) { a = Conv(x, w) sh = Shape(a) h = Gather(sh, two) r = Range(zero, h, one)"
         " f = Cast<to=1>(r) u = Unsqueeze(f, last) b = Add(a, u) y = Conv(b, v) }"
     )
-    constants = {"two": np.int64(2), "zero": np.int64(0), "one": np.int64(1), "last": ints(1)}
+    constants = {"two": np.array(2), "zero": np.array(0), "one": np.array(1), "last": ints(1)}
     found = read(write(tmp_path / "a.onnx", text, KERNELS, constants), x=(1, 3, 4, 4))
     proto = artifact(found)
     assert "Range" in [node.op_type for node in proto.graph.node]
@@ -287,7 +287,7 @@ def test_a_loop_is_kept_whole(tmp_path: Path) -> None:
     )
     text = f"(float[1,3,4,4] x) {{ a = Conv(x, w) b = Loop(n, yes, a) <{body}> c = Conv(b, u) y = Conv(c, v) }}"
     weights = {"w": (8, 3, 1, 1), "u": (6, 8, 1, 1), "v": (4, 6, 1, 1)}
-    found = read(write(tmp_path / "a.onnx", text, weights, {"n": np.int64(2), "yes": np.array(True)}))
+    found = read(write(tmp_path / "a.onnx", text, weights, {"n": np.array(2), "yes": np.array(True)}))
     assert found.groups == ["u:0"]
     assert found.pins["w:0"] == "Loop: the graph inside it is kept whole"
     assert_exact_at_every_size(found)
