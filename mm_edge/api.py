@@ -18,7 +18,7 @@ from rich.console import Console
 from torch import nn
 
 from mm_edge.errors import UsageError
-from mm_edge.load.models import LoadedModel, wrap_module
+from mm_edge.load.models import LoadedModel, LoadOptions, wrap_module
 from mm_edge.progress import Stages
 from mm_edge.records import Report
 from mm_edge.report.summary import find_chosen, write_headline
@@ -28,7 +28,7 @@ from mm_edge.run.request import Request, make_request
 from mm_edge.run.start import start
 
 # Options on how to read a file; they are refused for a module in memory.
-FILE_OPTIONS = ("arch", "input_size", "trust_pickle")
+FILE_OPTIONS = ("arch", "input_size", "trust_pickle", "layout")
 # Options that may be given by position, after the module and the example input.
 BY_POSITION = ("target", "data", "out")
 WIDTH = 110
@@ -110,7 +110,10 @@ def prune_export(module: nn.Module, example_input: torch.Tensor, *positional: An
     request = make_request(**{**options, "out": options.get("out") or Path(f"mm-edge-{name}")})
 
     def load() -> LoadedModel:
-        return wrap_module(module, example_input, name=name, mean=request.mean, std=request.std)
+        photos = LoadOptions(
+            preprocess=request.preprocess, scale=request.scale, colours=request.colours, resize=request.resize
+        )
+        return wrap_module(module, example_input, name=name, mean=request.mean, std=request.std, photos=photos)
 
     return run_job(load, request, Stages(Console(stderr=True)))
 

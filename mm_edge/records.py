@@ -29,13 +29,39 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class InputSpec:
-    """What the network expects: CHW shape and the preprocessing that produces it."""
+    """What the network expects of a picture: its shape and the preprocessing that produces it.
+
+    Attributes:
+        shape: channels, height and width, in this order whatever the layout.
+        mean: subtracted from the scaled pixels, one value per channel in the order of `colours`.
+        std: what they are divided by afterwards.
+        interpolation: how pixels are resized: bilinear, bicubic, nearest or lanczos.
+        crop_pct: with the resizing "crop", the share of the short side that is kept.
+        layout: "NCHW" or "NHWC", the order of the axes of the network's input.
+        colours: "RGB" or "BGR", the order of the channels.
+        scale: what pixels in 0..255 are multiplied by before mean and std.
+        resize: how a picture gets the height and width, a name of load.presets.RESIZES.
+        pad: pixel value in 0..255 where the resizing leaves a border.
+        assumed: the names of those fields that nobody stated.
+    """
 
     shape: tuple[int, int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     interpolation: str = "bicubic"
     crop_pct: float = 0.875
+    layout: str = "NCHW"
+    colours: str = "RGB"
+    scale: float = 1 / 255
+    resize: str = "crop"
+    pad: int = 0
+    assumed: tuple[str, ...] = ()
+
+    @property
+    def array_shape(self) -> tuple[int, int, int]:
+        """The shape of one input as the network takes it, without the batch."""
+        channels, height, width = self.shape
+        return (height, width, channels) if self.layout == "NHWC" else self.shape
 
 
 @dataclass(frozen=True)
@@ -110,7 +136,10 @@ class Assignment:
 
 @dataclass(frozen=True)
 class Latency:
-    """Latency percentiles of one model. `source` is "device", "host" or None (not measured)."""
+    """Latency percentiles of one model. `source` is "device", "host" or None (not measured).
+
+    `verdict` says how far the times can be trusted: "stable", "noisy" or "unusable"; None where nothing was measured.
+    """
 
     p50: float | None = None
     p90: float | None = None
@@ -118,6 +147,7 @@ class Latency:
     samples: int = 0
     threads: int | None = None
     source: str | None = None
+    verdict: str | None = None
 
 
 @dataclass(frozen=True)
@@ -142,8 +172,57 @@ class Parity:
 
 
 @dataclass(frozen=True)
+class OutputFidelity:
+    """How like the dense network's one output is, on held-back inputs; None where it has no finite value.
+
+    `nmse` is the squared error over the variance, `cosine` that of the angle between the two outputs.
+    """
+
+    nmse: float | None
+    cosine: float | None
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """How like the dense network's the outputs are, on held-back inputs; None where a figure does not apply.
+
+    `map50_to_dense` and `map_to_dense` are the mean average precision of the detected boxes against those that the
+    dense network detects, at an overlap of 0.5 and over the overlaps from 0.5 to 0.95. `miou_to_dense` is the mean
+    intersection over union of the segmented classes against the dense network's.
+    """
+
+    outputs: dict[str, OutputFidelity] = field(default_factory=dict)
+    map50_to_dense: float | None = None
+    map_to_dense: float | None = None
+    miou_to_dense: float | None = None
+
+
+@dataclass(frozen=True)
+class MetricValue:
+    """A figure of merit: that of the user, or the one that the user's labels make possible.
+
+    `others` holds further figures by name; only `value` decides. A value that `is_fraction` lies in [0, 1], and a drop
+    of it is counted in points of 100; a drop of another is counted in its own unit.
+    """
+
+    name: str
+    value: float
+    higher_is_better: bool = True
+    is_fraction: bool = False
+    others: dict[str, float] = field(default_factory=dict)
+
+    def drop(self, found: MetricValue) -> float:
+        """Return by how much `found` is worse than this; below 0 where it is better."""
+        worse = self.value - found.value if self.higher_is_better else found.value - self.value
+        return 100 * worse if self.is_fraction else worse
+
+
+@dataclass(frozen=True)
 class DenseFigures:
-    """The measurements of the dense network."""
+    """The measurements of the dense network.
+
+    `accuracy_ci` is the exact 95 % interval of `accuracy_top1`, `accuracy_images` the number of validation images.
+    """
 
     accuracy_top1: float | None
     latency_ms: Latency
@@ -151,6 +230,10 @@ class DenseFigures:
     file_bytes: int | None
     params: int
     macs: int
+    fidelity: Fidelity | None = None
+    metric: MetricValue | None = None
+    accuracy_ci: tuple[float, float] | None = None
+    accuracy_images: int | None = None
 
 
 @dataclass(frozen=True)
@@ -160,7 +243,10 @@ class Candidate:
     `file_bytes` is the size of the `artifact`, or of the `stored_file`, which holds no zeros. `accuracy_top1` is on
     validation images; `accuracy_drop` is dense minus this, in points. `epochs` is the number of epochs of fine-tuning,
     `stopped` why it ended, or the outcome of block-wise tuning. `planned_by` says how the cost of a candidate was
-    planned for its budget, and whether it was counted or measured.
+    planned for its budget, and whether it was counted or measured. `accuracy_ci` is the exact 95 % interval of
+    `accuracy_top1`; `drop_ci` that of `accuracy_drop`, in points, from images that only one of the two networks reads
+    right. `dense_latency_ms` is the dense network's, timed in turn with this candidate, at the same moments.
+    `fidelity` and `metric` are on validation images.
     """
 
     id: str
@@ -192,11 +278,26 @@ class Candidate:
     also_named: tuple[str, ...] = ()
     removed_blocks: tuple[str, ...] = ()
     planned_by: str | None = None
+    fidelity: Fidelity | None = None
+    metric: MetricValue | None = None
+    accuracy_ci: tuple[float, float] | None = None
+    drop_ci: tuple[float, float] | None = None
+    dense_latency_ms: Latency = field(default_factory=Latency)
 
     @property
     def is_pruned(self) -> bool:
         """Whether anything was removed; a budget may also ask for the unpruned network at a smaller input size."""
         return self.kind != "dense" and (self.sparsity > 0 or bool(self.removed_blocks))
+
+    @property
+    def was_compared(self) -> bool:
+        """Whether its answers to anything but the parity check's inputs were compared with labels or with dense's."""
+        return self.accuracy_top1 is not None or self.kl_to_dense is not None
+
+    @property
+    def is_unusable(self) -> bool:
+        """Whether it was timed and the times cannot be used."""
+        return self.latency_ms.verdict == "unusable"
 
     @property
     def is_budget(self) -> bool:
@@ -225,11 +326,12 @@ def _id_without_size(signal: str, strategy: str, kind: str, precision: str, side
 
 @dataclass(frozen=True)
 class Chosen:
-    """The chosen candidate, the reason, and its accuracy on test images (read once, at the end)."""
+    """The chosen candidate, the reason, and its accuracy and the dense network's on test images (read once, last)."""
 
     id: str
     reason: str
     accuracy_top1_test: float | None = None
+    dense_accuracy_top1_test: float | None = None
 
 
 @dataclass(frozen=True)

@@ -11,19 +11,36 @@ The choice, in this order:
     --latency, --speedup, --size (with or without --max-drop)    the most accurate that meets them all
 A speed-up is the median ratio of pairs, the dense model and the candidate timed in turn. Times in milliseconds were
 taken at different moments and are not compared. Candidates whose 95 % interval overlaps that of the largest speed-up
-are as fast as it: accuracy decides among them, then MACs. Without accuracy there is no front, and the least sparse
-stands in for the most accurate; without speed-ups the fewest MACs stand in for the fastest. The reason given says so.
+are as fast as it: accuracy decides among them, then MACs. Without speed-ups, also where every time is unusable, the
+fewest MACs stand in for the fastest.
+
+Without accuracy there is no front, and
+    nothing was compared with dense    nothing is chosen without a constraint; with one that can be checked the least
+                                       sparse that meets it, and the reason says that it may be unusable
+    answers were compared with dense's the fastest that agrees with dense on 99 % of the images (it has lost at most
+                                       1 point there), else the one of the least divergence
+
+"Within 1 point" is judged by the accuracies read. Where the 95 % interval of the loss holds the limit, the images
+cannot tell: the reason says so, and that it takes about n (w / |limit - loss|)^2 of them, with n images and an
+interval of half-width w (its width falls as 1 / sqrt(n)).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 
 from mm_edge.errors import ConstraintError
 from mm_edge.records import Budget, BudgetOutcome, Candidate, Chosen, Constraints, DenseFigures, constraint_budgets
 
 FREE_DROP_POINTS = 1.0
+UNCOMPARED = (
+    "nothing was compared with the dense network, so these candidates may be unusable and none is recommended; to find "
+    "out give --data PATH with images in class folders"
+)
+_ITSELF_UNCOMPARED = "it was not compared with the dense network and may be unusable; to find out give --data PATH"
+_NEAREST_POINTS = 0.25  # a loss nearer to the limit than this is taken to be this far from it
 
 # Rounding in floating point is no miss: 100 * (0.91 - 0.90) is slightly above 1.
 _TOLERANCE = 1e-9
@@ -62,8 +79,10 @@ def mark_pareto(candidates: Sequence[Candidate], dense: DenseFigures | None = No
     )
 
 
-def choose(dense: DenseFigures, candidates: Sequence[Candidate], constraints: Constraints) -> Chosen:
+def choose(dense: DenseFigures, candidates: Sequence[Candidate], constraints: Constraints) -> Chosen | None:
     """Return the chosen candidate and the reason. Test images are not used here.
+
+    None where nothing was asked and nothing was compared with the dense network: any choice would be a guess.
 
     Raises:
         ConstraintError: none meets the constraints (the message names the nearest), or there is no candidate.
@@ -80,25 +99,73 @@ def choose(dense: DenseFigures, candidates: Sequence[Candidate], constraints: Co
     only_drop = constraints == Constraints(max_drop=constraints.max_drop)
     best = _fastest(fitting) if only_drop else _most_accurate(fitting)
     kind = _fastest_words(fitting) if only_drop else _most_accurate_words(fitting)
-    return Chosen(best.id, f"the {kind} that meets {asked}: {_describe(dense, best)}")
+    return Chosen(best.id, f"the {kind} that meets {asked}: {_explain(dense, best, constraints.max_drop)}")
 
 
-def _choose_freely(dense: DenseFigures, candidates: Sequence[Candidate]) -> Chosen:
+def _choose_freely(dense: DenseFigures, candidates: Sequence[Candidate]) -> Chosen | None:
     drops = [c for c in candidates if c.accuracy_drop is not None]
     if not drops:
-        best = _fastest(candidates)
-        return Chosen(
-            best.id,
-            f"the {_fastest_words(candidates).removesuffix(',')}, accuracy not measured: {_describe(dense, best)}",
-        )
+        return _choose_by_agreement(dense, [c for c in candidates if c.was_compared])
     close = [c for c in drops if _met(_over(c.accuracy_drop, FREE_DROP_POINTS))]
     if close:
         best = _fastest(close)
-        reason = f"the {_fastest_words(close)} within 1 point of dense on validation images: {_describe(dense, best)}"
-        return Chosen(best.id, reason)
-    best = _most_accurate(drops)
-    reason = f"none is within 1 point of dense on validation images, so the most accurate: {_describe(dense, best)}"
-    return Chosen(best.id, reason)
+        kind = f"the {_fastest_words(close)} within 1 point of dense on validation images"
+    else:
+        best = _most_accurate(drops)
+        kind = "none is within 1 point of dense on validation images, so the most accurate"
+    return Chosen(best.id, f"{kind}: {_explain(dense, best, FREE_DROP_POINTS)}")
+
+
+def _choose_by_agreement(dense: DenseFigures, compared: Sequence[Candidate]) -> Chosen | None:
+    """Choose among candidates whose answers were compared with dense's, but not with labels; None of none."""
+    if not compared:
+        return None
+    alike = [
+        c for c in compared if c.agreement_top1 is not None and _met(100 * (1 - c.agreement_top1) - FREE_DROP_POINTS)
+    ]
+    if alike:
+        best = _fastest(alike)
+        kind = f"the {_fastest_words(alike)} that answers as dense on 99 % of the images"
+    else:
+        best = max(compared, key=quality)
+        kind = "none answers as dense on 99 % of the images, so the one of the least divergence"
+    return Chosen(best.id, f"{kind}, accuracy not measured: {_describe(dense, best)}")
+
+
+def _explain(dense: DenseFigures, best: Candidate, limit: float | None) -> str:
+    """Describe a choice, and say what is not known about it; `limit` is on its loss, in points."""
+    doubt = None if best.was_compared else _ITSELF_UNCOMPARED
+    if limit is not None and best.drop_ci is not None and best.accuracy_drop is not None:
+        doubt = doubt_loss(best.accuracy_drop, best.drop_ci, dense.accuracy_images, limit)
+    described = _describe(dense, best)
+    return described if doubt is None else f"{described}; {doubt}"
+
+
+def doubt_loss(drop: float, interval: tuple[float, float], images: int | None, limit: float) -> str | None:
+    """Return that the images cannot tell whether a loss is within `limit`, and how many could; None where they can.
+
+    Args:
+        drop: the loss, in points.
+        interval: its 95 % interval, in points.
+        images: how many images it was read on; None where that is not known.
+        limit: the largest loss allowed, in points.
+    """
+    lo, hi = interval
+    if not lo <= limit < hi:
+        return None
+    found = f"cannot tell whether the loss is within {limit:g} point{'' if limit == 1 else 's'}"
+    between = f"(95 % interval {lo:.2f} to {hi:.2f})"
+    if images is None:
+        return f"the images {found} {between}"
+    return f"{images} images {found} {between}; about {_images_needed(drop, interval, images, limit):,} would"
+
+
+def _images_needed(drop: float, interval: tuple[float, float], images: int, limit: float) -> int:
+    """Return how many images would tell a loss of `drop` from `limit`, rounded up to two digits."""
+    width = (interval[1] - interval[0]) / 2
+    needed = images * (width / max(abs(limit - drop), _NEAREST_POINTS)) ** 2
+    step = 10 ** max(0, math.floor(math.log10(max(needed, 1))) - 1)
+    return math.ceil(round(needed / step, 6)) * step  # 45.0000001 is 45
 
 
 def _limits(dense: DenseFigures, candidates: Sequence[Candidate], asked: Constraints) -> list[_Limit]:
@@ -111,7 +178,7 @@ def _limits(dense: DenseFigures, candidates: Sequence[Candidate], asked: Constra
 def _limit_of(dense: DenseFigures, candidates: Sequence[Candidate], budget: Budget) -> _Limit:
     value = budget.value
     if budget.kind == "latency":
-        return _Limit(budget.asked, _describe_latency, lambda c: _over(c.latency_ms.p50, value))
+        return _Limit(budget.asked, _describe_latency, lambda c: _over(_usable_p50(c), value))
     if budget.kind == "size":
         return _Limit(budget.asked, _describe_size, lambda c: _over(c.file_bytes, value))
     if budget.kind == "macs":
@@ -174,7 +241,10 @@ def _nearest_miss(candidates: Sequence[Candidate], limits: Sequence[_Limit], ask
             limit.asked for i, limit in enumerate(limits) if all(misses[i] is None for _, misses in comparable)
         ]
         names = " and ".join(unmeasured) or asked
-        return f"{names} cannot be checked: what it limits was not measured for any candidate"
+        why = "what it limits was not measured for any candidate"
+        if any(c.is_unusable for c in candidates):
+            why = "the times of every candidate that has any are unusable; stop other programs and run again"
+        return f"{names} cannot be checked: {why}"
     nearest = min(known, key=lambda pair: pair[0])[1]
     values = ", ".join(limit.describe(nearest) for limit in limits)
     return f"no candidate meets {asked}; the nearest is {nearest.id}: {values}; relax what it misses, or keep dense"
@@ -195,6 +265,10 @@ def _met(miss: float | None) -> bool:
 
 def _speedups_measured(candidates: Sequence[Candidate]) -> bool:
     return any(c.speedup is not None for c in candidates)
+
+
+def _usable_p50(c: Candidate) -> float | None:
+    return None if c.is_unusable else c.latency_ms.p50
 
 
 def _time_share(c: Candidate) -> float | None:
@@ -234,7 +308,8 @@ def _most_accurate(candidates: Sequence[Candidate]) -> Candidate:
 
 def _fastest_words(candidates: Sequence[Candidate]) -> str:
     if not _speedups_measured(candidates):
-        return "one of fewest MACs (latency was not measured)"
+        why = "every time is unusable" if any(c.is_unusable for c in candidates) else "latency was not measured"
+        return f"one of fewest MACs ({why})"
     equal = _as_fast_as_the_fastest(candidates)
     if len(equal) == 1:
         return "fastest"
@@ -258,9 +333,9 @@ def _dominates(a: tuple[float, float], b: tuple[float, float]) -> bool:
 
 def _describe(dense: DenseFigures, c: Candidate) -> str:
     speed = _describe_macs(dense, c)
-    if c.speedup is not None and c.latency_ms.p50 is not None:
+    if c.speedup is not None and _usable_p50(c) is not None:
         speed = f"{_describe_speedup(c)} ({_describe_latency(c)})"
-    elif c.latency_ms.p50 is not None:
+    elif _usable_p50(c) is not None:
         speed = _describe_latency(c)
     found = speed if c.accuracy_drop is None else f"{speed}, {_describe_drop(c)}"
     return found if c.planned_by is None else f"{found}; planned by {c.planned_by}"
@@ -274,16 +349,20 @@ def _describe_drop(c: Candidate) -> str:
 
 
 def _describe_latency(c: Candidate) -> str:
+    if c.is_unusable:
+        return "latency unusable"
     return "latency not measured" if c.latency_ms.p50 is None else f"p50 {c.latency_ms.p50:.3g} ms"
 
 
 def _describe_speedup(c: Candidate) -> str:
-    return "speed-up not measured" if c.speedup is None else f"speed-up {c.speedup:.2f}x"
+    if c.speedup is None:
+        return "speed-up unusable" if c.is_unusable else "speed-up not measured"
+    return f"speed-up {c.speedup:.2f}x"
 
 
 def _describe_macs(dense: DenseFigures, c: Candidate) -> str:
     share = 100 * c.macs / max(dense.macs, 1)
-    return f"{share:.0f} % of the dense MACs (speed-up not measured)"
+    return f"{share:.0f} % of the dense MACs (speed-up {'unusable' if c.is_unusable else 'not measured'})"
 
 
 def _describe_size(c: Candidate) -> str:

@@ -14,7 +14,7 @@ from mm_edge.graph.compact import materialise
 from mm_edge.graph.export import RawGraph, export_raw
 from mm_edge.graph.groups import Structure, read_structure
 from mm_edge.graph.partial import Frontier, RunnableGraph
-from mm_edge.quality.evaluation import divergence_per_row
+from mm_edge.quality.divergences import kl_per_image
 from mm_edge.recover.closed_form.context import RecoveryContext, answers, build_context
 
 
@@ -121,5 +121,6 @@ class Case:
 def kl_as_it_is(context: RecoveryContext, keep: Keep, tensors: Arrays) -> float:
     """Return KL(dense || network) on held-back images of the network as it would be written, its answers not scaled."""
     graph = RunnableGraph(materialise(context.raw, context.structure, keep, tensors))
-    found = answers(graph, Frontier(graph, context.images, context.held_back), context.held_back)
-    return float(divergence_per_row(context.logits, found).mean())
+    held = Frontier(graph, context.images, context.held_back)
+    (found,) = answers(graph, context.judged, held, context.held_back)
+    return float(kl_per_image(context.answers[0], found).mean())

@@ -330,6 +330,8 @@ def test_a_job_runs_with_progress_on_standard_error(tmp_path: Path, capfd: pytes
     assert out == "" and "candidates: " in err
     assert [candidate.id for candidate in result.candidates] == ["magnitude/balanced/structured/fp32"]
     assert result.folder == tmp_path / "run"
-    assert result.chosen_path is not None and result.chosen_path.is_file()
+    assert result.chosen is None and result.chosen_path is None  # nothing was compared with the dense network
+    assert result.candidates[0].artifact is not None
+    assert (result.folder / result.candidates[0].artifact).is_file()
     assert result == from_json(Report, json.loads((tmp_path / "run" / "report.json").read_text()))
     assert len(str(result).splitlines()) <= 10

@@ -25,7 +25,7 @@ from mm_edge.graph.groups import read_structure
 from mm_edge.graph.onnx_graph import raw_from_onnx
 from mm_edge.load.models import LoadOptions, load_model
 from mm_edge.progress import Stages
-from mm_edge.quality.divergences import divergence_for, divergence_per_row
+from mm_edge.quality.divergences import divergence_for, divergence_per_image
 from mm_edge.records import Report
 from mm_edge.run.request import make_request
 
@@ -131,10 +131,10 @@ def test_a_format_is_written_beside_the_chosen_model(done: tuple[Path, Report]) 
 
 def test_a_specific_divergence_takes_over() -> None:
     assert divergence_for((4, 3)).unit == "nats"
-    assert divergence_for((4, 3, 2, 2)).unit == "shares of the variance"
+    assert divergence_for((4, 3, 2, 2)).unit == "shares of the deviation"
     dense = np.random.default_rng(0).normal(size=(4, 3, 2, 2)).astype(np.float32)
-    assert divergence_per_row(dense, dense).tolist() == [0.0] * 4
-    assert divergence_per_row(dense, np.zeros_like(dense)).mean() == pytest.approx(1.0, abs=0.2)
+    assert divergence_per_image(dense, dense).tolist() == [0.0] * 4
+    assert divergence_per_image(dense, np.zeros_like(dense)).mean() == pytest.approx(1.0, abs=0.2)
 
 
 def test_a_transport_is_opened_by_the_profile_that_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mm_edge.errors import ConstraintError
-from mm_edge.records import Budget, Candidate, Constraints, DenseFigures, Latency
-from mm_edge.select import choose, judge_budget, mark_pareto
+from mm_edge.records import Budget, Candidate, Chosen, Constraints, DenseFigures, Latency
+from mm_edge.select import choose, doubt_loss, judge_budget, mark_pareto
 
 DENSE = DenseFigures(
     accuracy_top1=0.90,
@@ -48,6 +49,13 @@ MIDDLE = candidate("middle", 0.89, 6.0, 60, 3000)
 BEATEN = candidate("beaten", 0.88, 7.0, 70, 3000)
 FAST_BAD = candidate("fast-bad", 0.60, 3.0, 30, 1000)
 CANDIDATES = (FAST_BAD, BEATEN, MIDDLE, SLOW_GOOD)
+
+
+def found(candidates: Sequence[Candidate], asked: Constraints) -> Chosen:
+    """Return what is chosen, which is not None."""
+    chosen = choose(DENSE, candidates, asked)
+    assert chosen is not None
+    return chosen
 
 
 def front(*candidates: Candidate, dense: DenseFigures | None = None) -> list[str]:
@@ -101,7 +109,7 @@ def test_the_front_is_what_nothing_dominates(points: list[tuple[int, int]]) -> N
 
 
 def test_nothing_asked_takes_the_fastest_within_one_point() -> None:
-    chosen = choose(DENSE, CANDIDATES, Constraints())
+    chosen = found(CANDIDATES, Constraints())
     assert chosen.id == "middle"  # exactly one point below, which 100 * (0.90 - 0.89) overshoots
     assert chosen.reason == (
         "the fastest within 1 point of dense on validation images: "
@@ -111,15 +119,13 @@ def test_nothing_asked_takes_the_fastest_within_one_point() -> None:
 
 
 def test_nothing_asked_and_none_close_takes_the_most_accurate() -> None:
-    chosen = choose(DENSE, (FAST_BAD, BEATEN), Constraints())
+    chosen = found((FAST_BAD, BEATEN), Constraints())
     assert chosen.id == "beaten"
     assert chosen.reason.startswith("none is within 1 point of dense on validation images, so the most accurate: ")
 
 
 def test_a_gain_reads_as_a_gain() -> None:
-    assert choose(DENSE, [candidate("up", 0.91, 5.0)], Constraints()).reason.endswith(
-        "accuracy 1.00 points above dense"
-    )
+    assert found([candidate("up", 0.91, 5.0)], Constraints()).reason.endswith("accuracy 1.00 points above dense")
 
 
 @pytest.mark.parametrize(
@@ -138,11 +144,11 @@ def test_a_gain_reads_as_a_gain() -> None:
     ],
 )
 def test_what_is_asked_decides(asked: Constraints, expected: str) -> None:
-    assert choose(DENSE, CANDIDATES, asked).id == expected
+    assert found(CANDIDATES, asked).id == expected
 
 
 def test_the_reason_names_what_was_asked() -> None:
-    assert choose(DENSE, CANDIDATES, Constraints(max_drop=2.5, speedup=1.3)).reason == (
+    assert found(CANDIDATES, Constraints(max_drop=2.5, speedup=1.3)).reason == (
         "the most accurate that meets --max-drop 2.5 and --speedup 1.3: "
         "speed-up 1.67x (p50 6 ms), accuracy 1.00 points below dense"
     )
@@ -196,7 +202,7 @@ def test_paired_ratios_decide_and_times_of_different_moments_do_not() -> None:
     # "drifted" was timed when the machine was twice as fast: its own dense run was too.
     drifted = timed("drifted", 0.895, 1.5, (1.45, 1.55), 3.0, 60)
     faster = timed("faster", 0.895, 2.0, (1.95, 2.05), 5.0, 50)
-    assert choose(DENSE, (drifted, faster), Constraints()).id == "faster"
+    assert found((drifted, faster), Constraints()).id == "faster"
     assert front(drifted, faster) == ["faster"]
     # The dense model's ratio is 1, whatever its own milliseconds were.
     slower = timed("slower", 0.85, 0.9, (0.85, 0.95), 3.0, 60)
@@ -207,31 +213,24 @@ def test_overlapping_speed_ups_are_equal_and_accuracy_then_macs_decide() -> None
     a = timed("a", 0.893, 2.0, (1.8, 2.2), 5.0, 40)
     b = timed("b", 0.899, 1.9, (1.7, 2.1), 5.2, 60)
     c = timed("c", 0.900, 1.5, (1.4, 1.6), 6.0, 70)
-    chosen = choose(DENSE, (a, b, c), Constraints())
+    chosen = found((a, b, c), Constraints())
     assert chosen.id == "b"
     assert chosen.reason == (
         "the most accurate of the 2 fastest, whose speed-ups cannot be told apart, within 1 point of dense on "
         "validation images: speed-up 1.90x (p50 5.2 ms), accuracy 0.10 points below dense"
     )
     equal = dataclasses.replace(b, accuracy_top1=a.accuracy_top1, accuracy_drop=a.accuracy_drop)
-    chosen = choose(DENSE, (equal, a), Constraints(max_drop=2))
+    chosen = found((equal, a), Constraints(max_drop=2))
     assert chosen.id == "a"
     assert chosen.reason.startswith(
         "the one of fewest MACs of the 2 fastest, whose speed-ups cannot be told apart, that meets --max-drop 2: "
-    )
-    unknown = choose(
-        DENSE, [dataclasses.replace(x, accuracy_top1=None, accuracy_drop=None) for x in (b, a)], Constraints()
-    )
-    assert unknown.id == "a"
-    assert unknown.reason.startswith(
-        "the one of fewest MACs of the 2 fastest, whose speed-ups cannot be told apart, accuracy not measured: "
     )
 
 
 @given(st.lists(st.tuples(st.floats(0.5, 3), st.floats(0, 0.5), st.integers(0, 4), st.integers(1, 9)), min_size=1))
 def test_nothing_that_is_surely_slower_is_called_the_fastest(rows: list[tuple[float, float, int, int]]) -> None:
     made = [timed(str(i), 0.9 + a / 1000, s, (s - w, s + w), 1.0, m) for i, (s, w, a, m) in enumerate(rows)]
-    chosen = next(c for c in made if c.id == choose(DENSE, made, Constraints()).id)
+    chosen = next(c for c in made if c.id == found(made, Constraints()).id)
     top = max(made, key=lambda c: c.speedup or 0.0)
     assert chosen.speedup_ci is not None and top.speedup_ci is not None
     assert chosen.speedup_ci[1] >= top.speedup_ci[0]
@@ -240,30 +239,110 @@ def test_nothing_that_is_surely_slower_is_called_the_fastest(rows: list[tuple[fl
 
 def test_without_latency_macs_stand_in_and_the_reason_says_so() -> None:
     candidates = [candidate("a", 0.895, None, 60), candidate("b", 0.895, None, 50), candidate("c", 0.2, None, 10)]
-    free = choose(DENSE, candidates, Constraints())
+    free = found(candidates, Constraints())
     assert free.id == "b"
     assert free.reason == (
         "the one of fewest MACs (latency was not measured) within 1 point of dense on validation images: "
         "50 % of the dense MACs (speed-up not measured), accuracy 0.50 points below dense"
     )
-    asked = choose(DENSE, candidates, Constraints(speedup=1.5))
+    asked = found(candidates, Constraints(speedup=1.5))
     assert asked.id == "b"
     assert "speed-up not measured" in asked.reason
 
 
 def test_without_accuracy_the_choice_says_so() -> None:
     candidates = [candidate("a", None, 5.0, 60), candidate("b", None, 4.0, 50)]
-    free = choose(DENSE, candidates, Constraints())
-    assert (free.id, free.reason) == ("b", "the fastest, accuracy not measured: speed-up 2.50x (p50 4 ms)")
-    asked = choose(DENSE, candidates, Constraints(speedup=1.5))
+    asked = found(candidates, Constraints(speedup=1.5))
     assert asked.id == "a"
-    assert asked.reason.startswith("the least sparse (accuracy was not measured) that meets --speedup 1.5: ")
+    assert asked.reason == (
+        "the least sparse (accuracy was not measured) that meets --speedup 1.5: speed-up 2.00x (p50 5 ms); it was not "
+        "compared with the dense network and may be unusable; to find out give --data PATH"
+    )
+
+
+def test_where_nothing_was_compared_nothing_is_chosen_unless_a_constraint_asks() -> None:
+    candidates = [candidate("a", None, 5.0, 60), candidate("b", None, 4.0, 50)]
+    assert choose(DENSE, candidates, Constraints()) is None
+    for asked in (Constraints(latency_ms=6), Constraints(size_bytes=3000)):
+        assert "may be unusable; to find out give --data PATH" in found(candidates, asked).reason
+    assert "may be unusable" not in found(CANDIDATES, Constraints(speedup=1.2)).reason
+
+
+def test_without_labels_agreement_with_dense_decides() -> None:
+    """Who answers as dense on 99 % of the images has lost at most a point on them."""
+    rows = [
+        dataclasses.replace(candidate(name, None, p50), agreement_top1=agreement, kl_to_dense=kl)
+        for name, p50, agreement, kl in (("same", 8.0, 0.995, 0.01), ("close", 6.0, 0.99, 0.02), ("far", 3.0, 0.9, 0.2))
+    ]
+    chosen = found(rows, Constraints())
+    assert (chosen.id, chosen.reason) == (
+        "close",
+        "the fastest that answers as dense on 99 % of the images, accuracy not measured: speed-up 1.67x (p50 6 ms)",
+    )
+    nearer = dataclasses.replace(rows[2], id="near", kl_to_dense=0.1)
+    chosen = found([rows[2], nearer], Constraints())
+    assert chosen.id == "near"
+    assert chosen.reason.startswith("none answers as dense on 99 % of the images, so the one of the least divergence, ")
+
+
+# --- what images and times can tell ----------------------------------------------------------------------------------
+
+
+def judged(accuracy: float, interval: tuple[float, float]) -> Candidate:
+    return dataclasses.replace(candidate("judged", accuracy, 5.0), drop_ci=interval)
+
+
+def test_the_reason_says_when_the_images_cannot_tell() -> None:
+    dense = dataclasses.replace(DENSE, accuracy_images=500)
+    # The half-width is 1.5 points, the limit 0.5 away: 500 * 3^2.
+    chosen = choose(dense, [judged(0.895, (-1.0, 2.0))], Constraints())
+    assert chosen is not None and chosen.reason == (
+        "the fastest within 1 point of dense on validation images: speed-up 2.00x (p50 5 ms), accuracy 0.50 points "
+        "below dense; 500 images cannot tell whether the loss is within 1 point (95 % interval -1.00 to 2.00); "
+        "about 4,500 would"
+    )
+    asked = choose(dense, [judged(0.895, (-1.0, 2.0))], Constraints(max_drop=1.5))
+    assert asked is not None and asked.reason.endswith(
+        "; 500 images cannot tell whether the loss is within 1.5 points (95 % interval -1.00 to 2.00); about "
+        "1,200 would"
+    )
+    for drop, interval in ((0.5, (0.2, 0.9)), (2.0, (1.1, 3.0))):
+        assert doubt_loss(drop, interval, 500, 1.0) is None
+    assert doubt_loss(0.5, (-1.0, 2.0), None, 1.0) == (
+        "the images cannot tell whether the loss is within 1 point (95 % interval -1.00 to 2.00)"
+    )
+    # A loss of exactly the limit is told from one a quarter of a point away.
+    assert doubt_loss(1.0, (0.0, 2.0), 500, 1.0) == (
+        "500 images cannot tell whether the loss is within 1 point (95 % interval 0.00 to 2.00); about 8,000 would"
+    )
+
+
+def unusable(name: str, accuracy: float | None, macs: int) -> Candidate:
+    found = candidate(name, accuracy, None, macs)
+    return dataclasses.replace(found, latency_ms=Latency(p50=1.0, verdict="unusable"))
+
+
+def test_unusable_times_choose_nothing() -> None:
+    rows = (unusable("fewer", 0.895, 40), unusable("more", 0.897, 60))
+    chosen = found(rows, Constraints())
+    assert chosen.reason == (
+        "the one of fewest MACs (every time is unusable) within 1 point of dense on validation images: "
+        "40 % of the dense MACs (speed-up unusable), accuracy 0.50 points below dense"
+    )
+    # One that was timed well is chosen before those that were not.
+    assert found((*rows, candidate("slow", 0.895, 9.0, 90)), Constraints()).id == "slow"
+    with pytest.raises(ConstraintError) as caught:
+        choose(DENSE, rows, Constraints(latency_ms=5))
+    assert str(caught.value) == (
+        "--latency 5 cannot be checked: the times of every candidate that has any are unusable; stop other programs "
+        "and run again"
+    )
 
 
 def test_a_candidate_that_was_not_measured_is_not_chosen_over_measured_ones() -> None:
     candidates = [candidate("unmeasured", 0.9, None, 1), candidate("measured", 0.9, 9.0, 90)]
-    assert choose(DENSE, candidates, Constraints()).id == "measured"
-    assert choose(DENSE, candidates, Constraints(max_drop=1)).id == "measured"
+    assert found(candidates, Constraints()).id == "measured"
+    assert found(candidates, Constraints(max_drop=1)).id == "measured"
 
 
 # --- which candidates win under a budget ----------------------------------------------------------------------------
@@ -303,4 +382,4 @@ def test_a_control_that_beats_the_winner_is_named_and_without_accuracy_nothing_w
 
 def test_the_reason_says_what_a_budgets_candidate_was_planned_by() -> None:
     planned = dataclasses.replace(MIDDLE, planned_by="multiply-adds, counted")
-    assert choose(DENSE, (planned,), Constraints(speedup=1.5)).reason.endswith("; planned by multiply-adds, counted")
+    assert found((planned,), Constraints(speedup=1.5)).reason.endswith("; planned by multiply-adds, counted")

@@ -6,6 +6,7 @@ another machine are never used.
 
 SAMPLES_VERSION history:
     1  first version.
+    2  disturbed, sittings, clocks_khz and load; the states have throttled.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from mm_edge.errors import BenchError, UsageError
 from mm_edge.records import Latency
 from mm_edge.store import SAMPLES_START, refuse_link, starts_with, write_atomically
 
-SAMPLES_VERSION = 1
+SAMPLES_VERSION = 2
 QUIET = 20  # the percentile of the samples that other programs hardly disturb
 SECONDS_PER_IMAGE = 10.0  # a device that takes longer is taken to hang
 SECONDS_PER_PAIR = 20.0  # likewise
@@ -51,6 +52,10 @@ class Doubt:
     text: str
 
 
+UNUSABLE = "unusable"
+MAX_WIDTH = 1e9  # stands for a measurement without any interval
+_UNUSABLE_TEXT = "times are unusable and no speed-up is stated: stop other programs and measure again"
+
 EMULATED = Doubt("emulated", 0.0, "emulated: the target's own kernels, but neither time nor memory is the device's")
 
 
@@ -61,12 +66,15 @@ class Measurement:
     Attributes:
         latency: of the candidate; its numbers are None when the device is emulated.
         dense_latency: of the dense model, likewise.
-        speedup: the median of the pair ratios dense / candidate; None when the device is emulated.
+        speedup: how many times faster the candidate is (see stats); None when the device is emulated or the times are
+            unusable.
         speedup_ci: the 95 % interval of `speedup`.
         samples_file: where the raw samples are kept; None if they are not.
         doubts: why the figures may be wrong.
         quiet_ratio: the dense model's QUIET percentile divided by the candidate's. It varies less than `speedup` from
             one measurement to the next when other programs run, but it is not a speed-up that a user would see.
+        ratio: `speedup`, also where the times are unusable: to plan by, and not to be reported.
+        ratio_ci: the 95 % interval of `ratio`.
     """
 
     latency: Latency
@@ -76,6 +84,13 @@ class Measurement:
     samples_file: str | None
     doubts: tuple[Doubt, ...]
     quiet_ratio: float | None = None
+    ratio: float | None = None
+    ratio_ci: tuple[float, float] | None = None
+
+    @property
+    def verdict(self) -> str | None:
+        """How far the times can be trusted: "stable", "noisy" or "unusable"; None when the device is emulated."""
+        return self.latency.verdict
 
 
 @dataclass(frozen=True)
@@ -156,7 +171,7 @@ def measure_pair(
         if raw_samples is not None:
             document = {"samples_version": SAMPLES_VERSION, "identity": identity, "result": result}
             write_atomically(raw_samples, json.dumps(document).encode())
-    return _summarise(result, transport.source, raw_samples)
+    return _summarise(result, transport.source, raw_samples, pairs)
 
 
 def measure_memory(model: Path, target: Target, *, transport: Transport) -> int | None:
@@ -252,56 +267,117 @@ def run_options(target: Target) -> dict[str, Any]:
     }
 
 
-def _summarise(result: Mapping[str, Any], source: str, samples_file: Path | None) -> Measurement:
-    file = str(samples_file) if samples_file else None
-    dense_ns, candidate_ns, threads = result["dense_ns"], result["candidate_ns"], result["threads"]
-    ratios = stats.pair_ratios(dense_ns, candidate_ns)
+def _summarise(result: Mapping[str, Any], source: str, samples_file: Path | None, asked: int) -> Measurement:
+    sittings, threads = result["sittings"], result["threads"]
+    used = stats.usable_pairs(result["disturbed"], sittings, asked)
+    ratio, interval = stats.mean_ratio(stats.sitting_ratios(result["dense_ns"], result["candidate_ns"], sittings, used))
+    kept = np.concatenate(used)
+    dense_ns, candidate_ns = (np.asarray(result[key])[kept].tolist() for key in ("dense_ns", "candidate_ns"))
+    doubts = _doubts(result, dense_ns, candidate_ns)
+    width = stats.half_width(ratio, interval)
+    verdict = _verdict(doubts, width)
+    if verdict == UNUSABLE:
+        text = f"{_UNUSABLE_TEXT} ({_width_text(width)}); {_load_text(result)}"
+        doubts = [Doubt(UNUSABLE, min(width, MAX_WIDTH), text), *doubts]
+    stated = verdict != UNUSABLE
     return Measurement(
-        latency=stats.summarise_latency(candidate_ns, threads, source),
-        dense_latency=stats.summarise_latency(dense_ns, threads, source),
-        speedup=float(np.median(ratios)),
-        speedup_ci=stats.bootstrap_median(ratios, result["block"]),
-        samples_file=file,
-        doubts=tuple(_doubts(result)),
+        latency=stats.summarise_latency(candidate_ns, threads, source, verdict),
+        dense_latency=stats.summarise_latency(dense_ns, threads, source, verdict),
+        speedup=ratio if stated else None,
+        speedup_ci=interval if stated else None,
+        samples_file=str(samples_file) if samples_file else None,
+        doubts=tuple(doubts),
         quiet_ratio=float(np.percentile(dense_ns, QUIET) / np.percentile(candidate_ns, QUIET)),
+        ratio=ratio,
+        ratio_ci=interval,
     )
 
 
+def _verdict(doubts: Sequence[Doubt], width: float) -> str:
+    """Return the verdict; see stats. Any doubt but that of the samples' spread, which no ratio needs, means noise."""
+    if width > stats.UNUSABLE_WIDTH:
+        return UNUSABLE
+    noisy = width > stats.STABLE_WIDTH or any(doubt.kind != "spread" for doubt in doubts)
+    return "noisy" if noisy else "stable"
+
+
+def _width_text(width: float) -> str:
+    return "no interval" if width == float("inf") else f"the interval is +-{width:.0%}"
+
+
+def _load_text(result: Mapping[str, Any]) -> str:
+    """Return what others took of the device, and how many pairs they disturbed."""
+    load, share = result["load"], np.mean(result["disturbed"])
+    found = f"{share:.0%} of the pairs were disturbed"
+    if load["others"] is None:
+        return found
+    taken = f"other programs kept {load['others']:.1f} of {load['cores']} cores busy"
+    stolen = f", the hypervisor took {load['stolen']:.1f}" if load["stolen"] >= 0.05 else ""
+    return f"{taken}{stolen}; {found}"
+
+
 def merge_doubts(measurements: Sequence[Measurement]) -> list[str]:
-    """Return one sentence per kind of doubt: the largest doubt's, and how many measurements have that kind."""
+    """Return one sentence per kind of doubt: the largest doubt's, and how many measurements have that kind.
+
+    That times are unusable comes first.
+    """
     kinds: dict[str, list[Doubt]] = {}
     for measurement in measurements:
         for doubt in measurement.doubts:
             kinds.setdefault(doubt.kind, []).append(doubt)
     sentences = []
-    for found in kinds.values():
+    for found in sorted(kinds.values(), key=lambda found: found[0].kind != UNUSABLE):
         worst = max(found, key=lambda doubt: doubt.size).text
         share = f" (the worst of {len(found)} such among {len(measurements)} measurements)" if len(found) > 1 else ""
         sentences.append(f"{worst}{share}")
     return sentences
 
 
-def _doubts(result: Mapping[str, Any]) -> list[Doubt]:
+def _doubts(result: Mapping[str, Any], dense_ns: Sequence[int], candidate_ns: Sequence[int]) -> list[Doubt]:
+    """Return the reasons to doubt a measurement; the samples are those of the pairs that are used."""
+    load = result["load"]
     found = []
-    wide = max(stats.spread(result[key]) for key in ("dense_ns", "candidate_ns"))
+    share = float(np.mean(result["disturbed"]))
+    taken = ((load["others"] or 0.0) + (load["stolen"] or 0.0)) / load["cores"]
+    if share > 1 - stats.STABLE_SHARE or taken > stats.STABLE_LOAD:
+        text = f"the device was busy while measuring: {_load_text(result)}; stop other programs and measure again"
+        found.append(Doubt("load", max(share, taken), text))
+    wide = max(stats.spread(samples) for samples in (dense_ns, candidate_ns))
     if wide > stats.SPREAD_LIMIT:
         text = (
             f"the spread of the samples is {wide:.0%} of their median: stop other programs, set the CPU governor to "
             "performance, or lower the target's thread count, and measure again"
         )
         found.append(Doubt("spread", wide, text))
-    slower = stats.drift(result["dense_ns"])
+    slower = stats.drift(dense_ns)
     if slower > stats.DRIFT_LIMIT:
         text = (
             f"the dense model ended {slower:.0%} slower than it began: the device throttles or is loaded; let it cool"
         )
         found.append(Doubt("drift", slower, text))
-    before, after = result["before"].get("frequency_khz"), result["after"].get("frequency_khz")
-    if before and after and after < before * (1 - stats.DRIFT_LIMIT):
-        text = f"the clock fell from {before / 1000:.0f} to {after / 1000:.0f} MHz while measuring: let the device cool"
-        found.append(Doubt("clock", 1 - after / before, text))
+    found += _heat(result)
     if not result["warm_up_stable"]:
         found.append(Doubt("warm-up", 0.0, "warm-up did not settle: stop other programs and measure again"))
+    return found
+
+
+def _heat(result: Mapping[str, Any]) -> list[Doubt]:
+    """Return doubts about the clock: lower at the end or in some sitting, or lowered by the cores against heat."""
+    before, after = result["before"], result["after"]
+    clocks = [
+        clock for clock in (before.get("frequency_khz"), *result["clocks_khz"], after.get("frequency_khz")) if clock
+    ]
+    found = []
+    if clocks and min(clocks) < max(clocks) * (1 - stats.DRIFT_LIMIT):
+        text = (
+            f"the clock was between {min(clocks) / 1000:.0f} and {max(clocks) / 1000:.0f} MHz while measuring: let the "
+            "device cool, or fix its clock"
+        )
+        found.append(Doubt("clock", 1 - min(clocks) / max(clocks), text))
+    slowed = (after.get("throttled") or 0) - (before.get("throttled") or 0)
+    if slowed > 0:
+        text = f"the cores were slowed down against heat {slowed} times while measuring: let the device cool"
+        found.append(Doubt("throttled", float(slowed), text))
     return found
 
 
@@ -320,9 +396,29 @@ def _check_samples(result: Mapping[str, Any], pairs: int, device: str) -> None:
         raise BenchError(f"{device} sent no warm_up_stable; the answer was refused")
     for key in ("before", "after"):
         state = result.get(key)
-        clock = state.get("frequency_khz") if isinstance(state, dict) else "no record"
-        if clock is not None and (type(clock) is not int or clock < 0):
-            raise BenchError(f"{device} sent {key} {clock!r}; the answer was refused")
+        for name in ("frequency_khz", "throttled"):
+            count = state.get(name) if isinstance(state, dict) else "no record"
+            if count is not None and (type(count) is not int or count < 0):
+                raise BenchError(f"{device} sent {key} {count!r}; the answer was refused")
+    _check_disturbances(result, device)
+
+
+def _check_disturbances(result: Mapping[str, Any], device: str) -> None:
+    count = len(result["dense_ns"])
+    disturbed, sittings, clocks, load = (result.get(key) for key in ("disturbed", "sittings", "clocks_khz", "load"))
+    if not isinstance(disturbed, list) or len(disturbed) != count or not all(item in (0, 1) for item in disturbed):
+        raise BenchError(f"{device} sent disturbed that does not mark {count} pairs; the answer was refused")
+    naturals = all(
+        isinstance(items, list) and all(type(item) is int and item > 0 for item in items)
+        for items in (sittings, clocks)
+    )
+    if not naturals or not isinstance(sittings, list) or sum(sittings) != count:
+        raise BenchError(f"{device} sent sittings {sittings!r} for {count} pairs; the answer was refused")
+    if not isinstance(load, dict) or not (type(load.get("cores")) is int and load["cores"] > 0):
+        raise BenchError(f"{device} sent load {load!r}; the answer was refused")
+    for key in ("others", "stolen"):
+        if load.get(key) is not None and not (type(load[key]) in (int, float) and 0 <= load[key] < MAX_WIDTH):
+            raise BenchError(f"{device} sent load {load!r}; the answer was refused")
 
 
 def _samples(result: Mapping[str, Any], key: str, least: int, device: str) -> list[int]:

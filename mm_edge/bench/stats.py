@@ -1,11 +1,22 @@
 """From raw samples to the numbers that are reported.
 
-    ratio_i   = dense_ns[i] / candidate_ns[i]            pairs taken close together in time
-    speed-up  = median(ratio)
-    interval  = circular block bootstrap of that median: blocks of consecutive pairs are drawn with replacement,
-                because pairs timed in the same slow second are not independent (Politis and Romano, 1992)
+    r_s       = q10(dense_ns of sitting s) / q10(candidate_ns of sitting s)       undisturbed pairs only
+    speed-up  = exp(mean of log r_s)
+    interval  = exp(mean of log r_s +- t * sd(log r_s) / sqrt(S))      Student's t with S - 1 degrees of freedom
     spread    = (q75 - q25) / q50                        of one model's samples
     drift     = median(last third) / median(first third) - 1
+
+A sitting loads both models afresh. Its ratio is taken from low percentiles, because what other programs do to a run
+only makes it slower: benchmarks/load.py compares this with the median of pair ratios and others (docs/measuring.md).
+Sittings differ by where the models lie in memory and by what else the machine did, and both are in the interval. A
+sitting with fewer undisturbed pairs than half of those asked for uses all of its pairs.
+
+Verdict. With h the half-width of the interval as a share of the speed-up, and u the share of undisturbed pairs,
+
+    unusable    h > UNUSABLE_WIDTH, or fewer than two sittings
+    stable      h <= STABLE_WIDTH, u >= STABLE_SHARE, others and the hypervisor took at most STABLE_LOAD of the cores,
+                no core was slowed down against heat, clock and dense time kept within DRIFT_LIMIT, warm-up settled
+    noisy       anything else
 
 A percentile is given only where enough samples lie beyond it: p needs 1 / (1 - p) samples, so p99 needs 100.
 """
@@ -16,13 +27,20 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mm_edge.arrays import Float64Array
+from mm_edge.arrays import BoolArray, Float64Array
 from mm_edge.records import Latency
 
+LOW = 10  # the percentile that other programs hardly reach
+STABLE_WIDTH = 0.03
+UNUSABLE_WIDTH = 0.10
+STABLE_SHARE = 0.75
+STABLE_LOAD = 0.25
 SPREAD_LIMIT = 0.10
 DRIFT_LIMIT = 0.05
 BOOTSTRAP_REPEATS = 2000
 CONFIDENCE = 0.95
+# Student's t: the quantile at 0.975 for 1, 2, 3, ... degrees of freedom.
+_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 
 
 def percentile_ms(samples_ns: Sequence[int], percent: int) -> float | None:
@@ -32,7 +50,7 @@ def percentile_ms(samples_ns: Sequence[int], percent: int) -> float | None:
     return float(np.percentile(np.asarray(samples_ns), percent)) / 1e6
 
 
-def summarise_latency(samples_ns: Sequence[int], threads: int, source: str) -> Latency:
+def summarise_latency(samples_ns: Sequence[int], threads: int, source: str, verdict: str | None = None) -> Latency:
     """Return the percentiles of `samples_ns`; `source` is "device" or "host"."""
     return Latency(
         p50=percentile_ms(samples_ns, 50),
@@ -41,7 +59,49 @@ def summarise_latency(samples_ns: Sequence[int], threads: int, source: str) -> L
         samples=len(samples_ns),
         threads=threads,
         source=source,
+        verdict=verdict,
     )
+
+
+def usable_pairs(disturbed: Sequence[int], sittings: Sequence[int], asked: int) -> list[BoolArray]:
+    """Return for each sitting which of its pairs are used: the undisturbed ones, or all where these are too few.
+
+    Args:
+        disturbed: 1 for each pair that was disturbed, sitting after sitting.
+        sittings: the number of pairs of each.
+        asked: how many undisturbed pairs were asked for in all sittings.
+    """
+    least = max(2, asked // (2 * len(sittings)))
+    ends = np.cumsum(sittings)
+    pieces = [np.asarray(disturbed[end - count : end]) == 0 for end, count in zip(ends, sittings, strict=True)]
+    return [piece if piece.sum() >= least else np.ones_like(piece) for piece in pieces]
+
+
+def sitting_ratios(
+    dense_ns: Sequence[int], candidate_ns: Sequence[int], sittings: Sequence[int], used: Sequence[BoolArray]
+) -> Float64Array:
+    """Return dense / candidate for every sitting, by the LOW percentile of its used pairs."""
+    ends = np.cumsum(sittings)
+    found = []
+    for end, count, keep in zip(ends, sittings, used, strict=True):
+        low = [np.percentile(np.asarray(ns[end - count : end])[keep], LOW) for ns in (dense_ns, candidate_ns)]
+        found.append(low[0] / low[1])
+    return np.asarray(found, dtype=np.float64)
+
+
+def mean_ratio(ratios: Float64Array) -> tuple[float, tuple[float, float] | None]:
+    """Return the geometric mean of the sittings' ratios and its 95 % interval; None of fewer than two sittings."""
+    logs = np.log(ratios)
+    middle = float(np.exp(logs.mean()))
+    if len(logs) < 2:
+        return middle, None
+    half = _T[min(len(logs) - 1, len(_T)) - 1] * float(logs.std(ddof=1)) / float(np.sqrt(len(logs)))
+    return middle, (float(np.exp(logs.mean() - half)), float(np.exp(logs.mean() + half)))
+
+
+def half_width(ratio: float, interval: tuple[float, float] | None) -> float:
+    """Return half the width of the interval as a share of the ratio; infinite without an interval."""
+    return float("inf") if interval is None else (interval[1] - interval[0]) / (2 * ratio)
 
 
 def pair_ratios(dense_ns: Sequence[int], candidate_ns: Sequence[int]) -> Float64Array:
@@ -52,7 +112,11 @@ def pair_ratios(dense_ns: Sequence[int], candidate_ns: Sequence[int]) -> Float64
 
 
 def bootstrap_median(values: Float64Array, block: int, seed: int = 0) -> tuple[float, float]:
-    """Return the 95 % interval of the median of `values` by circular block bootstrap, blocks of `block` values."""
+    """Return the 95 % interval of the median of `values` by circular block bootstrap, blocks of `block` values.
+
+    Blocks of consecutive values are drawn with replacement, because values timed in the same slow second are not
+    independent (Politis and Romano, 1992).
+    """
     generator = np.random.default_rng(seed)
     count = len(values)
     blocks = -(-count // block)

@@ -25,17 +25,20 @@ def print_comparison(document: Mapping[str, Any]) -> None:
         f"{escape(machine['cpu_model'])}, {machine['isa']}, onnxruntime {machine['onnxruntime']}, {threads} thread(s), "
         f"{document['pairs']} interleaved pairs"
     )
-    latency = _table("latency, ms", ("model", "p50", "p90", "p99", "speed-up", "95 % interval"))
+    latency = _table("latency, ms", ("model", "p50", "p90", "p99", "dense p50", "speed-up", "95 % interval", "verdict"))
     footprint = _table(
         "in a fresh process", ("model", "load ms", "first run ms", "memory MB", "without arena", "file MB")
     )
     for entry in document["models"]:
         name, times, interval = escape(Path(entry["model"]).name), entry["latency_ms"], entry["speedup_ci"]
+        dense = entry["dense_latency_ms"]
         latency.add_row(
             name,
             *(_number(value, 2) for value in (times.p50, times.p90, times.p99)),
-            "1" if entry["dense_latency_ms"] is None else _number(entry["speedup"], 2, "x"),
+            "" if dense is None else _number(dense.p50, 2),
+            "1" if dense is None else _number(entry["speedup"], 2, "x"),
             f"{interval[0]:.2f} to {interval[1]:.2f}" if interval else "",
+            times.verdict or "-",
         )
         footprint.add_row(
             name,

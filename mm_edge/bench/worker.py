@@ -12,6 +12,7 @@ and the answer is one line on standard output, `MM-EDGE-RESULT ` followed by a J
 Commands (mm-edge checks the options before it sends them; paths are those of the device):
     info      cores, ISA flags, governor, frequency, temperature, memory, versions
     measure   dense and candidate interleaved in one process, every sample in nanoseconds
+    sustain   the two without pause for minutes: their times, the clock and the temperature along the way
     memory    peak resident memory of one model in this fresh process, beyond the harness's own
     null      the harness's own cost: a model that does nothing
     profile   time of each node, and the graph as ONNX Runtime optimised it, without its weights
@@ -27,8 +28,13 @@ between 8 and 23 ms instead of 3.4 ms. `session.force_spinning_stop` stops the s
 it during the run (3.7 ms); `session.intra_op.allow_spinning=0` forbids it during the run too (4.7 ms). The former is
 set unless the request says otherwise.
 
-Both models are loaded again for every third of the samples, because the addresses of their memory change the ratio by
-about 3 % from one loading to the next.
+Both models are loaded again for every eighth of the samples (a sitting), because the addresses of their memory change
+the ratio by about 3 % from one loading to the next. Only the first sitting waits until the times have settled.
+
+What disturbs is watched. A run is disturbed if the kernel took a core from this process during it (an involuntary
+context switch), a turn (a block of each model, one after the other) if the hypervisor took time from a core during it.
+A pair is disturbed if either of its runs or its turn is. Disturbed pairs are measured again, until there are as many
+undisturbed ones as were asked for or twice as many pairs in all. They are marked and sent too.
 """
 
 from __future__ import annotations
@@ -43,12 +49,21 @@ import subprocess
 import sys
 import tempfile
 import time
+from types import ModuleType
 from typing import Any, Callable, Dict, List, Optional, Tuple
+
+resource: Optional[ModuleType]
+try:
+    import resource
+except ImportError:  # not a Unix system
+    resource = None
 
 PROTOCOL_VERSION = 1
 RESULT_MARK = "MM-EDGE-RESULT "
 BLOCK = 4  # timed runs of one model before the other model runs
-SITTINGS = 3  # how often a measurement loads both models
+SITTINGS = 8  # how often a measurement loads both models
+MOST_PAIRS = 2  # times as many pairs as were asked for are taken at most, where some are disturbed
+SUSTAIN_POINTS = 60  # points of the curve of a sustained run
 WARM_UP_WINDOW = 5  # warm-up is stable when the medians of two successive windows agree ...
 WARM_UP_TOLERANCE = 0.05  # ... to this fraction
 PRODUCT_WARM_UP = 20  # samples of a GPU product that are thrown away
@@ -324,30 +339,48 @@ def measure(options: Dict[str, Any]) -> Dict[str, Any]:
     """Time `dense` and `candidate` in alternating blocks, in SITTINGS with fresh sessions.
 
     Options: dense, candidate (paths), pairs, and those of make_session and make_inputs.
-    Returns dense_ns and candidate_ns, lists of equal length whose items form pairs, and how they were measured.
+    Returns dense_ns and candidate_ns, lists of equal length whose items form pairs; disturbed, a 1 for each pair that
+    other programs disturbed and a 0 for the others; sittings, the number of pairs of each; clocks_khz, the clock after
+    each (empty where it is not known); load, what others took of the cores; and how they were measured.
     """
-    before = _clock_state()
+    pairs = int(options["pairs"])
+    before, load = _clock_state(), _LoadWatch()
     samples: Tuple[List[int], List[int]] = ([], [])
-    warm_up, stable, sitting = 0, True, 0
-    while len(samples[0]) < int(options["pairs"]):
-        sitting += 1
+    disturbed: List[int] = []
+    sittings: List[int] = []
+    clocks: List[int] = []
+    warm_up, stable = 0, True
+    for sitting in range(1, SITTINGS + 1):
+        until = pairs * sitting // SITTINGS
+        if not _want_more(disturbed, until):
+            continue
         runs = [_open(options, key) for key in ("dense", "candidate")]
         gc.collect()
         gc.disable()
-        spent, settled = _warm_up(runs)
-        warm_up, stable = warm_up + spent, stable and settled
-        _alternate(runs, samples, int(options["pairs"]) * min(sitting, SITTINGS) // SITTINGS)
+        if sitting == 1:
+            warm_up, stable = _warm_up(runs)
+        else:
+            for run in runs:
+                _time_block(run, [])
+        start = len(disturbed)
+        _alternate(runs, samples, disturbed, until)
+        sittings.append(len(disturbed) - start)
+        clocks.extend(clock for clock in [read_frequency_khz()] if clock is not None)
         gc.enable()
         del runs  # frees the memory before the models are loaded again
     return {
         "dense_ns": samples[0],
         "candidate_ns": samples[1],
+        "disturbed": disturbed,
+        "sittings": sittings,
         "block": BLOCK,
         "threads": thread_count(options),
         "warm_up_runs": warm_up,
         "warm_up_stable": stable,
+        "clocks_khz": clocks,
         "before": before,
         "after": _clock_state(),
+        "load": load.read(),
     }
 
 
@@ -356,13 +389,52 @@ def _open(options: Dict[str, Any], key: str) -> Callable[[], Any]:
     return _bind(session, make_inputs(session, options))
 
 
-def _alternate(runs: List[Callable[[], Any]], samples: Tuple[List[int], List[int]], until: int) -> None:
-    """Time the two in alternating blocks until each has `until` samples."""
+def _alternate(
+    runs: List[Callable[[], Any]], samples: Tuple[List[int], List[int]], disturbed: List[int], until: int
+) -> None:
+    """Time the two in alternating blocks until `until` pairs are undisturbed, or there are MOST_PAIRS times as many."""
     turn = 0
-    while len(samples[0]) < until:
+    while _want_more(disturbed, until):
+        stolen = _stolen_ticks()
+        preempted: Tuple[List[bool], List[bool]] = ([], [])
         for index in ((0, 1), (1, 0))[turn % 2]:
-            _time_block(runs[index], samples[index])
+            _time_block(runs[index], samples[index], preempted[index])
+        taken = _stolen_ticks() != stolen
+        disturbed.extend(int(taken or one or other) for one, other in zip(*preempted))
         turn += 1
+
+
+def _want_more(disturbed: List[int], until: int) -> bool:
+    return len(disturbed) - sum(disturbed) < until and len(disturbed) < MOST_PAIRS * until
+
+
+def sustain(options: Dict[str, Any]) -> Dict[str, Any]:
+    """Run `dense` and `candidate` in alternating blocks without pause for `seconds`, at most SUSTAIN_POINTS points.
+
+    Options: dense, candidate (paths), seconds, and those of make_session. Returns points, each with seconds (since the
+    start), dense_ns and candidate_ns (medians of its runs), frequency_khz and temperature_c (None where not known).
+    """
+    seconds = float(options["seconds"])
+    runs = [_open(options, key) for key in ("dense", "candidate")]
+    points: List[Dict[str, Any]] = []
+    start = time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        until = start + seconds * (len(points) + 1) / SUSTAIN_POINTS
+        samples: Tuple[List[int], List[int]] = ([], [])
+        while not samples[0] or time.perf_counter() < until:
+            for run, taken in zip(runs, samples):
+                _time_block(run, taken)
+        state = _clock_state()
+        points.append(
+            {
+                "seconds": time.perf_counter() - start,
+                "dense_ns": sorted(samples[0])[len(samples[0]) // 2],
+                "candidate_ns": sorted(samples[1])[len(samples[1]) // 2],
+                "frequency_khz": state["frequency_khz"],
+                "temperature_c": state["temperature_c"],
+            }
+        )
+    return {"points": points, "threads": thread_count(options)}
 
 
 def _bind(session: Any, feeds: Dict[str, Any]) -> Callable[[], Any]:
@@ -370,13 +442,17 @@ def _bind(session: Any, feeds: Dict[str, Any]) -> Callable[[], Any]:
     return lambda: session.run(names, feeds)
 
 
-def _time_block(run: Callable[[], Any], samples: List[int]) -> None:
+def _time_block(run: Callable[[], Any], samples: List[int], preempted: Optional[List[bool]] = None) -> None:
+    """Run once untimed and BLOCK times timed; `preempted` is told for each whether a core was taken away during it."""
     clock = time.perf_counter_ns
     run()
     for _ in range(BLOCK):
+        switches = _involuntary_switches()
         start = clock()
         run()
         samples.append(clock() - start)
+        if preempted is not None:
+            preempted.append(_involuntary_switches() != switches)
 
 
 def _warm_up(runs: List[Callable[[], Any]]) -> Tuple[int, bool]:
@@ -401,7 +477,56 @@ def _warm_up(runs: List[Callable[[], Any]]) -> Tuple[int, bool]:
 
 
 def _clock_state() -> Dict[str, Any]:
-    return {"frequency_khz": read_frequency_khz(), "temperature_c": read_temperature_c()}
+    return {
+        "frequency_khz": read_frequency_khz(),
+        "temperature_c": read_temperature_c(),
+        "throttled": _throttle_count(),
+    }
+
+
+def _throttle_count() -> Optional[int]:
+    """Return how often cores were slowed down because of heat, or None where the kernel does not say."""
+    base = "/sys/devices/system/cpu/cpu%d/thermal_throttle/core_throttle_count"
+    texts = [_read_text(base % core) for core in usable_cores()]
+    found = [int(text) for text in texts if text and text.isdigit()]
+    return sum(found) if found else None
+
+
+def _involuntary_switches() -> int:
+    """Return how often the kernel took a core from a thread of this process; 0 where it does not say."""
+    return 0 if resource is None else int(resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw)
+
+
+def _core_ticks() -> List[List[int]]:
+    """Return the ticks of each usable core from /proc/stat (user, nice, system, idle, iowait, irq, softirq, steal)."""
+    wanted = {"cpu%d" % core for core in usable_cores()}
+    lines = [line.split() for line in (_read_text("/proc/stat") or "").splitlines()]
+    return [[int(part) for part in line[1:9]] for line in lines if line and line[0] in wanted and len(line) > 8]
+
+
+def _stolen_ticks() -> int:
+    """Return the ticks that the hypervisor took from the usable cores; 0 where the kernel does not say."""
+    return sum(ticks[7] for ticks in _core_ticks())
+
+
+class _LoadWatch:
+    """What other programs and the hypervisor took of the usable cores since it was made."""
+
+    def __init__(self) -> None:
+        """Take the first reading."""
+        self._at, self._own, self._ticks = time.perf_counter(), time.process_time(), _core_ticks()
+
+    def read(self) -> Dict[str, Any]:
+        """Return cores, and how many of them others kept busy and were stolen (None where the kernel does not say)."""
+        spent, own = time.perf_counter() - self._at, time.process_time() - self._own
+        cores = len(usable_cores())
+        gone = [[now - was for was, now in zip(*pair)] for pair in zip(self._ticks, _core_ticks())]
+        if not gone or spent <= 0:
+            return {"cores": cores, "others": None, "stolen": None}
+        tick = 1.0 / os.sysconf("SC_CLK_TCK")
+        busy = sum(sum(ticks[:3]) + ticks[5] + ticks[6] for ticks in gone) * tick
+        stolen = sum(ticks[7] for ticks in gone) * tick
+        return {"cores": cores, "others": max(0.0, busy - own) / spent, "stolen": stolen / spent}
 
 
 def memory(options: Dict[str, Any]) -> Dict[str, Any]:
@@ -451,8 +576,8 @@ def _peak_rss() -> int:
     peak = _kilobytes(_read_text("/proc/self/status"), "VmHWM")
     if peak is not None:
         return peak
-    import resource
-
+    if resource is None:
+        return 0
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -575,6 +700,7 @@ def _time_product(torch: Any, data: Any, weight: Any) -> int:
 COMMANDS: Dict[str, Callable[[Dict[str, Any]], Dict[str, Any]]] = {
     "info": lambda options: describe_machine(),
     "measure": measure,
+    "sustain": sustain,
     "memory": memory,
     "null": null,
     "evaluate": evaluate,

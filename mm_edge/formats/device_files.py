@@ -1,7 +1,7 @@
 """Model files: written with what a device needs to use them, weights beside the model where they are large.
 
 Metadata lies in the model's own key-value store under "mm_edge.", each value JSON, so that a device needs no second
-file:  labels, input (shape, mean, std, interpolation, crop_pct), opset, provenance.
+file:  labels, input (the fields of records.InputSpec, with those that were assumed), opset, provenance.
 """
 
 from __future__ import annotations

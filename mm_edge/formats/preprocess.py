@@ -2,9 +2,12 @@
 
 The same steps as the evaluation pipeline takes with Pillow, in the same 8-bit arithmetic:
 
-    short side -> floor(S / crop_pct), long side in proportion (rounded down), antialiased bicubic or bilinear
-    centre crop to S x S, offset (size - S) / 2 rounded half to even
-    (x / 255 - mean) / std
+    crop      short side -> floor(S / crop_pct), long side in proportion (rounded down), antialiased bicubic or bilinear
+              centre crop to S x S, offset (size - S) / 2 rounded half to even
+    stretch   both sides -> (H, W), antialiased in the same manner
+    channels reversed where the network takes BGR
+    (x * scale - mean) / std
+    channels last where the network takes them so
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from mm_edge.records import InputSpec
 INPUT_NAME = "image"
 PREPROCESS_OPSET = 18  # the first whose Resize can antialias
 MODES = {"bicubic": "cubic", "bilinear": "linear"}
+RESIZED = ("crop", "stretch")
 _PREFIX = "preprocess_"
 
 
@@ -82,36 +86,52 @@ class _Steps:
 
 
 def _add_steps(steps: _Steps, spec: InputSpec) -> None:
-    channels, side, _ = spec.shape
-    scaled = math.floor(side / spec.crop_pct)
     planes = steps.add("Transpose", INPUT_NAME, perm=[2, 0, 1])
     batch = steps.add("Unsqueeze", planes, steps.constant([0], np.int64))
+    fitted = _crop(steps, spec, batch) if spec.resize == "crop" else _stretch(steps, spec, batch)
+    if spec.colours == "BGR" and spec.shape[0] == 3:
+        fitted = steps.add("Gather", fitted, steps.constant([2, 1, 0], np.int64), axis=1)
+    numbers = steps.add("Cast", fitted, to=TensorProto.FLOAT)
+    unit = steps.add("Div", numbers, steps.constant(1 / spec.scale, np.float32))
+    mean, std = (np.reshape(values, (1, -1, 1, 1)) for values in (spec.mean, spec.std))
+    centred = steps.add("Sub", unit, steps.constant(mean, np.float32))
+    made = steps.add("Div", centred, steps.constant(std, np.float32))
+    if spec.layout == "NHWC":
+        steps.add("Transpose", made, perm=[0, 2, 3, 1])
+
+
+def _stretch(steps: _Steps, spec: InputSpec, batch: str) -> str:
+    return _resize(steps, spec, batch, steps.constant([1, *spec.shape], np.int64))
+
+
+def _crop(steps: _Steps, spec: InputSpec, batch: str) -> str:
+    channels, side, _ = spec.shape
+    scaled = math.floor(side / spec.crop_pct)
     size = steps.add("Shape", INPUT_NAME, start=0, end=2)
     short = steps.add("ReduceMin", size, keepdims=1)
     wanted = steps.add("Div", steps.add("Mul", size, steps.constant([scaled], np.int64)), short)
     whole = steps.add("Concat", steps.constant([1, channels], np.int64), wanted, axis=0)
-    resized = steps.add(
+    resized = _resize(steps, spec, batch, whole)
+    rest = steps.add("Cast", steps.add("Sub", wanted, steps.constant([side], np.int64)), to=TensorProto.FLOAT)
+    half = steps.add("Round", steps.add("Mul", rest, steps.constant([0.5], np.float32)))
+    start = steps.add("Cast", half, to=TensorProto.INT64)
+    end = steps.add("Add", start, steps.constant([side], np.int64))
+    return steps.add("Slice", resized, start, end, steps.constant([2, 3], np.int64))
+
+
+def _resize(steps: _Steps, spec: InputSpec, batch: str, size: str) -> str:
+    return steps.add(
         "Resize",
         batch,
         "",
         "",
-        whole,
+        size,
         mode=MODES[spec.interpolation],
         antialias=1,
         exclude_outside=1,
         cubic_coeff_a=-0.5,
         coordinate_transformation_mode="half_pixel",
     )
-    rest = steps.add("Cast", steps.add("Sub", wanted, steps.constant([side], np.int64)), to=TensorProto.FLOAT)
-    half = steps.add("Round", steps.add("Mul", rest, steps.constant([0.5], np.float32)))
-    start = steps.add("Cast", half, to=TensorProto.INT64)
-    end = steps.add("Add", start, steps.constant([side], np.int64))
-    cropped = steps.add("Slice", resized, start, end, steps.constant([2, 3], np.int64))
-    numbers = steps.add("Cast", cropped, to=TensorProto.FLOAT)
-    unit = steps.add("Div", numbers, steps.constant(255, np.float32))
-    mean, std = (np.reshape(values, (1, -1, 1, 1)) for values in (spec.mean, spec.std))
-    centred = steps.add("Sub", unit, steps.constant(mean, np.float32))
-    steps.add("Div", centred, steps.constant(std, np.float32))
 
 
 def _feed(model: onnx.ModelProto) -> onnx.ValueInfoProto:
@@ -125,13 +145,28 @@ def _feed(model: onnx.ModelProto) -> onnx.ValueInfoProto:
 def _check(model: onnx.ModelProto, spec: InputSpec) -> None:
     tensor = _feed(model).type.tensor_type
     shape = [size.dim_value for size in tensor.shape.dim]
-    if tensor.elem_type != TensorProto.FLOAT or shape != [1, *spec.shape]:
-        raise UsageError(f"--bake-preprocess needs an fp32 input of shape {[1, *spec.shape]}; this model has {shape}")
+    wanted = [1, *spec.array_shape]
+    if tensor.elem_type != TensorProto.FLOAT or shape != wanted:
+        raise UsageError(f"--bake-preprocess needs an fp32 input of shape {wanted}; this model has {shape}")
+    require_bakeable(spec)
+
+
+def require_bakeable(spec: InputSpec) -> None:
+    """Refuse preprocessing that has no equivalent in ONNX operators.
+
+    Raises:
+        UsageError: the interpolation, the resizing or the shape of `spec` is not among those that are written.
+    """
+    if spec.resize not in RESIZED:
+        raise UsageError(
+            f"--bake-preprocess writes the resizings {' and '.join(RESIZED)}; this network's is {spec.resize}"
+        )
     if spec.interpolation not in MODES:
         raise UsageError(
             f"--bake-preprocess knows {' and '.join(MODES)}; this network was trained with {spec.interpolation}"
         )
-    if spec.shape[1] != spec.shape[2]:
+    if spec.resize == "crop" and spec.shape[1] != spec.shape[2]:
         raise UsageError(
-            f"--bake-preprocess needs a square input; this network takes {spec.shape[1]} x {spec.shape[2]}"
+            "--bake-preprocess with --resize crop needs a square input; "
+            f"this network takes {spec.shape[1]} x {spec.shape[2]}"
         )

@@ -102,11 +102,11 @@ class RunnableGraph:
         arrays: the initialisers by name.
         shapes: the static shape of every value.
         inputs: names of the graph's inputs.
-        outputs: names of the graph's outputs.
+        outputs: names of the graph's outputs, and of the other values that are read at the end.
     """
 
-    def __init__(self, model: ir.Model) -> None:
-        """Take over `model`; its shapes are inferred anew."""
+    def __init__(self, model: ir.Model, also: Sequence[str] = ()) -> None:
+        """Take over `model`; its shapes are inferred anew. The values called `also` stay available to the end."""
         self._model = model
         ir_passes.ShapeInferencePass()(model)
         proto = ir.to_proto(model)
@@ -117,7 +117,7 @@ class RunnableGraph:
             if value.const_value is not None
         }
         self.inputs = tuple(item.name for item in proto.graph.input if item.name not in self.arrays)
-        self.outputs = tuple(item.name for item in proto.graph.output)
+        self.outputs = tuple(dict.fromkeys([*(item.name for item in proto.graph.output), *also]))
         self.shapes: dict[str, tuple[int, ...]] = {}
         for item in (*proto.graph.input, *proto.graph.value_info, *proto.graph.output):
             tensor = item.type.tensor_type

@@ -36,7 +36,6 @@ from mm_edge.load.weights import quiet_timm
 SMALLEST_SHARE = 0.7
 MOST_SIZES = 3
 OPTION = "--input-sizes"
-SHAPES = ("shape", "measured", "other")
 
 T = TypeVar("T")
 
@@ -122,12 +121,13 @@ def remake(model: LoadedModel, side: int) -> LoadedModel:
             f"{OPTION} {side}: {model.info.name} does not run at that size: {cause_line(error)}"
         ) from error
     shape = (channels, side, side)
+    whole = (1, *shape)
     return replace(
         model,
         module=module,
         input=replace(model.input, shape=shape),
         info=replace(model.info, input_shape=shape),
-        inputs=tuple(replace(item, **dict.fromkeys(SHAPES, (1, *shape))) for item in model.inputs),
+        inputs=tuple(replace(item, shape=whole, measured=whole, other=whole) for item in model.inputs),
         warnings=(),
     )
 

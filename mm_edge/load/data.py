@@ -1,4 +1,7 @@
-"""Images with class labels, split into calibration, validation and test, preprocessed as the network expects.
+"""Images, split into calibration, validation and test, preprocessed as the network expects.
+
+Images in class folders are labelled. Those that lie in one folder are not, and where the network is no classifier
+labels are left out.
 
 Images come through timm's readers, so the order of classes is timm's: the natural sort of folder names. Every image is
 decoded and resized at most once per run while memory allows (see CACHE_BYTES), and one that cannot be read is left out
@@ -25,16 +28,15 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
-from timm.data import create_dataset, create_transform
+from timm.data import create_dataset
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torch.utils.data import IterableDataset
 
 from mm_edge.arrays import BoolArray, Float32Array, IntArray
 from mm_edge.errors import DataError, first_line
-from mm_edge.records import InputSpec
-
-Bytes = npt.NDArray[np.uint8]
+from mm_edge.load.photos import Bytes, normalise, pixels_of, with_channels
+from mm_edge.records import InputSpec, to_json
 
 SPLITS = ("calibration", "validation", "test")
 # Preprocessed images kept in memory per data source: 10,000 images of 224 x 224, or 500,000 of 32 x 32.
@@ -52,10 +54,15 @@ _DATASET_SPEC = re.compile(r"(?:hfds|hfids|tfds|wds|torch)/", re.IGNORECASE)
 _UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 _JPEG_END = b"\xff\xd9"
 _JPEG_TAIL = 1024  # cameras and editors leave some bytes after the marker
+# What `batches` yields for an image without a label.
+NO_LABEL = -1
 
 
 class Source(Protocol):
-    """Labelled images by index. `decode` raises one of Pillow's errors for an image that cannot be read."""
+    """Images by index. `decode` raises one of Pillow's errors for an image that cannot be read.
+
+    Without labels `classes` is empty and every label is NO_LABEL.
+    """
 
     classes: tuple[str, ...]
     labels: IntArray
@@ -173,13 +180,7 @@ class _Pool:
         self.spec = spec
         self._holdings = holdings or _Holdings(np.ones(len(source.labels), dtype=bool))
         self._cache: dict[int, Bytes] = {}
-        self._transform = create_transform(
-            input_size=spec.shape,
-            interpolation=spec.interpolation,
-            crop_pct=spec.crop_pct,
-            is_training=False,
-            normalize=False,
-        )
+        self._fit = pixels_of(spec)
 
     @property
     def readable(self) -> BoolArray:
@@ -210,20 +211,20 @@ class _Pool:
     def decode(self, index: int) -> Image.Image | None:
         """Return image `index` with the channels the model takes; None, and left out from then on, if unreadable."""
         try:
-            return self.source.decode(index).convert("L" if self.spec.shape[0] == 1 else "RGB")
+            return with_channels(self.source.decode(index), self.spec.shape[0])
         except _UNREADABLE:
             if self.readable[index]:
                 self._leave_out(index)
             return None
 
     def pixels(self, index: int) -> Bytes | None:
-        """Return image `index` resized and cropped, uint8 (C, H, W); None, and left out from then on, if unreadable."""
+        """Return image `index` resized, uint8 (C, H, W); None, and left out from then on, if unreadable."""
         if index in self._cache:
             return self._cache[index]
         image = self.decode(index)
         if image is None:
             return None
-        pixels: Bytes = self._transform(image).numpy()
+        pixels = self._fit(image)
         if self._holdings.cached_bytes + pixels.nbytes <= CACHE_BYTES:
             self._cache[index] = pixels
             self._holdings.cached_bytes += pixels.nbytes
@@ -249,12 +250,15 @@ class ImageSet:
         return len(self._indices)
 
     @property
-    def labels(self) -> IntArray:
-        """Class indices, (len,)."""
-        return self._pool.source.labels[self._indices]
+    def labels(self) -> IntArray | None:
+        """Class indices, (len,); None for images without labels."""
+        return self._pool.source.labels[self._indices] if self._pool.source.classes else None
 
     def batches(self, batch_size: int) -> Iterator[tuple[Float32Array, IntArray]]:
-        """Yield normalised images (n, C, H, W) with their labels (n,); every n but the last is `batch_size`."""
+        """Yield inputs (n, C, H, W), or (n, H, W, C) where the network takes these, with their labels (n,).
+
+        Every n but the last is `batch_size`. The label of an image without one is NO_LABEL.
+        """
         images: list[Bytes] = []
         labels: list[int] = []
         for index in self._indices:
@@ -264,10 +268,10 @@ class ImageSet:
             images.append(pixels)
             labels.append(int(self._pool.source.labels[index]))
             if len(images) == batch_size:
-                yield _normalise(np.stack(images), self._pool.spec), np.asarray(labels, dtype=np.int64)
+                yield normalise(np.stack(images), self._pool.spec), np.asarray(labels, dtype=np.int64)
                 images, labels = [], []
         if images:
-            yield _normalise(np.stack(images), self._pool.spec), np.asarray(labels, dtype=np.int64)
+            yield normalise(np.stack(images), self._pool.spec), np.asarray(labels, dtype=np.int64)
 
     def take(self, count: int) -> ImageSet:
         """Return the first `count` images; sets are shuffled when made, so these are of mixed classes."""
@@ -299,7 +303,7 @@ class ImageSet:
 
 @dataclass(frozen=True)
 class DataSplits:
-    """The three disjoint sets of a run. `classes` are the names in the order of the labels."""
+    """The three disjoint sets of a run. `classes` are the names in the order of the labels, () without labels."""
 
     source: str
     classes: tuple[str, ...]
@@ -309,6 +313,16 @@ class DataSplits:
     how: str
     seed: int
     notes: tuple[str, ...] = field(default=())
+
+    @property
+    def labelled(self) -> bool:
+        """Whether the images have labels."""
+        return bool(self.classes)
+
+    @property
+    def spec(self) -> InputSpec:
+        """The input that the images are prepared for."""
+        return self.calibration._pool.spec
 
     @property
     def _pools(self) -> tuple[_Pool, ...]:
@@ -350,10 +364,12 @@ class DataSplits:
         return {
             "source": self.source,
             "classes": len(self.classes),
+            "labelled": self.labelled,
             **sizes,
             "split": self.how,
             "seed": self.seed,
             "unreadable": unreadable,
+            "preprocessing": to_json(self.spec),
         }
 
 
@@ -364,11 +380,14 @@ def open_data(
     split: tuple[float, float, float] = (0.5, 0.25, 0.25),
     seed: int = 0,
 ) -> DataSplits:
-    """Open a folder or tar of class folders, or a data set as timm names it (`hfds/NAME`, `torch/NAME:ROOT`, ...).
+    """Open a folder or tar of photos or class folders, or a data set as timm names it (`hfds/NAME`, `torch/NAME:ROOT`).
 
     With train/ val/ test/ inside, or `-train` `-val` `-test` files or folders beside the one given: calibration from
     train, validation from val, test from test; what is missing is cut from the nearest, and a fraction of 0 in `split`
     empties a set. Otherwise the images are one pool, split by the fractions.
+
+    Without class folders the images have no labels. `num_classes` is None for a network that is no classifier: labels
+    are left out.
 
     Raises:
         DataError: the path, the images or the fractions cannot be used as given.
@@ -376,30 +395,30 @@ def open_data(
     _check_split(split)
     if spec.shape[0] not in (1, 3):
         raise DataError(f"images have 1 or 3 channels; the model takes {spec.shape[0]}, so it cannot be given --data")
-    sources, parts = _open_sources(path)
+    sources, parts = _open_sources(path, is_classifier=num_classes is not None)
     classes = next(iter(sources.values())).classes
-    _check_classes(path, classes, num_classes)
+    note = _why_unlabelled(path, classes, num_classes)
+    if note is None:
+        _check_classes(path, classes, num_classes)
+    else:
+        classes = ()
+        for source in sources.values():
+            source.classes, source.labels = (), np.full(len(source.labels), NO_LABEL)
     pools = {name: _Pool(source, spec) for name, source in sources.items()}
     for pool in pools.values():
         pool.check_all()
     members = {part: (pools[name], indices[pools[name].readable[indices]]) for part, (name, indices) in parts.items()}
     if not sum(len(indices) for _, indices in members.values()):
         raise DataError(f"'{path}' holds no image that can be read")
-    return _divide(path, classes, members, split, seed)
+    splits = _divide(path, classes, members, split, seed)
+    return splits if note is None else replace(splits, notes=(note, *splits.notes))
 
 
 def noise_batches(spec: InputSpec, count: int = 8, seed: int = 0) -> Iterator[Float32Array]:
-    """Yield `count` inputs of standard normal noise, (1, C, H, W) each, the same for the same seed."""
+    """Yield `count` inputs of standard normal noise, (1, C, H, W) or (1, H, W, C), the same for the same seed."""
     generator = np.random.default_rng(seed)
     for _ in range(count):
-        yield generator.standard_normal((1, *spec.shape), dtype=np.float32)
-
-
-def _normalise(pixels: Bytes, spec: InputSpec) -> Float32Array:
-    mean = np.asarray(spec.mean, dtype=np.float32).reshape(1, -1, 1, 1)
-    std = np.asarray(spec.std, dtype=np.float32).reshape(1, -1, 1, 1)
-    scaled = pixels.astype(np.float32) / np.float32(255)
-    return np.asarray((scaled - mean) / std, dtype=np.float32)
+        yield generator.standard_normal((1, *spec.array_shape), dtype=np.float32)
 
 
 # ---- opening
@@ -408,13 +427,13 @@ def _normalise(pixels: Bytes, spec: InputSpec) -> Float32Array:
 _Parts = dict[str, tuple[str, npt.NDArray[np.intp]]]
 
 
-def _open_sources(path: str) -> tuple[dict[str, Source], _Parts]:
+def _open_sources(path: str, is_classifier: bool) -> tuple[dict[str, Source], _Parts]:
     if not Path(path).exists():
         if _DATASET_SPEC.match(path):
             return _open_specification(path)
         raise DataError(
-            f"data '{path}' does not exist; give a folder or tar of class folders, or a data set as timm names them "
-            "(hfds/NAME, wds/NAME, torch/NAME:ROOT)"
+            f"data '{path}' does not exist; give a folder or tar of photos or class folders, or a data set as timm "
+            "names them (hfds/NAME, wds/NAME, torch/NAME:ROOT)"
         )
     beside = _siblings(Path(path))
     if beside:
@@ -423,19 +442,19 @@ def _open_sources(path: str) -> tuple[dict[str, Source], _Parts]:
             _check_same_classes(beside[part], source, sources["train"])
         return sources, {part: (part, np.arange(len(source.labels))) for part, source in sources.items()}
     source = _ReaderSource(Path(path))
-    parts = _parts_inside(source)
+    parts = _parts_inside(source, is_classifier)
     return {"pool": source}, {part: ("pool", indices) for part, indices in parts.items()}
 
 
 def _open_reader(path: Path) -> Any:
     if path.is_file() and path.suffix.lower() != ".tar":
-        raise DataError(f"'{path}' is neither a folder nor a .tar; unpack it, or give a folder of class folders")
+        raise DataError(f"'{path}' is neither a folder nor a .tar; unpack it, or give a folder of photos")
     try:
         return ReaderImageFolder(str(path)) if path.is_dir() else ReaderImageInTar(str(path), cache_tarinfo=False)
     except tarfile.TarError as error:
         raise DataError(f"'{path}' is not a tar, or it is cut short: {first_line(error)}") from error
     except (RuntimeError, ValueError) as error:  # how timm's readers say that they found nothing
-        raise DataError(f"'{path}' holds no images (.png, .jpg, .jpeg) in class folders") from error
+        raise DataError(f"'{path}' holds no images (.png, .jpg, .jpeg)") from error
     except OSError as error:
         raise DataError(f"'{path}' cannot be read: {first_line(error)}") from error
 
@@ -454,12 +473,16 @@ def _siblings(path: Path) -> dict[str, Path]:
     return {"train": path, **found} if found else {}
 
 
-def _parts_inside(source: _ReaderSource) -> dict[str, npt.NDArray[np.intp]]:
-    """Return the images by the split folder above their class folder; one pool where there is no such folder."""
+def _parts_inside(source: _ReaderSource, is_classifier: bool) -> dict[str, npt.NDArray[np.intp]]:
+    """Return the images by the split folder above their class folder; one pool where there is no such folder.
+
+    The photos of a network that is no classifier may lie in the split folder itself.
+    """
+    classes = 1 if is_classifier else 0
     named = {name: part for part, names in _FOLDER_NAMES.items() for name in names}
     part_of = []
     for index in range(len(source.labels)):
-        above = Path(source.name(index)).parts[:-2]
+        above = Path(source.name(index)).parts[: -1 - classes]
         part_of.append(next((named[folder.lower()] for folder in above if folder.lower() in named), "pool"))
     parts = {part: np.flatnonzero(np.asarray(part_of) == part) for part in dict.fromkeys(part_of)}
     split = {part: indices for part, indices in parts.items() if part != "pool"}
@@ -506,11 +529,18 @@ def _class_names(dataset: Any) -> Sequence[str]:
     return tuple(sorted(to_index, key=to_index.__getitem__)) if to_index else ()
 
 
-def _check_classes(path: str, classes: tuple[str, ...], num_classes: int | None) -> None:
+def _why_unlabelled(path: str, classes: tuple[str, ...], num_classes: int | None) -> str | None:
+    """Return the sentence that says why the images count as unlabelled; None where they are labelled."""
     if len(classes) < 2:
-        only = f"one class ({classes[0]})" if classes and classes[0] else "no class folders"
-        raise DataError(f"'{path}' has {only}; at least two class folders are needed")
-    if num_classes is not None and len(classes) != num_classes:
+        only = f"one class ({classes[0]})" if classes and classes[0] not in ("", ".") else "no class folders"
+        return f"'{path}' has {only}: its images count as unlabelled, so no accuracy is measured"
+    if num_classes is None:
+        return f"the model is no classifier: the {len(classes)} class folders of '{path}' are not used as labels"
+    return None
+
+
+def _check_classes(path: str, classes: tuple[str, ...], num_classes: int | None) -> None:
+    if len(classes) != num_classes:
         raise DataError(
             f"'{path}' has {len(classes)} classes ({', '.join(classes[:3])}, ...) and the model {num_classes}; "
             "give the images the model was trained for, one folder per class"

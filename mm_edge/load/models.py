@@ -102,8 +102,11 @@ def wrap_module(
     name: str,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    photos: LoadOptions | None = None,
 ) -> LoadedModel:
     """Wrap a user's module, copied so that theirs stays as it is. `example_input` is (N, C, H, W).
+
+    `photos` says how else a photo becomes an input.
 
     Raises:
         ModelError: the input is not a batch of images, or the module does not accept it or holds NaN.
@@ -111,7 +114,8 @@ def wrap_module(
     if example_input.dim() != 4:
         raise ModelError(f"example_input has shape {tuple(example_input.shape)}; give a batch of images (N, C, H, W)")
     channels, height, width = (int(size) for size in example_input.shape[1:])
-    options = LoadOptions(
+    options = replace(
+        photos or LoadOptions(),
         input_size=(channels, height, width),
         mean=None if mean is None else tuple(mean),
         std=None if std is None else tuple(std),
@@ -159,7 +163,8 @@ def _load_exported(path: Path, options: LoadOptions) -> LoadedModel:
 def _load_onnx(path: Path, options: LoadOptions) -> LoadedModel:
     file = read_onnx(path, options)
     main = next((item for item in file.inputs if item.is_image), file.inputs[0])
-    spec, warnings = read_preprocessing(main.image_shape, options, file.config, {})
+    layout = "NHWC" if main.channels_last else "NCHW"
+    spec, warnings = read_preprocessing(main.image_shape, options, file.config, {}, layout)
     info = ModelInfo(
         name=path.stem,
         source=f"ONNX file {path.name}",
@@ -174,6 +179,8 @@ def _load_onnx(path: Path, options: LoadOptions) -> LoadedModel:
 
 
 def _finish(network: BuiltNetwork, options: LoadOptions, family: str | None = None) -> LoadedModel:
+    if options.layout not in (None, "NCHW"):
+        raise ModelError(f"--layout {options.layout} is for an .onnx; a PyTorch module takes images (N, C, H, W)")
     module = network.module
     label = str(network.path or network.name)
     parameters = list(module.parameters())

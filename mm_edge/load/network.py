@@ -24,7 +24,8 @@ COLOURS = (1, 3)
 class LoadOptions:
     """The user's options for loading a model; None where the user gave none.
 
-    `input_size` is (channels, height, width); `mean` and `std` hold one value, or one per channel, of pixels in [0, 1].
+    `input_size` is (channels, height, width); `mean` and `std` hold one value, or one per channel, of scaled pixels.
+    `preprocess` names a preset; `scale`, `colours`, `resize` and `layout` are as in records.InputSpec.
     `inputs` holds (name, shape) of the inputs of an .onnx that have a shape of the user's. With `guess_sizes` open
     dimensions that nothing states get sizes that the network accepts; otherwise they are refused. With `only_run` the
     model is not pruned, so that it may be quantised.
@@ -35,6 +36,11 @@ class LoadOptions:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     trust_pickle: bool = False
+    preprocess: str | None = None
+    scale: float | None = None
+    colours: str | None = None
+    resize: str | None = None
+    layout: str | None = None
     inputs: tuple[tuple[str, tuple[int, ...]], ...] = ()
     guess_sizes: bool = False
     only_run: bool = False

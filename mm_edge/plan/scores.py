@@ -5,12 +5,21 @@ can be compared:
 
     normalised     S / mean(S), zeros where the mean is zero
 
+A network that is no classifier, or one whose images have no labels, has no loss. Its gradient is the root of the
+expected squared gradient of random projections of the outputs f, each channel c divided by its spread s_c:
+
+    g^2 = sum over images of  E_r [ (d/dw  sum_j r_j f_j / s_c(j))^2 ],      r_j = -1 or 1 at random
+
+It is the Fisher information of Gaussian outputs of those spreads. One projection is drawn per image. The images of a
+batch are projected together: their signs are independent, so the square of the sum is, in expectation, the sum of the
+squares.
+
 GraSP's ranking needs the product of the Hessian H with the gradient g of the mean loss. Double backward
 fails on hard-sigmoid networks, fused attention and cached attention biases, so it is a central difference:
 
     H g  ~  (g(w + e d) - g(w - e d)) / (2 e),  e d = STEP * |w| * g / |g|     (norms over all weights)
 
-Source: Wang et al. 2020 (GraSP).
+Sources: Wang et al. 2020 (GraSP); Martens 2020 (arXiv 1412.1193, section 5) for the Fisher information.
 """
 
 from __future__ import annotations
@@ -27,11 +36,14 @@ from torch.nn import functional
 
 from mm_edge.arrays import Float32Array, Float32Arrays
 from mm_edge.errors import DataError, JobError, ModelError
+from mm_edge.graph.export import output_tensors
 from mm_edge.plan.signals import SIGNALS
 
 GRASP_IMAGES = 128
 # Against exact products on trained ViT-Tiny and ConvNeXt: cosine 1.00 from 3e-4 down, 0.99 at 1e-3, 0.90 at 3e-3.
 STEP = 3e-4
+# The least spread that a channel is divided by: one that never changes says nothing.
+LEAST_SPREAD = 1e-6
 
 Scores = dict[str, Float32Arrays]
 Progress = Callable[[int, int], None]
@@ -106,10 +118,59 @@ def gradients(module: nn.Module, batches: Batches, seed: int = 0, progress: Prog
     if images == 0:
         raise DataError("no calibration images: signals gradient and product need some; use --signals magnitude")
     values = {name: total.numpy() for name, total in zip(parameters, sums, strict=True)}
+    _require_finite(values)
+    return Gradients(values, images, labelled)
+
+
+def projected_gradients(
+    module: nn.Module, batches: Batches, seed: int = 0, progress: Progress | None = None
+) -> Gradients:
+    """Return the gradient without a loss (top of the file) for every floating parameter; labels are not read.
+
+    `module` is left as it was. `progress` is called with (batches done, batches in all).
+
+    Raises:
+        ModelError: the module returns no tensor, or a gradient is not finite.
+        DataError: there are no images.
+    """
+    with _differentiable(module, seed) as parameters:
+        chosen = list(parameters.values())
+        squares = [torch.zeros_like(parameter, requires_grad=False) for parameter in chosen]
+        images = 0
+        for done, (inputs, _) in enumerate(batches, start=1):
+            _clear_caches_(module)
+            grads = torch.autograd.grad(_project(module(inputs)), chosen, allow_unused=True)
+            for total, grad in zip(squares, grads, strict=True):
+                if grad is not None:
+                    total.add_(grad.square())
+            images += len(inputs)
+            if progress is not None:
+                progress(done, len(batches))
+    if images == 0:
+        raise DataError("no calibration images: signals gradient and product need some; use --signals magnitude")
+    values = {name: total.sqrt().numpy() for name, total in zip(parameters, squares, strict=True)}
+    _require_finite(values)
+    return Gradients(values, images, False)
+
+
+def _project(outputs: object) -> Tensor:
+    """Return the sum of all outputs, each channel divided by its spread, with random signs."""
+    tensors = [tensor for tensor in output_tensors(outputs) if tensor.is_floating_point() and tensor.requires_grad]
+    if not tensors:
+        raise ModelError("signals gradient and product need outputs that depend on weights; use --signals magnitude")
+    total = torch.zeros(())
+    for tensor in tensors:
+        channels = tensor.float().flatten(2) if tensor.dim() > 2 else tensor.float().reshape(len(tensor), -1, 1)
+        spread = channels.detach().std(dim=(0, 2), correction=0, keepdim=True).clamp_min(LEAST_SPREAD)
+        signs = torch.randint(0, 2, channels.shape).to(channels.dtype).mul_(2).sub_(1)
+        total = total + (channels / spread * signs).sum()
+    return total
+
+
+def _require_finite(values: Float32Arrays) -> None:
     for name, value in values.items():
         if not np.isfinite(value).all():
             raise ModelError(f"the gradient of '{name}' is not finite; check the network's preprocessing and weights")
-    return Gradients(values, images, labelled)
 
 
 def hessian_gradient_products(

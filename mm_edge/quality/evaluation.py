@@ -1,21 +1,26 @@
 """Runs deployed models on images and compares their answers with labels and with the dense network's answers.
 
 Agreement is the fraction of images on which two models put the same class first. The divergence (divergences.py) is
-the mean over images.
+the mean over images. The outputs of a network that is no classifier are compared one by one:
+
+    nmse      mean over channels of mean squared error / variance of the dense network's channel (divergences.py)
+    cosine    mean over images of  <dense, found> / (|dense| |found|)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 
 from mm_edge.arrays import Float32Array, IntArray
 from mm_edge.errors import JobError, first_line
-from mm_edge.quality.divergences import divergence_per_row, log_softmax
+from mm_edge.quality.divergences import divergence_per_image, error_per_image
+from mm_edge.quality.intervals import accuracy_interval, compare_right, drop_interval
+from mm_edge.records import Fidelity, OutputFidelity
 from mm_edge.runtime import in_order, model_name, open_session
 
 __all__ = [
@@ -23,12 +28,15 @@ __all__ = [
     "Judgement",
     "Reference",
     "compare_logits",
-    "divergence_per_row",
+    "interval_of",
     "judge_logits",
-    "log_softmax",
     "open_session",
     "run_onnx",
 ]
+
+
+# The most bytes of outputs that are held of one network that is no classifier.
+OUTPUT_BYTES = 512 << 20
 
 
 @dataclass(frozen=True)
@@ -49,11 +57,13 @@ class Reference:
         labels: the labels of the images (n,); None without any.
         logits: its answers (n, classes); None where there are none to compare with.
         accuracy: its own top-1 accuracy.
+        outputs: the outputs of a network that is no classifier by name, images first; None for a classifier.
     """
 
     labels: IntArray | None = None
     logits: Float32Array | None = None
     accuracy: float | None = None
+    outputs: Mapping[str, Float32Array] | None = None
 
 
 class Judgement(TypedDict):
@@ -63,6 +73,47 @@ class Judgement(TypedDict):
     accuracy_drop: float | None
     agreement_top1: float | None
     kl_to_dense: float | None
+    fidelity: Fidelity | None
+    accuracy_ci: NotRequired[tuple[float, float] | None]
+    drop_ci: NotRequired[tuple[float, float] | None]
+
+
+NOT_JUDGED: Judgement = {
+    "accuracy_top1": None,
+    "accuracy_drop": None,
+    "agreement_top1": None,
+    "kl_to_dense": None,
+    "fidelity": None,
+}
+
+
+def judge_model(
+    model: Path | bytes, batches: Iterable[tuple[Float32Array, IntArray]], reference: Reference, threads: int
+) -> Judgement:
+    """Run a candidate on the validation images and compare its answers with the labels and the dense network's."""
+    if reference.outputs is None:
+        return judge_logits(run_onnx(model, batches, threads), reference)
+    return judge_outputs(run_outputs(model, batches, threads), reference.outputs)
+
+
+def judge_outputs(found: Mapping[str, Float32Array], dense: Mapping[str, Float32Array]) -> Judgement:
+    """Compare the outputs of a network that is no classifier, by name, with the dense network's.
+
+    Nothing is compared of outputs whose shapes differ, as at another input size.
+    """
+    pairs = {name: (own, found[name]) for name, own in dense.items() if name in found}
+    same = {name: _fidelity(own, other) for name, (own, other) in pairs.items() if own.shape == other.shape}
+    return {**NOT_JUDGED, "fidelity": Fidelity(same) if same else None}
+
+
+def _fidelity(dense: Float32Array, found: Float32Array) -> OutputFidelity:
+    """Compare one output of two networks (images first)."""
+    if not (np.isfinite(dense).all() and np.isfinite(found).all()):
+        return OutputFidelity(None, None)
+    own, other = (array.reshape(len(array), -1).astype(np.float64) for array in (dense, found))
+    lengths = np.linalg.norm(own, axis=1) * np.linalg.norm(other, axis=1)
+    cosine = (own * other).sum(axis=1) / np.maximum(lengths, 1e-30)
+    return OutputFidelity(float(error_per_image(dense, found).mean()), float(cosine.mean()))
 
 
 def judge_logits(logits: Float32Array, reference: Reference) -> Judgement:
@@ -73,7 +124,22 @@ def judge_logits(logits: Float32Array, reference: Reference) -> Judgement:
         "accuracy_drop": _drop(reference.accuracy, found.accuracy_top1),
         "agreement_top1": found.agreement_top1,
         "kl_to_dense": found.kl_to_dense,
+        "fidelity": None,
+        "accuracy_ci": interval_of(found.accuracy_top1, found.count),
+        "drop_ci": _drop_interval(logits, reference),
     }
+
+
+def interval_of(accuracy: float | None, count: int) -> tuple[float, float] | None:
+    """Return the 95 % interval of an accuracy measured on `count` images; None where there is no accuracy."""
+    return None if accuracy is None else accuracy_interval(round(accuracy * count), count)
+
+
+def _drop_interval(logits: Float32Array, reference: Reference) -> tuple[float, float] | None:
+    """Return the 95 % interval of the loss in points; None without labels or answers of the dense network."""
+    if reference.labels is None or reference.logits is None or not len(logits):
+        return None
+    return drop_interval(*compare_right(logits, reference.logits, reference.labels))
 
 
 def _drop(dense: float | None, accuracy: float | None) -> float | None:
@@ -97,25 +163,64 @@ def run_onnx(
         JobError: it failed while running.
     """
     session = open_session(model)
+    output = session.get_outputs()[0].name
+    found = [rows[output] for rows in _run(session, model, batches, [output], threads, on_images)]
+    return np.concatenate(found) if found else np.zeros((0, 0), dtype=np.float32)
+
+
+def run_outputs(
+    model: Path | bytes,
+    batches: Iterable[tuple[Float32Array, IntArray]],
+    threads: int,
+    on_images: Callable[[int], None] | None = None,
+) -> dict[str, Float32Array]:
+    """Return the floating-point outputs for the images by name, each with the images first.
+
+    Images are run until the outputs fill OUTPUT_BYTES. Outputs whose shape depends on the image are left out.
+
+    Raises:
+        ModelError: ONNX Runtime cannot load the model.
+        JobError: it failed while running.
+    """
+    session = open_session(model)
+    names = [item.name for item in session.get_outputs() if item.type in ("tensor(float)", "tensor(float16)")]
+    found: dict[str, list[Float32Array]] = {name: [] for name in names}
+    size = 0
+    for rows in _run(session, model, batches, names, threads, on_images):
+        for name, array in rows.items():
+            found[name].append(array)
+            size += array.nbytes
+        if size > OUTPUT_BYTES:
+            break
+    alike = {name: rows for name, rows in found.items() if len({row.shape[1:] for row in rows}) == 1}
+    return {name: np.concatenate(rows) for name, rows in alike.items()}
+
+
+def _run(
+    session: Any,
+    model: Path | bytes,
+    batches: Iterable[tuple[Float32Array, IntArray]],
+    names: Sequence[str],
+    threads: int,
+    on_images: Callable[[int], None] | None,
+) -> Iterator[dict[str, Float32Array]]:
+    """Yield the outputs called `names` for some images after the others; `on_images` is told of each batch done."""
     feed = session.get_inputs()[0]
     fixed = feed.shape[0] if isinstance(feed.shape[0], int) else None
-    output = session.get_outputs()[0].name
     dtype = np.float16 if feed.type == "tensor(float16)" else np.float32
 
-    def run_one(piece: tuple[Float32Array, int]) -> Float32Array:
+    def run_one(piece: tuple[Float32Array, int]) -> dict[str, Float32Array]:
         images, used = piece
         try:
-            scores = session.run([output], {feed.name: images.astype(dtype, copy=False)})[0]
+            found = session.run(names, {feed.name: images.astype(dtype, copy=False)})
         except Exception as error:  # ONNX Runtime's own exception types have no common base
             raise JobError(f"ONNX Runtime failed on {model_name(model)}: {first_line(error)}") from error
-        return np.asarray(scores, dtype=np.float32)[:used]
+        return {name: np.asarray(rows, np.float32)[:used] for name, rows in zip(names, found, strict=True)}
 
-    found: list[Float32Array] = []
     for images, _ in batches:
-        found += in_order(run_one, _pieces(images, fixed), threads)
+        yield from in_order(run_one, _pieces(images, fixed), threads)
         if on_images is not None:
             on_images(len(images))
-    return np.concatenate(found) if found else np.zeros((0, 0), dtype=np.float32)
 
 
 def compare_logits(logits: Float32Array, labels: IntArray | None, dense_logits: Float32Array | None) -> Evaluation:
@@ -133,7 +238,7 @@ def compare_logits(logits: Float32Array, labels: IntArray | None, dense_logits: 
     agreement = float((predicted == dense_logits.argmax(axis=1)).mean())
     usable = bool(finite.all() and np.isfinite(dense_logits).all())
     # Rounding can leave -1e-17 for equal logits.
-    divergence = max(0.0, float(divergence_per_row(dense_logits, logits).mean())) if usable else None
+    divergence = max(0.0, float(divergence_per_image(dense_logits, logits).mean())) if usable else None
     return Evaluation(accuracy, agreement, divergence, len(logits))
 
 

@@ -10,10 +10,11 @@ from mm_edge.records import Candidate, Report
 from mm_edge.report.summary import count_skipped, find_chosen, write_headline
 from mm_edge.report.values import (
     NOT_MEASURED,
+    show_accuracy,
     show_bytes,
     show_count,
-    show_drop,
     show_latency,
+    show_loss,
     show_ms,
     show_percent,
     show_shape,
@@ -48,8 +49,9 @@ def write_markdown(report: Report) -> str:
         _write_table(report),
         "`*` marks the Pareto front (nothing else is both as accurate and as fast), `>` the chosen one"
         + (", a control is the dense network on pictures of another size. " if controls else ". ")
-        + "Points are top-1 against dense; a loss is negative. Speed-up is the median ratio of interleaved pairs, "
-        "with its interval.",
+        + "Points are top-1 against dense; a loss is negative. Brackets hold 95 % intervals. Speed-up is the ratio of "
+        "the two networks' undisturbed times, measured in turn; that network's own dense time is `dense_latency_ms` in "
+        "report.json, and the dense row has the median of these.",
         _write_choice(report),
         _write_budgets(report),
         _write_training(report),
@@ -65,7 +67,7 @@ def _write_table(report: Report) -> str:
     first = [
         "",
         "dense",
-        show_percent(dense.accuracy_top1),
+        show_accuracy(dense.accuracy_top1, dense.accuracy_ci),
         "",
         show_ms(dense.latency_ms.p50),
         show_ms(dense.latency_ms.p99),
@@ -88,11 +90,11 @@ def _write_row(c: Candidate, control: bool, chosen: bool) -> list[str]:
     return [
         ("\\>" if chosen else "") + ("\\*" if c.pareto else ""),
         _escape(c.id) + (" (control)" if control else ""),
-        show_percent(c.accuracy_top1),
-        show_drop(c.accuracy_drop),
+        show_accuracy(c.accuracy_top1, c.accuracy_ci),
+        show_loss(c),
         show_ms(c.latency_ms.p50),
         show_ms(c.latency_ms.p99),
-        show_speedup(c),
+        show_speedup(c) + ("" if c.latency_ms.verdict in (None, "stable") else f" ({c.latency_ms.verdict})"),
         show_count(c.macs),
         show_count(c.params),
         show_percent(c.sparsity),
@@ -110,8 +112,10 @@ def _write_choice(report: Report) -> str:
         f"- chosen: {_escape(chosen.id)}",
         f"- why: {_escape(report.chosen.reason)}",
         f"- top-1 on test images: {show_percent(report.chosen.accuracy_top1_test)}",
+        f"- dense top-1 on test images: {show_percent(report.chosen.dense_accuracy_top1_test)}",
         f"- latency: {show_latency(chosen.latency_ms)}",
-        f"- dense latency: {show_latency(report.dense.latency_ms)}",
+        f"- dense latency, timed in turn with it: {show_latency(chosen.dense_latency_ms)}",
+        f"- verdict on these times: {chosen.latency_ms.verdict or NOT_MEASURED}",
         f"- model: {_escape(chosen.artifact or 'none')}",
         f"- masked weights: {_escape(chosen.masked_state_dict or 'none')}",
     ]

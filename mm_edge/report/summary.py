@@ -25,12 +25,37 @@ def find_chosen(report: Report) -> Candidate | None:
 
 
 def write_headline(report: Report) -> str:
-    """Return the outcome in a few sentences; that no pruned candidate beats the controls comes first."""
+    """Return the outcome in a few sentences.
+
+    First comes that nothing was compared with the dense network, or that times are unusable; then that no pruned
+    candidate beats the controls.
+    """
     chosen = find_chosen(report)
+    sentences = [_uncompared_sentence(report), _unusable_sentence(report)]
     if chosen is None:
-        return "No candidate was chosen; the dense model stands."
-    sentences = [control_sentence(report), _speed_sentence(report, chosen), _accuracy_sentence(report, chosen)]
+        sentences.append("No candidate was chosen; the dense model stands.")
+    else:
+        sentences += [control_sentence(report), _speed_sentence(report, chosen), _accuracy_sentence(report, chosen)]
     return " ".join(sentence for sentence in sentences if sentence)
+
+
+def _uncompared_sentence(report: Report) -> str | None:
+    if not report.candidates or any(c.was_compared for c in report.candidates):
+        return None
+    return (
+        "Nothing was compared with the dense network, so these candidates may be unusable and none is recommended; to "
+        "find out give --data PATH with images in class folders."
+    )
+
+
+def _unusable_sentence(report: Report) -> str | None:
+    unusable = sum(c.is_unusable for c in report.candidates)
+    if not unusable:
+        return None
+    return (
+        f"The times of {unusable} of {len(report.candidates)} candidates are unusable, and no speed-up is stated for "
+        "them: stop other programs and run again."
+    )
 
 
 def control_sentence(report: Report) -> str | None:
@@ -130,8 +155,11 @@ def count_skipped(report: Report) -> list[tuple[str, int, int]]:
 def _speed_sentence(report: Report, chosen: Candidate) -> str:
     if chosen.speedup is None:
         share = 100 * chosen.macs / max(report.dense.macs, 1)
-        return f"{chosen.id} needs {share:.0f} % of the dense MACs; its speed on the target was not measured."
-    times = f"{show_ms(report.dense.latency_ms.p50)} -> {show_ms(chosen.latency_ms.p50)}"
+        why = "could not be told" if chosen.is_unusable else "was not measured"
+        return f"{chosen.id} needs {share:.0f} % of the dense MACs; its speed on the target {why}."
+    # Its own dense time is of the same moments; reports of older versions do not have it.
+    dense_ms = chosen.dense_latency_ms.p50 or report.dense.latency_ms.p50
+    times = f"{show_ms(dense_ms)} -> {show_ms(chosen.latency_ms.p50)}"
     if chosen.speedup_ci is not None and chosen.speedup_ci[0] <= 1 <= chosen.speedup_ci[1]:
         lo, hi = chosen.speedup_ci
         return (
@@ -150,6 +178,12 @@ def _accuracy_sentence(report: Report, chosen: Candidate) -> str:
         return "Its accuracy was not measured."
     side = "costs" if chosen.accuracy_drop >= 0 else "gains"
     both = f"{show_percent(report.dense.accuracy_top1)} -> {show_percent(chosen.accuracy_top1)}"
+    if chosen.drop_ci is not None:
+        both += f"; 95 % interval of the loss {chosen.drop_ci[0]:.2f} to {chosen.drop_ci[1]:.2f}"
     sentence = f"It {side} {abs(chosen.accuracy_drop):.2f} points of top-1 on validation images ({both})"
     test = report.chosen.accuracy_top1_test if report.chosen is not None else None
-    return f"{sentence}." if test is None else f"{sentence}, and reads {show_percent(test)} of the test images right."
+    if test is None:
+        return f"{sentence}."
+    dense = report.chosen.dense_accuracy_top1_test if report.chosen is not None else None
+    beside = "" if dense is None else f" (dense {show_percent(dense)})"
+    return f"{sentence}, and reads {show_percent(test)} of the test images right{beside}."

@@ -28,6 +28,20 @@ def show_drop(points: float | None) -> str:
     return _or_not_measured(points, lambda p: f"{0.0 - p:+.2f}")
 
 
+def show_accuracy(fraction: float | None, interval: tuple[float, float] | None) -> str:
+    """Return "87.65 % [86.20, 89.00]", the interval where there is one."""
+    text = show_percent(fraction)
+    return text if interval is None else f"{text} [{100 * interval[0]:.2f}, {100 * interval[1]:.2f}]"
+
+
+def show_loss(candidate: Candidate) -> str:
+    """Return "-1.50 [-2.40, -0.60]": a loss reads as negative; the interval where there is one."""
+    text = show_drop(candidate.accuracy_drop)
+    if candidate.drop_ci is None:
+        return text
+    return f"{text} [{0.0 - candidate.drop_ci[1]:+.2f}, {0.0 - candidate.drop_ci[0]:+.2f}]"
+
+
 def show_ms(milliseconds: float | None) -> str:
     """Return milliseconds with three significant digits, e.g. "0.821 ms" or "14.3 ms"."""
     return _or_not_measured(milliseconds, lambda ms: f"{ms:.3g} ms" if ms < 1000 else f"{ms:.0f} ms")

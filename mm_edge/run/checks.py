@@ -10,22 +10,27 @@ import torch
 from mm_edge.bench.target import Target
 from mm_edge.errors import UsageError
 from mm_edge.formats.precisions import PRECISIONS
+from mm_edge.formats.preprocess import require_bakeable
 from mm_edge.load.data import DataSplits
 from mm_edge.load.models import LoadedModel
 from mm_edge.plan.n_m import require_support
 from mm_edge.plan.plans import PATTERN
+from mm_edge.records import InputSpec
 from mm_edge.run.recoveries import RECOVERIES
 from mm_edge.run.request import Request
+
+_NO_LABELS = "the images have no labels; give class folders"
 
 
 @dataclass(frozen=True)
 class Circumstances:
-    """What a request is checked against: the images, the target, and whether anything is measured."""
+    """What a request is checked against: the images, the target, whether anything is measured, and the input."""
 
     request: Request
     data: DataSplits | None
     target: Target
     measured: bool
+    spec: InputSpec | None = None
 
     @property
     def has_calibration_images(self) -> bool:
@@ -33,18 +38,25 @@ class Circumstances:
         return self.data is not None and len(self.data.calibration) > 0
 
     @property
+    def has_labels(self) -> bool:
+        """Whether the images have labels."""
+        return self.data is not None and self.data.labelled
+
+    @property
     def has_validation_images(self) -> bool:
         """Whether there are validation images."""
         return self.data is not None and len(self.data.validation) > 0
 
 
-def check_request(request: Request, data: DataSplits | None, target: Target, measured: bool) -> None:
-    """Refuse what cannot be done.
+def check_request(
+    request: Request, data: DataSplits | None, target: Target, measured: bool, spec: InputSpec | None = None
+) -> None:
+    """Refuse what cannot be done. `spec` is the input of the model.
 
     Raises:
         UsageError: an option needs data or a device that is not there, or the target gains nothing from it.
     """
-    given = Circumstances(request, data, target, measured)
+    given = Circumstances(request, data, target, measured, spec)
     for check in CHECKS:
         check(given)
 
@@ -84,6 +96,8 @@ def _accuracy_on_device(given: Circumstances) -> None:
         raise UsageError("--accuracy-on device needs a device, and nothing is measured here; give --host USER@HOST")
     if not given.has_validation_images:
         raise UsageError("--accuracy-on device needs validation images, and there are none; give --data PATH")
+    if not given.has_labels:
+        raise UsageError(f"--accuracy-on device needs accuracy, and {_NO_LABELS}")
 
 
 def _training_images(given: Circumstances) -> None:
@@ -93,11 +107,34 @@ def _training_images(given: Circumstances) -> None:
             f"--recover {given.request.recover} trains on calibration images, and there are none; "
             "give --split a first part"
         )
+    if least and not given.has_labels:
+        raise UsageError(f"--recover {given.request.recover} trains on labels, and {_NO_LABELS} or use --recover tune")
+
+
+def _augmentation(given: Circumstances) -> None:
+    spec = given.spec
+    if spec is None or not RECOVERIES[given.request.recover].least_images:
+        return
+    plain = InputSpec(spec.shape, spec.mean, spec.std)
+    for name in ("resize", "colours", "scale", "layout"):
+        value = getattr(spec, name)
+        if value != getattr(plain, name):
+            raise UsageError(
+                f"--recover {given.request.recover} augments photos as classifiers take them, and this network's "
+                f"{name} is {value}; use --recover tune"
+            )
+
+
+def _baking(given: Circumstances) -> None:
+    if given.spec is not None and "bake-preprocess" in given.request.formats:
+        require_bakeable(given.spec)
 
 
 def _largest_drop(given: Circumstances) -> None:
     if given.request.max_drop is not None and not given.has_validation_images:
         raise UsageError("--max-drop needs accuracy, and there are no validation images; give --data PATH")
+    if given.request.max_drop is not None and not given.has_labels:
+        raise UsageError(f"--max-drop needs accuracy, and {_NO_LABELS}")
 
 
 def _times(given: Circumstances) -> None:
@@ -114,6 +151,8 @@ CHECKS: tuple[Callable[[Circumstances], None], ...] = (
     _kinds,
     _accuracy_on_device,
     _training_images,
+    _augmentation,
+    _baking,
     _largest_drop,
     _times,
 )

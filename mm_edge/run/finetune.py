@@ -12,7 +12,7 @@ import onnx_ir as ir
 from mm_edge.arrays import Arrays
 from mm_edge.graph.compact import AxisMask, mask_tensors
 from mm_edge.plan.plans import ChannelPlan, Plan, WeightPlan
-from mm_edge.quality.evaluation import judge_logits, run_onnx
+from mm_edge.quality.evaluation import judge_model
 from mm_edge.records import Candidate
 from mm_edge.recover.training.finetune import Checkpoints, Score, Settings, Student, finetune
 from mm_edge.recover.training.shrink import group_slices
@@ -86,5 +86,5 @@ def _score(network: Network, plan: Plan, settings: MakeSettings, state: Arrays) 
     if network.images.validation is None:
         return None
     model = ir.to_proto(compact_model(network, plan, state)).SerializeToString()
-    found = judge_logits(run_onnx(model, network.images.validation(), settings.threads), settings.reference)
+    found = judge_model(model, network.images.validation(), settings.reference, settings.threads)
     return Score(found["accuracy_top1"], found["kl_to_dense"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from mm_edge.errors import ConstraintError
@@ -17,7 +18,7 @@ from mm_edge.run.job import IMAGES_PER_BATCH, Job
 from mm_edge.run.make import MakeSettings
 from mm_edge.run.measure import how_to_measure
 from mm_edge.run.networks import Network, Networks
-from mm_edge.select import choose, judge_budget, mark_pareto
+from mm_edge.select import UNCOMPARED, choose, judge_budget, mark_pareto
 
 
 def finish(
@@ -42,10 +43,16 @@ def finish(
     except ConstraintError as error:
         missed = error
         job.note(str(error))
+    if missed is None and chosen is None:
+        job.note(UNCOMPARED)
     if chosen is not None:
         candidate = next(item for item in listed if item.id == chosen.id)
         network = networks.at(candidate.input_shape[-1])
-        chosen = replace(chosen, accuracy_top1_test=_test_accuracy(job, network, settings, candidate))
+        chosen = replace(
+            chosen,
+            accuracy_top1_test=_test_accuracy(job, network, settings, job.artifact(candidate)),
+            dense_accuracy_top1_test=_test_accuracy(job, networks.dense, settings, job.dense_file),
+        )
         _write_bundle(job, network, candidate)
     if job.data is not None:
         job.note(*job.data.warnings)
@@ -103,11 +110,11 @@ def notes_of_shared_names(candidates: Sequence[Candidate]) -> list[str]:
     ]
 
 
-def _test_accuracy(job: Job, network: Network, settings: MakeSettings, candidate: Candidate) -> float | None:
+def _test_accuracy(job: Job, network: Network, settings: MakeSettings, model: Path) -> float | None:
     if network.data is None or not len(network.data.test):
         return None
     with job.stages.stage("test"):
-        logits = run_onnx(job.artifact(candidate), network.data.test.batches(IMAGES_PER_BATCH), settings.threads)
+        logits = run_onnx(model, network.data.test.batches(IMAGES_PER_BATCH), settings.threads)
         return compare_logits(logits, network.data.test.labels, None).accuracy_top1
 
 

@@ -35,7 +35,7 @@ from mm_edge.plan.counts import count_macs, count_parameters
 from mm_edge.plan.masks import measure_sparsity
 from mm_edge.plan.n_m import reduced_axes, require_pattern
 from mm_edge.plan.plans import PATTERN, ChannelPlan, Plan, WeightPlan
-from mm_edge.quality.evaluation import Judgement, Reference, judge_logits, run_onnx
+from mm_edge.quality.evaluation import NOT_JUDGED, Judgement, Reference, judge_model
 from mm_edge.quality.parity import Run, compare, onnx_runner, require, torch_runner
 from mm_edge.records import Candidate, Parity, candidate_id, file_name
 from mm_edge.run.job import DENSE_FILE
@@ -43,8 +43,6 @@ from mm_edge.run.networks import Network
 from mm_edge.run.recoveries import RECOVERIES, Recovery
 from mm_edge.runtime import release_memory
 from mm_edge.store import write_atomically
-
-NOT_JUDGED: Judgement = {"accuracy_top1": None, "accuracy_drop": None, "agreement_top1": None, "kl_to_dense": None}
 
 
 @dataclass(frozen=True)
@@ -254,10 +252,10 @@ def _check(network: Network, settings: MakeSettings, artifact: Path, reference: 
 
 
 def judge_artifact(network: Network, settings: MakeSettings, artifact: Path) -> Judgement:
-    """Return the accuracy of a model file and its agreement with dense on validation images; None without images."""
+    """Return how a model file answers on validation images, beside the labels and dense; None without images."""
     if network.images.validation is None:
         return NOT_JUDGED
-    return judge_logits(run_onnx(artifact, network.images.validation(), settings.threads), settings.reference)
+    return judge_model(artifact, network.images.validation(), settings.reference, settings.threads)
 
 
 # ---- the masked state, kept beside the artifact

@@ -26,7 +26,7 @@ from mm_edge.bench.session import (
 )
 from mm_edge.bench.target import Target, matches_this_machine
 from mm_edge.bench.transport import Transport
-from mm_edge.quality.evaluation import Reference, compare_logits, judge_logits
+from mm_edge.quality.evaluation import Reference, compare_logits, interval_of, judge_logits
 from mm_edge.quality.parity import compare_with_outputs
 from mm_edge.records import Candidate, DenseFigures, Latency
 from mm_edge.run.job import Job
@@ -87,6 +87,7 @@ def _measure_times(
                     latency_ms=timing.latency,
                     speedup=timing.speedup,
                     speedup_ci=timing.speedup_ci,
+                    dense_latency_ms=timing.dense_latency,
                     peak_memory_bytes=_memory(job, artifact, transport, fingerprint),
                 )
             )
@@ -152,7 +153,8 @@ def _judge_on_device(
         f"accuracy was measured on {job.transport.name}, on {len(labels)} validation images; the row that "
         f"differs most from this machine's figure differs by {100 * max(differences, default=0.0):.2f} points"
     )
-    return replace(dense, accuracy_top1=own.accuracy), judged
+    interval = interval_of(own.accuracy, len(labels))
+    return replace(dense, accuracy_top1=own.accuracy, accuracy_ci=interval, accuracy_images=len(labels)), judged
 
 
 def _save_images(network: Network, folder: Path) -> list[Path]:

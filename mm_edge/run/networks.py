@@ -28,7 +28,7 @@ from mm_edge.load.data import DataSplits, noise_batches
 from mm_edge.load.models import LoadedModel
 from mm_edge.plan.n_m import reduced_axes
 from mm_edge.plan.target_widths import allowed_widths_on
-from mm_edge.quality.evaluation import Reference, compare_logits, run_onnx
+from mm_edge.quality.evaluation import Reference, compare_logits, run_onnx, run_outputs
 from mm_edge.records import InputSpec, Layer
 from mm_edge.recover.closed_form.branches import MeasuredBranch, measure_branches
 from mm_edge.recover.closed_form.context import RecoveryContext, build_context
@@ -275,11 +275,20 @@ def _with_moments(job: Job, dense: Network, network: Network) -> Network:
         return network
     # Images that are held back for the dense network must not give moments here.
     moments = _dense_moments(job, network, len(dense.recovery.images))
-    if moments is not None and moments.held_back == dense.recovery.held_back:
-        # Candidates are compared with the dense network's answers at its own shape, not with those to smaller images.
-        moments = replace(moments, logits=dense.recovery.logits)
+    if moments is not None and _is_comparable(moments, dense.recovery):
+        # Class scores are compared with the dense network's at its own shape, not with those to smaller images.
+        moments = replace(moments, answers=dense.recovery.answers)
     known = {leaf: replace(item, leaf=network.leaves[leaf]) for leaf, item in dense.sensitivities.items()}
     return replace(network, recovery=moments, sensitivities=network.translate(known))
+
+
+def _is_comparable(found: RecoveryContext, dense: RecoveryContext) -> bool:
+    """Return whether answers at one shape can be compared with those at another: class scores to the same images.
+
+    Maps and boxes have other positions at another shape.
+    """
+    scores = found.judged.class_scores is not None and found.answers[0].shape == dense.answers[0].shape
+    return scores and found.held_back == dense.held_back
 
 
 def _dense_moments(job: Job, network: Network, most: int = CLOSED_FORM_IMAGES) -> RecoveryContext | None:
@@ -296,6 +305,7 @@ def _dense_moments(job: Job, network: Network, most: int = CLOSED_FORM_IMAGES) -
             network.structure,
             images,
             also=also,
+            judge=job.request.judge,
             threads=cores(),
             progress=advance,
             module=network.model.module,
@@ -337,6 +347,8 @@ def _branches(job: Job, dense: Network) -> tuple[MeasuredBranch, ...]:
 def _key_of_measured(job: Job, **parts: Any) -> dict[str, Any]:
     """Return the key of what the closed form measures, group by group or branch by branch."""
     request = job.request
+    if request.judge:
+        parts["judge"] = request.judge
     return job.key(
         data=job.data_key, images=CLOSED_FORM_IMAGES, keep=request.keep, prune_norms=request.prune_norms, **parts
     )
@@ -365,6 +377,8 @@ def _write_dense(job: Job, dense: Network) -> Reference:
             done += batch
             advance(done, total)
 
+        if dense.model.info.num_classes is None:
+            return Reference(outputs=run_outputs(file, dense.images.validation(), cores(), count))
         logits = run_onnx(file, dense.images.validation(), cores(), count)
         # The labels are read after the images, because images that cannot be decoded are left out.
         labels = job.data.validation.labels

@@ -161,6 +161,25 @@ class Number(ValueKind):
 
 
 @dataclass(frozen=True)
+class Ratio(ValueKind):
+    """A number, which text may write as a fraction such as 1/255.
+
+    Attributes:
+        example: a value to show in the message.
+    """
+
+    example: str = "1/255"
+
+    def read(self, value: Any, spelling: str) -> float:
+        """Return the number."""
+        above, slash, below = value.partition("/") if isinstance(value, str) else (value, "", "")
+        parts = [_to_float(part) for part in ((above, below) if slash else (above,))]
+        if None in parts or (slash and not parts[1]):
+            raise UsageError(f"{spelling} {value!r} is not a number; write for example {spelling} {self.example}")
+        return float(parts[0] or 0.0) / float(parts[1] or 1.0 if slash else 1.0)
+
+
+@dataclass(frozen=True)
 class Numbers(ValueKind):
     """One or more finite numbers; text has commas between them.
 
@@ -269,14 +288,16 @@ class Sides(ValueKind):
 
 @dataclass(frozen=True)
 class Patterns(ValueKind):
-    """Patterns of names; the command line repeats the option, and a comma belongs to the pattern."""
+    """Names or patterns of names; the command line repeats the option, and a comma belongs to the name."""
+
+    what: str = "patterns of parameter names"
 
     def read(self, value: Any, spelling: str) -> tuple[str, ...]:
         """Return the patterns."""
         patterns = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Iterable) else (value,)
         for pattern in patterns:
             if not isinstance(pattern, str):
-                raise UsageError(f"{spelling} takes patterns of parameter names, not {type_name(pattern)}")
+                raise UsageError(f"{spelling} takes {self.what}, not {type_name(pattern)}")
         return patterns
 
     def show(self, value: Any) -> str:

@@ -15,6 +15,7 @@ from functools import partial
 from mm_edge.errors import ParityError
 from mm_edge.plan.counts import count_parameters
 from mm_edge.plan.plans import Plan
+from mm_edge.quality.evaluation import interval_of
 from mm_edge.records import Candidate, DenseFigures, Latency, Report
 from mm_edge.run.convert import convert_front
 from mm_edge.run.finish import finish
@@ -68,6 +69,7 @@ def _settings(job: Job, networks: Networks) -> MakeSettings:
 
 
 def _dense_figures(job: Job, networks: Networks) -> DenseFigures:
+    labels = networks.reference.labels
     return DenseFigures(
         accuracy_top1=networks.reference.accuracy,
         latency_ms=Latency(),
@@ -75,6 +77,8 @@ def _dense_figures(job: Job, networks: Networks) -> DenseFigures:
         file_bytes=job.dense_file.stat().st_size,
         params=count_parameters(networks.dense.raw),
         macs=round(networks.dense.structure.macs()),
+        accuracy_ci=None if labels is None else interval_of(networks.reference.accuracy, len(labels)),
+        accuracy_images=None if labels is None else len(labels),
     )
 
 

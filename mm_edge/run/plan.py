@@ -16,11 +16,13 @@ import numpy as np
 import onnx_ir as ir
 
 from mm_edge.arrays import Float32Array
+from mm_edge.graph.answers import find_answers
 from mm_edge.graph.axes import Keep
 from mm_edge.graph.compact import materialise
 from mm_edge.graph.costs import Cost
 from mm_edge.graph.deploy import deploy
 from mm_edge.graph.depth import Branch, renamed
+from mm_edge.graph.partial import Frontier, RunnableGraph
 from mm_edge.graph.widths import AllowedWidths, group_scores, lead, select_indices
 from mm_edge.plan.budgets import BudgetCheck, Draft, Met, counts_of, meet, words_for
 from mm_edge.plan.counts import count_macs, parameter_cost
@@ -31,10 +33,9 @@ from mm_edge.plan.scaling import BUDGET_SLACK, plan_budget
 from mm_edge.plan.scores import Scores
 from mm_edge.plan.strategies import assign
 from mm_edge.progress import Advance
-from mm_edge.quality.evaluation import run_onnx
 from mm_edge.records import Assignment, Budget, SparsityRange
 from mm_edge.recover.closed_form.branches import MeasuredBranch, allocate_rest, offers
-from mm_edge.recover.closed_form.context import RecoveryContext
+from mm_edge.recover.closed_form.context import RecoveryContext, answers
 from mm_edge.recover.closed_form.judging import judge_answers
 from mm_edge.run.closed_form import recover_keep
 from mm_edge.run.job import Job
@@ -266,9 +267,14 @@ def _least_diverging(
     tried.sort(key=lambda pair: pair[0])
     best = tried[0][1]
     listed = ", ".join(f"{item.words} {kl:.3g}" for kl, item in tried)
-    note = f"{budget.asked} by sensitivity: {best.words} diverges least (nats: {listed})"
-    # A smaller input makes no smaller file, so no control meets a file size that the dense network exceeds.
-    within = [item for item in networks.others if budget.kind != "size" and _is_within(measures.at(item))]
+    assert networks.dense.recovery is not None
+    scores = networks.dense.recovery.judged.class_scores is not None
+    unit = "nats" if scores else "shares of the variance"
+    note = f"{budget.asked} by sensitivity: {best.words} diverges least ({unit}: {listed})"
+    # A smaller input makes no smaller file, so no control meets a file size that the dense network exceeds. What is no
+    # class score, such as a map, has other positions at another size and cannot be compared.
+    compared = scores and budget.kind != "size"
+    within = [item for item in networks.others if compared and _is_within(measures.at(item))]
     controls = [f"{item.side} px {_divergence(job, networks.dense, item, None):.3g}" for item in within]
     job.note(f"{note}; the dense network within the budget: {', '.join(controls)}" if controls else note)
     return best
@@ -330,7 +336,7 @@ def _draw_by_sensitivity(
 
 
 def _divergence(job: Job, dense: Network, network: Network, plan: ChannelPlan | None) -> float:
-    """Return the divergence on held-back images, in nats, of a screened plan or of the unpruned network (None)."""
+    """Return the divergence on held-back images of a screened plan or, for class scores, of the unpruned network."""
     assert dense.recovery is not None and network.data is not None
     what = None if plan is None else plan.digest()
     name = f"rivals/{control_file_name(network)}" if plan is None else f"rivals/{plan.file_name}-{plan.digest()[:12]}"
@@ -339,12 +345,20 @@ def _divergence(job: Job, dense: Network, network: Network, plan: ChannelPlan | 
     stored = job.store.load_json(name, key)
     if stored is None:
         model = network.raw.model.clone() if plan is None else _screen(job, network, plan)
-        held_back = _held_back_images(dense.recovery, network)
-        labels = np.zeros(len(held_back), np.int64)
-        logits = run_onnx(ir.to_proto(deploy(model)).SerializeToString(), [(held_back, labels)], cores())
-        stored = [judge_answers(dense.recovery, logits).mean]
+        by_scores = dense.recovery.judged.class_scores is not None
+        context = dense.recovery if by_scores or network.recovery is None else network.recovery
+        stored = [_judge_network(context, network, model, job.request.judge)]
         job.store.save_json(name, key, stored)
     return float(stored[0])
+
+
+def _judge_network(context: RecoveryContext, network: Network, model: ir.Model, judge: Sequence[str]) -> float:
+    """Return the divergence of a raw or compact graph of `network` from the dense answers in `context`."""
+    judged = find_answers(network.raw, network.structure, judge)
+    graph = RunnableGraph(model, judged.values)
+    images = _held_back_images(context, network)
+    numbers = tuple(range(len(images)))
+    return judge_answers(context, answers(graph, judged, Frontier(graph, images, numbers), numbers, cores())).mean
 
 
 def _held_back_images(dense: RecoveryContext, network: Network) -> Float32Array:

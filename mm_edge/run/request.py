@@ -15,6 +15,7 @@ from typing import Any
 from mm_edge.errors import UsageError
 from mm_edge.formats.precisions import PRECISIONS
 from mm_edge.formats.registry import FORMATS
+from mm_edge.load.presets import COLOURS, LAYOUTS, PRESETS, RESIZES
 from mm_edge.plan.kinds import KINDS
 from mm_edge.plan.signals import SIGNALS
 from mm_edge.plan.strategies import STRATEGIES
@@ -31,6 +32,7 @@ from mm_edge.run.options import (
     Number,
     Numbers,
     Patterns,
+    Ratio,
     Shape,
     Sides,
     Text,
@@ -86,6 +88,11 @@ def _check_fractions(values: tuple[float, ...], spelling: str) -> None:
 def _check_points(value: float, spelling: str) -> None:
     if not math.isfinite(value):
         raise UsageError(f"{spelling} {value:g} is not a number of points; write for example {spelling} 1")
+
+
+def _check_scale(value: float, spelling: str) -> None:
+    if not 0 < value < math.inf:
+        raise UsageError(f"{spelling} {value:g} leaves nothing of a pixel; give a number above 0 such as 1/255")
 
 
 def _check_limit(value: float, spelling: str) -> None:
@@ -146,6 +153,47 @@ class ModelOptions:
         metavar="R,G,B",
         shown="what the file says, else ImageNet's",
     )
+    preprocess: str | None = option(
+        None,
+        Name(PRESETS),
+        help="How photos become inputs, by the network's family; the options beside override parts of it.",
+        section=MODEL,
+        metavar="NAME",
+        shown="what the file says, else as classifiers have it",
+    )
+    scale: float | None = option(
+        None,
+        Ratio(),
+        help="What pixels in 0..255 are multiplied by before mean and std.",
+        section=MODEL,
+        metavar="X",
+        shown="what the file says, else 1/255",
+        check=_check_scale,
+    )
+    colours: str | None = option(
+        None,
+        Name(COLOURS),
+        help="Order of the channels:",
+        section=MODEL,
+        metavar="NAME",
+        shown="what the file says, else RGB",
+    )
+    resize: str | None = option(
+        None,
+        Name(RESIZES),
+        help="How a photo gets the input's size:",
+        section=MODEL,
+        metavar="NAME",
+        shown="what the file says, else crop",
+    )
+    layout: str | None = option(
+        None,
+        Name(LAYOUTS),
+        help="Order of the axes of an .onnx file's input:",
+        section=MODEL,
+        metavar="NAME",
+        shown="by the size of the axes",
+    )
     trust_pickle: bool = option(False, Flag(), help="Load a pickled module: this runs the code in it.", section=MODEL)
     keep: tuple[str, ...] = option(
         (),
@@ -153,6 +201,14 @@ class ModelOptions:
         help="Never prune parameters this names; repeatable.",
         section=PRUNING,
         metavar="PATTERN",
+    )
+    judge: tuple[str, ...] = option(
+        (),
+        Patterns("names of the network's values"),
+        help="Compare this value of the network with the dense one's; repeatable.",
+        section=RECOVERY,
+        metavar="NAME",
+        shown="outputs, and what they are decoded from; see 'mm-edge inspect'",
     )
 
 
@@ -170,7 +226,7 @@ class Request(ModelOptions):
     data: str | None = option(
         None,
         Text("a path or the name of a data set", is_path=True),
-        help="Folder or tar of class folders, or a data set as timm names it.",
+        help="Folder or tar of photos or class folders, .npz of inputs, FILE.py:CALLABLE, or a data set of timm's.",
         section=DATA,
         metavar="PATH",
     )

@@ -11,7 +11,14 @@ from mm_edge.arrays import Float32Array, Float32Arrays
 from mm_edge.graph.layers import read_layer_weights
 from mm_edge.load.models import LoadedModel
 from mm_edge.plan.ranges import observed_ranges, rule_ranges
-from mm_edge.plan.scores import GRASP_IMAGES, Scores, gradients, hessian_gradient_products, score_weights
+from mm_edge.plan.scores import (
+    GRASP_IMAGES,
+    Scores,
+    gradients,
+    hessian_gradient_products,
+    projected_gradients,
+    score_weights,
+)
 from mm_edge.plan.signals import need_gradient, without_gradient
 from mm_edge.records import Layer, SparsityRange
 from mm_edge.run.job import IMAGES_PER_BATCH, Job
@@ -62,12 +69,14 @@ def _gradients(job: Job) -> Float32Arrays:
     if job.data is None or not len(job.data.calibration):
         job.note("no calibration images: signal magnitude only; give --data PATH for the other signals")
         return {}
-    key = job.key(data=job.data_key, images=GRADIENT_IMAGES)
+    supervised = job.model.info.num_classes is not None and job.data.labelled
+    key = job.key(data=job.data_key, images=GRADIENT_IMAGES, **({} if supervised else {"loss": "projections"}))
     stored = job.store.load_arrays("gradients", key)
     if stored is None:
         images = job.data.calibration.take(GRADIENT_IMAGES)
+        take = gradients if supervised else projected_gradients
         with job.stages.stage("gradients") as advance:
-            found = gradients(job.model.module, _Batches(images, _gradient_batch(job.model)), job.request.seed, advance)
+            found = take(job.model.module, _Batches(images, _gradient_batch(job.model)), job.request.seed, advance)
         stored = found.values
         job.store.save_arrays("gradients", key, stored)
         release_memory()
@@ -97,7 +106,7 @@ class _Batches:
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
         for images, labels in self._images.batches(self._size):
-            yield torch.from_numpy(images), torch.from_numpy(labels)
+            yield torch.from_numpy(images), torch.from_numpy(labels) if self._images.labels is not None else None
 
     def __len__(self) -> int:
         return -(-len(self._images) // self._size)

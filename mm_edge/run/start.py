@@ -40,7 +40,7 @@ def start(load: Callable[[], LoadedModel], request: Request, stages: Stages) -> 
         if request.data is not None:
             data = open_data(request.data, model.input, model.info.num_classes, request.split, request.seed)
     measured = request.bench and (request.host is not None or matches_this_machine(target))
-    check_request(request, data, target, measured)
+    check_request(request, data, target, measured, model.input)
     transport = open_transport(target, request.host, stages.tell) if measured else None
     store = RunStore(request.out)
     with store.lock():

@@ -92,9 +92,9 @@ class DeviceTimer:
                     file = Path(folder) / "plan.onnx"
                     write_model(ir.to_proto(deploy(make())), file)
                 found = measure_pair(self.dense, file, self.target, transport=self.transport, pairs=self.pairs)
-            if found.speedup is None or found.quiet_ratio is None or found.dense_latency.p50 is None:
+            if found.ratio is None or found.quiet_ratio is None or found.dense_latency.p50 is None:
                 raise BenchError(f"{self.transport.name} gives no times, and a budget of time was asked for")
-            stored = [1 / found.speedup, found.dense_latency.p50, 1 / found.quiet_ratio]
+            stored = [1 / found.ratio, found.dense_latency.p50, 1 / found.quiet_ratio]
             self.store.save_json(name, full, stored)
         return float(stored[0]), float(stored[1]), float(stored[2])
 

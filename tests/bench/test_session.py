@@ -18,10 +18,14 @@ from mm_edge.errors import BenchError
 
 
 def samples(**changes: Any) -> dict[str, Any]:
-    state = {"frequency_khz": 1_800_000, "temperature_c": None}
+    state = {"frequency_khz": 1_800_000, "temperature_c": None, "throttled": None}
     return {
         "dense_ns": [2_000_000] * 200,
         "candidate_ns": [1_000_000] * 200,
+        "disturbed": [0] * 200,
+        "sittings": [25] * 8,
+        "clocks_khz": [],
+        "load": {"cores": 4, "others": 0.0, "stolen": 0.0},
         "block": 4,
         "threads": 2,
         "warm_up_runs": 20,
@@ -42,23 +46,26 @@ def test_local_measurement(models: tuple[Path, Path]) -> None:
         measured = session.measure_pair(*models, HOST, transport=here)
         machine = session.environment(HOST, here)
         peak = session.measure_memory(models[0], HOST, transport=here)
-    assert measured.latency.samples == 200
+    assert 100 <= measured.latency.samples <= 404
+    assert measured.verdict in ("stable", "noisy", "unusable")
     assert measured.latency.source == "host"
     times = [measured.latency.p50, measured.latency.p90, measured.latency.p99]
     assert None not in times
     assert times == sorted(time or 0.0 for time in times)
-    assert measured.speedup is not None and measured.speedup > 1
-    assert measured.speedup_ci is not None
-    assert measured.speedup_ci[0] <= measured.speedup <= measured.speedup_ci[1]
+    assert measured.ratio is not None and measured.ratio > 1
+    assert measured.ratio_ci is not None
+    assert measured.ratio_ci[0] <= measured.ratio <= measured.ratio_ci[1]
+    assert measured.speedup == (None if measured.verdict == "unusable" else measured.ratio)
     assert len(machine["fingerprint"]) == 16
     assert machine["transport"] == "this machine"
     assert peak is not None and peak >= 0
 
 
-def test_speedup_is_the_median_ratio(models: tuple[Path, Path]) -> None:
+def test_speedup_of_steady_times(models: tuple[Path, Path]) -> None:
     device = Scripted(samples(candidate_ns=[500_000] * 200))
     measured = session.measure_pair(*models, HOST, transport=device)
-    assert (measured.speedup, measured.speedup_ci) == (4.0, (4.0, 4.0))
+    assert measured.speedup == pytest.approx(4) and measured.speedup_ci == pytest.approx((4, 4))
+    assert measured.verdict == measured.latency.verdict == measured.dense_latency.verdict == "stable"
     assert measured.latency.p50 == 0.5
     assert measured.dense_latency.source == "device"
     assert measured.latency.threads == 2
@@ -89,8 +96,74 @@ def test_doubtful_runs_say_so_and_name_the_remedy(models: tuple[Path, Path]) -> 
     text = "\n".join(doubt.text for doubt in measured.doubts)
     assert "the spread of the samples is 100% of their median: stop other programs" in text
     assert "ended 20% slower than it began" in text
-    assert "the clock fell from 1800 to 900 MHz" in text
+    assert "the clock was between 900 and 1800 MHz while measuring" in text
     assert "warm-up did not settle" in text
+
+
+def sittings_of(*ratios: float) -> dict[str, Any]:
+    """Return samples of eight sittings whose ratios are `ratios` over and over."""
+    wanted = [ratios[index % len(ratios)] for index in range(8)]
+    return samples(dense_ns=[round(1_000_000 * ratio) for ratio in wanted for _ in range(25)])
+
+
+def test_verdicts_by_the_width_of_the_interval(models: tuple[Path, Path]) -> None:
+    def measure(reply: dict[str, Any]) -> session.Measurement:
+        return session.measure_pair(*models, HOST, transport=Scripted(reply))
+
+    stable, noisy, unusable = (measure(sittings_of(2 - d, 2 + d)) for d in (0.02, 0.12, 0.4))
+    assert [stable.verdict, noisy.verdict, unusable.verdict] == ["stable", "noisy", "unusable"]
+    assert stable.speedup is not None and noisy.speedup is not None and noisy.speedup_ci is not None
+    assert (unusable.speedup, unusable.speedup_ci) == (None, None)
+    assert unusable.ratio is not None and unusable.latency.p50 == 1.0
+    assert unusable.doubts[0].text == (
+        "times are unusable and no speed-up is stated: stop other programs and measure again (the interval is +-18%); "
+        "other programs kept 0.0 of 4 cores busy; 0% of the pairs were disturbed"
+    )
+    assert session.merge_doubts([noisy, unusable])[0].startswith("times are unusable")
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        (
+            {"disturbed": [0, 1] * 100},
+            "the device was busy while measuring: other programs kept 0.0 of 4 cores busy; 50% of the pairs were "
+            "disturbed; stop other programs and measure again",
+        ),
+        (
+            {"load": {"cores": 2, "others": 1.04, "stolen": 0.2}},
+            "the device was busy while measuring: other programs kept 1.0 of 2 cores busy, the hypervisor took 0.2; 0% "
+            "of the pairs were disturbed; stop other programs and measure again",
+        ),
+        (
+            {"clocks_khz": [1_800_000] * 7 + [1_200_000]},
+            "the clock was between 1200 and 1800 MHz while measuring: let the device cool, or fix its clock",
+        ),
+        (
+            {"before": {"throttled": 3}, "after": {"throttled": 5}},
+            "the cores were slowed down against heat 2 times while measuring: let the device cool",
+        ),
+    ],
+)
+def test_what_disturbs_makes_a_measurement_noisy(models: tuple[Path, Path], changes: dict[str, Any], text: str) -> None:
+    measured = session.measure_pair(*models, HOST, transport=Scripted(samples(**changes)))
+    assert measured.verdict == "noisy"
+    assert [doubt.text for doubt in measured.doubts] == [text]
+    assert measured.speedup == pytest.approx(2)
+
+
+def test_disturbed_pairs_do_not_count(models: tuple[Path, Path]) -> None:
+    """Every tenth pair was disturbed, and its dense run took ten times as long."""
+    marks = [int(index % 10 == 0) for index in range(200)]
+    slow = [20_000_000 if mark else 2_000_000 for mark in marks]
+    measured = session.measure_pair(*models, HOST, transport=Scripted(samples(dense_ns=slow, disturbed=marks)))
+    assert measured.verdict == "stable" and measured.speedup == pytest.approx(2)
+    assert measured.latency.samples == 180 and measured.dense_latency.p99 == 2.0
+
+
+def test_a_machine_that_says_nothing_of_its_load_is_believed(models: tuple[Path, Path]) -> None:
+    quiet = samples(load={"cores": 1, "others": None, "stolen": None})
+    assert session.measure_pair(*models, HOST, transport=Scripted(quiet)).verdict == "stable"
 
 
 def test_one_sentence_per_kind_of_doubt_the_worst_with_its_count(models: tuple[Path, Path]) -> None:
@@ -141,6 +214,14 @@ def test_samples_are_kept_and_reused_only_where_they_belong(models: tuple[Path, 
         ({"threads": "all"}, "the board sent threads 'all'"),
         ({"warm_up_stable": "yes"}, "the board sent no warm_up_stable"),
         ({"after": None}, "the board sent after 'no record'"),
+        ({"after": {"throttled": -1}}, "the board sent after -1"),
+        ({"disturbed": [0] * 10}, "the board sent disturbed that does not mark 200 pairs; the answer was refused"),
+        ({"disturbed": [2] * 200}, "the board sent disturbed that does not mark 200 pairs"),
+        ({"sittings": [25] * 7}, r"the board sent sittings \[25, 25, 25, 25, 25, 25, 25\] for 200 pairs"),
+        ({"sittings": [200, 0]}, r"the board sent sittings \[200, 0\] for 200 pairs"),
+        ({"clocks_khz": None}, "the board sent sittings"),
+        ({"load": {"cores": 0}}, r"the board sent load \{'cores': 0\}; the answer was refused"),
+        ({"load": {"cores": 2, "others": -1.0}}, "the board sent load"),
     ],
 )
 def test_a_lying_device_is_refused(models: tuple[Path, Path], changes: dict[str, Any], message: str) -> None:

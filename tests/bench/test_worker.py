@@ -46,7 +46,12 @@ def test_it_is_python_3_8_and_needs_only_numpy_and_onnxruntime() -> None:
 def test_measure_gives_paired_samples(tmp_path: Path) -> None:
     dense, candidate = save_convs(tmp_path / "d.onnx", 32), save_convs(tmp_path / "c.onnx", 8)
     result = ask("measure", tmp_path, dense=str(dense), candidate=str(candidate), pairs=22, threads=1)["result"]
-    assert len(result["dense_ns"]) == len(result["candidate_ns"]) == 24  # whole blocks of four
+    count = len(result["dense_ns"])
+    assert count == len(result["candidate_ns"]) == len(result["disturbed"]) == sum(result["sittings"])
+    # Whole blocks of four: as many undisturbed pairs as were asked for, or twice as many in all.
+    assert count % 4 == 0 and 22 <= count <= 48
+    assert count - sum(result["disturbed"]) >= 22 or count >= 44
+    assert result["load"]["cores"] >= 1
     assert min(result["dense_ns"] + result["candidate_ns"]) > 0
     assert result["threads"] == 1
     assert result["warm_up_runs"] >= 10

@@ -19,10 +19,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from timm.data import create_transform
 
+from mm_edge.arrays import IntArray
 from mm_edge.errors import DataError
 from mm_edge.load import data
 from mm_edge.load.data import ImageSet, noise_batches, open_data
-from mm_edge.records import InputSpec
+from mm_edge.records import InputSpec, to_json
 
 SPEC = InputSpec((3, 16, 16), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), "bilinear", 0.8)
 
@@ -46,6 +47,11 @@ def tar_of(folder: Path, path: Path) -> Path:
 
 def pixels_of(images: ImageSet) -> list[bytes]:
     return [images.raw(index).tobytes() for index in range(len(images))]
+
+
+def labels_of(images: ImageSet) -> IntArray:
+    assert images.labels is not None
+    return images.labels
 
 
 def stored_pixels(folder: Path) -> set[bytes]:
@@ -72,7 +78,7 @@ def test_one_pool_is_split_by_seed_into_disjoint_sets(folder: Path) -> None:
     splits = open_data(str(folder), SPEC, 3, seed=7)
     sets = (splits.calibration, splits.validation, splits.test)
     assert [len(images) for images in sets] == [12, 6, 6]
-    assert [np.bincount(images.labels).tolist() for images in sets] == [[4, 4, 4], [2, 2, 2], [2, 2, 2]]
+    assert [np.bincount(labels_of(images)).tolist() for images in sets] == [[4, 4, 4], [2, 2, 2], [2, 2, 2]]
     assert len({pixels for images in sets for pixels in pixels_of(images)}) == 24
     again = open_data(str(folder), SPEC, 3, seed=7)
     assert pixels_of(again.calibration) == pixels_of(splits.calibration)
@@ -80,12 +86,14 @@ def test_one_pool_is_split_by_seed_into_disjoint_sets(folder: Path) -> None:
     assert splits.describe() == {
         "source": str(folder),
         "classes": 3,
+        "labelled": True,
         "calibration": 12,
         "validation": 6,
         "test": 6,
         "split": "0.5,0.25,0.25 of one pool by seed",
         "seed": 7,
         "unreadable": 0,
+        "preprocessing": to_json(SPEC),
     }
     assert splits.warnings == ()
 
@@ -95,7 +103,7 @@ def test_classes_are_in_natural_order_in_folder_and_tar(folder: Path, tmp_path: 
     loose = open_data(str(folder), SPEC, 3)
     assert loose.classes == packed.classes == ("class1", "class2", "class10")
     assert pixels_of(loose.test) == pixels_of(packed.test)
-    assert loose.test.labels.tolist() == packed.test.labels.tolist()
+    assert labels_of(loose.test).tolist() == labels_of(packed.test).tolist()
 
 
 def test_preprocessing_is_timms(folder: Path) -> None:
@@ -121,7 +129,7 @@ def test_batches_are_of_the_size_asked_and_repeatable(folder: Path) -> None:
     first, second = list(images.batches(5)), list(images.batches(5))
     assert [len(labels) for _, labels in first] == [5, 5, 2]
     assert all(np.array_equal(a[0], b[0]) for a, b in zip(first, second, strict=True))
-    assert np.concatenate([labels for _, labels in first]).tolist() == images.labels.tolist()
+    assert np.concatenate([labels for _, labels in first]).tolist() == labels_of(images).tolist()
 
 
 def test_images_are_decoded_once_and_again_only_beyond_the_cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,7 +154,7 @@ def test_take_is_the_start_and_of_mixed_classes(folder: Path) -> None:
     taken = images.take(6)
     assert len(taken) == 6
     assert pixels_of(taken) == pixels_of(images)[:6]
-    assert len(set(taken.labels.tolist())) > 1
+    assert len(set(labels_of(taken).tolist())) > 1
     assert len(images.take(100)) == 12
 
 
@@ -250,7 +258,7 @@ def test_damage_found_while_decoding_is_left_out_too(tmp_path: Path) -> None:
     assert len(images.calibration) == 13
     part = images.calibration.take(13)
     counts = [len(labels) for _, labels in images.calibration.batches(4)]
-    assert sum(counts) == len(images.calibration) == len(images.calibration.labels) == len(part) == 12
+    assert sum(counts) == len(images.calibration) == len(labels_of(images.calibration)) == len(part) == 12
     assert images.warnings == ("1 of 13 images cannot be read and are left out: a/damaged.png",)
     assert sum(len(labels) for _, labels in part.batches(5)) == 12
     assert open_data(str(folder), SPEC, 2, split=(1, 0, 0)).identity == images.identity == identity
@@ -288,28 +296,23 @@ def test_nothing_readable(tmp_path: Path) -> None:
 def test_paths_and_formats_that_cannot_be_used(tmp_path: Path) -> None:
     path = tmp_path / "absent"
     assert refuse(path) == (
-        f"data '{path}' does not exist; give a folder or tar of class folders, or a data set as timm names them "
-        "(hfds/NAME, wds/NAME, torch/NAME:ROOT)"
+        f"data '{path}' does not exist; give a folder or tar of photos or class folders, or a data set as timm names "
+        "them (hfds/NAME, wds/NAME, torch/NAME:ROOT)"
     )
     (tmp_path / "x.tar.gz").write_bytes(b"x")
     assert refuse(tmp_path / "x.tar.gz") == (
-        f"'{tmp_path / 'x.tar.gz'}' is neither a folder nor a .tar; unpack it, or give a folder of class folders"
+        f"'{tmp_path / 'x.tar.gz'}' is neither a folder nor a .tar; unpack it, or give a folder of photos"
     )
     (tmp_path / "x.tar").write_bytes(b"no tar at all")
     assert refuse(tmp_path / "x.tar").startswith(f"'{tmp_path / 'x.tar'}' is not a tar, or it is cut short: ")
     (tmp_path / "empty").mkdir()
-    message = f"'{tmp_path / 'empty'}' holds no images (.png, .jpg, .jpeg) in class folders"
+    message = f"'{tmp_path / 'empty'}' holds no images (.png, .jpg, .jpeg)"
     assert refuse(tmp_path / "empty") == message
     empty = tar_of(tmp_path / "empty", tmp_path / "empty.tar")
-    assert refuse(empty) == f"'{empty}' holds no images (.png, .jpg, .jpeg) in class folders"
+    assert refuse(empty) == f"'{empty}' holds no images (.png, .jpg, .jpeg)"
 
 
-def test_classes_that_cannot_be_used(folder: Path, tmp_path: Path) -> None:
-    one = write_images(tmp_path / "one", {"airplane": 3})
-    assert refuse(one) == f"'{one}' has one class (airplane); at least two class folders are needed"
-    assert refuse(one / "airplane") == (
-        f"'{one / 'airplane'}' has no class folders; at least two class folders are needed"
-    )
+def test_classes_that_cannot_be_used(folder: Path) -> None:
     assert refuse(folder, 10) == (
         f"'{folder}' has 3 classes (class1, class2, class10, ...) and the model 10; "
         "give the images the model was trained for, one folder per class"
@@ -392,3 +395,44 @@ def test_noise_is_the_same_for_the_same_seed() -> None:
     assert all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
     assert not np.array_equal(first[0], first[1])
     assert not np.array_equal(first[0], next(noise_batches(SPEC, 1, 4)))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_photos_in_one_folder_have_no_labels(tmp_path: Path, packed: bool) -> None:
+    folder = write_images(tmp_path / "set", {"photos": 12}) / "photos"
+    path = tar_of(folder, tmp_path / "photos.tar") if packed else folder
+    splits = open_data(str(path), SPEC, 3, seed=7)
+    assert not splits.labelled
+    assert splits.classes == ()
+    sets = (splits.calibration, splits.validation, splits.test)
+    assert [len(images) for images in sets] == [6, 3, 3]
+    assert all(images.labels is None for images in sets)
+    assert [labels.tolist() for _, labels in splits.calibration.batches(4)] == [[-1] * 4, [-1] * 2]
+    assert {pixels for images in sets for pixels in pixels_of(images)} == stored_pixels(folder)
+    assert splits.warnings == (
+        f"'{path}' has no class folders: its images count as unlabelled, so no accuracy is measured",
+    )
+    assert splits.describe()["labelled"] is False
+    assert pixels_of(open_data(str(path), SPEC, 3, seed=8).calibration) != pixels_of(splits.calibration)
+
+
+def test_one_class_folder_is_no_label(tmp_path: Path) -> None:
+    one = write_images(tmp_path / "one", {"airplane": 8})
+    assert open_data(str(one), SPEC, 10).warnings == (
+        f"'{one}' has one class (airplane): its images count as unlabelled, so no accuracy is measured",
+    )
+
+
+def test_labels_are_not_used_where_the_network_is_no_classifier(folder: Path) -> None:
+    splits = open_data(str(folder), SPEC, None)
+    assert not splits.labelled
+    assert len(splits.calibration) == 12
+    assert splits.warnings == (f"the model is no classifier: the 3 class folders of '{folder}' are not used as labels",)
+
+
+def test_parts_of_photos_without_classes(tmp_path: Path) -> None:
+    for part, count in {"train": 5, "val": 3}.items():
+        write_images(tmp_path / "set", {part: count})
+    splits = open_data(str(tmp_path / "set"), SPEC, None, split=(0.5, 0.5, 0))
+    assert [len(images) for images in (splits.calibration, splits.validation)] == [5, 3]
+    assert set(pixels_of(splits.validation)) == stored_pixels(tmp_path / "set" / "val")

@@ -245,7 +245,11 @@ def test_user_code_builds_the_network(tmp_path: Path, user_code: Path) -> None:
     assert same_weights(loaded.module, module)
     assert loaded.info.num_classes == 3
     assert loaded.input.mean == IMAGENET
-    assert loaded.warnings == ("preprocessing unknown: ImageNet mean and std assumed; set --mean and --std",)
+    assert loaded.warnings == (
+        "preprocessing not stated, assumed: mean 0.485,0.456,0.406, std 0.229,0.224,0.225, scale 1/255, "
+        "colours RGB, resize crop; give --preprocess NAME, or --mean, --std, --scale, --colours, --resize",
+    )
+    assert loaded.input.assumed == ("mean", "std", "scale", "colours", "resize")
     message = refuse(tmp_path / "w.pt", LoadOptions(arch=f"{user_code}:build"))
     assert message == "the input size of w is not known; add --input-size C,H,W"
 

@@ -15,10 +15,12 @@ from torch.nn import functional
 import mm_edge  # noqa: F401  makes timm importable beside CPU-only torch
 from mm_edge.errors import DataError, JobError, ModelError, UsageError
 from mm_edge.plan.scores import (
+    LEAST_SPREAD,
     Gradients,
     gradients,
     hessian_gradient_products,
     normalise,
+    projected_gradients,
     score_weights,
 )
 from mm_edge.plan.signals import SIGNALS
@@ -249,3 +251,47 @@ def test_gradients_do_not_depend_on_batch_size(size: int) -> None:
     batches = [(x[i : i + size], y[i : i + size]) for i in range(0, 7, size)]
     found: Gradients = gradients(two_class_net(), batches)
     np.testing.assert_allclose(found.values["weight"], gradients(two_class_net(), [(x, y)]).values["weight"], rtol=1e-4)
+
+
+# ---- without labels
+
+
+def test_projected_gradient_by_hand() -> None:
+    """A linear layer y = W x has d(r.y)/dW = r x^T, whose square is x^2 in every row, whatever the signs."""
+    layer = nn.Linear(3, 2, bias=False)
+    images = torch.tensor([[1.0, 2.0, 0.0], [3.0, 0.0, 1.0]])
+    batches = [(images[:1], None), (images[1:], None)]  # one image at a time: no mixed terms
+    with torch.no_grad():
+        # With one image a channel has no spread and is divided by LEAST_SPREAD.
+        expected = images.square().sum(0).sqrt() / LEAST_SPREAD
+    found = projected_gradients(layer, batches)
+    assert (found.images, found.labelled) == (2, False)
+    np.testing.assert_allclose(found.values["weight"], np.tile(expected, (2, 1)), rtol=1e-5)
+    assert all(parameter.grad is None for parameter in layer.parameters())
+
+
+def test_projected_gradient_of_a_batch_has_the_expected_squares() -> None:
+    torch.manual_seed(0)
+    layer = nn.Conv2d(2, 3, 1, bias=False)
+    images = torch.randn(8, 2, 4, 4)
+    spread = layer(images).std(dim=(0, 2, 3), correction=0)
+    exact = (images.square().sum(dim=(0, 2, 3))[None] / spread[:, None].square()).sqrt()
+    drawn = np.stack([projected_gradients(layer, [(images, None)], seed).values["weight"] for seed in range(400)])
+    np.testing.assert_allclose(np.sqrt((drawn**2).mean(axis=0))[..., 0, 0], exact.detach(), rtol=0.15)
+
+
+def test_projected_gradient_takes_dicts_and_refuses_what_depends_on_no_weight() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Conv2d(1, 2, 1)
+
+        def forward(self, x: torch.Tensor) -> dict[str, list[torch.Tensor]]:
+            return {"maps": [self.body(x), 2 * self.body(x)]}
+
+    found = projected_gradients(Two(), [(torch.randn(2, 1, 3, 3), None)])
+    assert (found.values["body.weight"] > 0).all()
+    with pytest.raises(ModelError, match="need outputs that depend on weights; use --signals magnitude"):
+        projected_gradients(nn.Flatten(), [(torch.randn(2, 1, 3, 3), None)])
+    with pytest.raises(DataError, match="no calibration images"):
+        projected_gradients(Two(), [])

@@ -54,7 +54,7 @@ def _smaller(case: Case) -> tuple[RecoveryContext, Keep]:
     context = build_context(raw, structure, images, module=module)
     kept = {group.id: case.keep[group.leaf] for group in case.structure.groups}
     # The candidate is compared with the dense network at the size it was given at.
-    own = replace(context, logits=case.context.logits)
+    own = replace(context, answers=case.context.answers)
     return own, {group.leaf: kept[group.id] for group in structure.groups}
 
 

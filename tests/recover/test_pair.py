@@ -42,9 +42,9 @@ def test_the_pruned_network_has_the_masked_networks_values(case: Case) -> None:
     assert smaller and set(smaller) <= set(pair.shrunk.kept)
     images = torch.from_numpy(case.images[:4])
     state = {name: torch.from_numpy(np.array(array)) for name, array in masked.items()}
-    names = tuple(pair.channels) or (pair.dense.output,)
-    wanted = pair.dense.run(state, {pair.dense.input: images}, (*names, pair.dense.output))
-    found = pair.pruned.run(pair.pruned.state, {pair.pruned.input: images}, (*names, pair.dense.output))
+    names = tuple(pair.channels) or pair.dense.outputs
+    wanted = pair.dense.run(state, {pair.dense.input: images}, (*names, *pair.dense.outputs))
+    found = pair.pruned.run(pair.pruned.state, {pair.pruned.input: images}, (*names, *pair.dense.outputs))
     for name in found:
         torch.testing.assert_close(found[name], pair.counterpart(name, wanted[name]), rtol=1e-3, atol=1e-4)
 

@@ -21,7 +21,7 @@ from mm_edge.graph.depth import find_branches
 from mm_edge.graph.export import RawGraph, export_raw
 from mm_edge.graph.groups import read_structure
 from mm_edge.graph.partial import Frontier, RunnableGraph
-from mm_edge.quality.evaluation import divergence_per_row
+from mm_edge.quality.divergences import kl_per_image, kl_per_row
 from mm_edge.recover.closed_form import structured
 from mm_edge.recover.closed_form.branches import empty
 from mm_edge.recover.closed_form.consumers import read_consumers
@@ -30,7 +30,6 @@ from mm_edge.recover.closed_form.judging import (
     SCALES,
     Judged,
     best_scale,
-    divergences,
     judge,
     judge_answers,
     rescale,
@@ -47,7 +46,7 @@ def plain() -> Case:
 @pytest.fixture(scope="module")
 def less_sure(plain: Case) -> RecoveryContext:
     """A context in which the network's answers should be half as large as they are."""
-    return replace(plain.context, logits=halved(plain.context.logits))
+    return replace(plain.context, answers=(halved(plain.context.answers[0]),))
 
 
 def halved(logits: Float32Array) -> Float32Array:
@@ -64,7 +63,7 @@ def answers(rows: int = 40, classes: int = 12, seed: int = 0) -> Float32Array:
 
 def kl(wanted: Float32Array, found: Float32Array, scale: float) -> float:
     scaled: Array = scale * found.astype(np.float64)
-    return float(divergence_per_row(wanted, scaled).mean())
+    return float(kl_per_row(wanted, np.asarray(scaled, np.float32)).mean())
 
 
 @pytest.mark.parametrize("scale", [0.25, 0.5, 0.9, 1.7, 4.0])
@@ -115,25 +114,26 @@ def test_answers_that_all_turn_sure_at_one_scale(gap: float, classes: int, sure:
 
 
 def test_answers_that_are_not_finite_are_infinitely_far(plain: Case) -> None:
-    found = plain.context.logits.copy()
-    found[3, 2] = np.nan
-    assert np.isinf(judge_answers(plain.context, found).divergences).all()
-    assert judge_answers(plain.context, found).scale == 1.0
+    found = plain.context.answers[0].copy()
+    found[3, 0, 2] = np.nan
+    assert np.isinf(judge_answers(plain.context, (found,)).divergences).all()
+    assert judge_answers(plain.context, (found,)).scale == 1.0
 
 
 def test_an_images_divergence_is_the_mean_over_its_positions() -> None:
     dense, found = answers(12).reshape(3, 4, 12), answers(12, seed=1).reshape(3, 4, 12)
     expected = [kl(image, other, 1.0) for image, other in zip(dense, found, strict=True)]
-    np.testing.assert_allclose(divergences(dense, found), expected)
+    np.testing.assert_allclose(kl_per_image(dense, found), expected)
 
 
 def test_without_a_layer_to_take_it_nothing_is_scaled(plain: Case) -> None:
-    twice = np.multiply(plain.context.logits, np.float32(2))
+    dense = plain.context.answers[0]
+    twice = np.multiply(dense, np.float32(2))
     unable = replace(plain.context, answering=())
-    assert judge_answers(plain.context, twice).mean == pytest.approx(0, abs=1e-6)
-    assert judge_answers(plain.context, twice).scale == pytest.approx(0.5, rel=1e-3)
-    assert judge_answers(unable, twice).scale == 1.0
-    assert judge_answers(unable, twice).mean == pytest.approx(kl(plain.context.logits, twice, 1.0))
+    assert judge_answers(plain.context, (twice,)).mean == pytest.approx(0, abs=1e-6)
+    assert judge_answers(plain.context, (twice,)).scale == pytest.approx(0.5, rel=1e-3)
+    assert judge_answers(unable, (twice,)).scale == 1.0
+    assert judge_answers(unable, (twice,)).mean == pytest.approx(kl(dense[:, 0], twice[:, 0], 1.0))
     assert Judged(np.array([-1e-17]), 1.0).mean == 0.0
 
 
@@ -173,7 +173,7 @@ def test_the_last_layer_takes_the_scale(name: str) -> None:
     body, weights, constants = LAST[name]
     raw = graph_of(body, weights, constants)
     network = RunnableGraph(raw.model.clone())
-    found = _answering(network, read_consumers(raw, network))
+    found = _answering(network, read_consumers(raw, network), network.outputs[0])
     assert found == tuple(weights)
     image = noise(raw, 1)
     scaled = network.holding({tensor: 3 * network.arrays[tensor] for tensor in found})
@@ -184,7 +184,7 @@ def test_the_last_layer_takes_the_scale(name: str) -> None:
 def test_no_layer_takes_the_scale(name: str) -> None:
     raw = graph_of(*NONE[name])
     network = RunnableGraph(raw.model.clone())
-    assert _answering(network, read_consumers(raw, network)) == ()
+    assert _answering(network, read_consumers(raw, network), network.outputs[0]) == ()
 
 
 def test_rescaled_tensors_stay_masked_and_keep_their_type(plain: Case) -> None:

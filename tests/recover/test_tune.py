@@ -56,7 +56,7 @@ def test_any_cut_leads_to_the_same_answer(name: str) -> None:
         for position in filter(traced.can_cut, range(len(traced.nodes) + 1)):
             cut = traced.run(traced.state, {traced.input: images}, traced.live(position))
             assert sum(value.numel() for value in cut.values()) == 2 * traced.size(position)
-            found = traced.run(traced.state, cut, (traced.output,))[traced.output]
+            found = traced.run(traced.state, cut, traced.outputs)[traced.outputs[0]]
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -113,7 +113,7 @@ def test_what_judges_is_mirrored_and_answered_by_the_dense_network() -> None:
             image = case.context.images[number][..., ::-1].copy()
             np.testing.assert_array_equal(views.images[row], image)
             expected = case.module(torch.from_numpy(image)[None])[0]
-            np.testing.assert_allclose(views.logits[row], expected, rtol=1e-3, atol=1e-4)
+            np.testing.assert_allclose(views.answers[0][row, 0], expected, rtol=1e-3, atol=1e-4)
 
 
 def test_nothing_pruned_nothing_is_tuned() -> None:

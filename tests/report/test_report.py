@@ -18,8 +18,11 @@ from mm_edge.records import (
     Chosen,
     Constraints,
     DenseFigures,
+    Fidelity,
     Latency,
+    MetricValue,
     ModelInfo,
+    OutputFidelity,
     Parity,
     ParityInputs,
     Report,
@@ -130,21 +133,28 @@ CONTRACT = {
         "seconds budgets"
     ),
     "model": "name source sha256 params macs input_shape num_classes",
-    "dense": "accuracy_top1 latency_ms peak_memory_bytes file_bytes params macs",
-    "dense.latency_ms": "p50 p90 p99 samples threads source",
+    "dense": (
+        "accuracy_top1 latency_ms peak_memory_bytes file_bytes params macs fidelity metric accuracy_ci accuracy_images"
+    ),
+    "dense.latency_ms": "p50 p90 p99 samples threads source verdict",
     "candidates.0": (
         "id signal strategy kind precision sparsity params macs accuracy_top1 accuracy_drop agreement_top1 kl_to_dense "
         "latency_ms speedup speedup_ci peak_memory_bytes file_bytes parity recovered_by epochs stopped pareto artifact "
-        "masked_state_dict stored_file input_shape also_named removed_blocks planned_by"
+        "masked_state_dict stored_file input_shape also_named removed_blocks planned_by "
+        "fidelity metric accuracy_ci drop_ci dense_latency_ms"
     ),
+    "candidates.0.fidelity": "outputs map50_to_dense map_to_dense miou_to_dense",
+    "candidates.0.fidelity.outputs.boxes": "nmse cosine",
+    "candidates.0.metric": "name value higher_is_better is_fraction others",
     "candidates.0.parity": "max_abs_err max_rel_err top1_agreement inputs",
-    "chosen": "id reason accuracy_top1_test",
+    "chosen": "id reason accuracy_top1_test dense_accuracy_top1_test",
     "skipped_groups.0": "group layers reason",
 }
 
 
 def test_report_json_has_the_fields_of_the_contract(tmp_path: Path) -> None:
-    write_report(make_report(FAST), tmp_path)
+    fidelity = Fidelity({"boxes": OutputFidelity(0.01, 0.99)}, map50_to_dense=0.98)
+    write_report(make_report(dataclasses.replace(FAST, fidelity=fidelity, metric=MetricValue("mAP", 0.5))), tmp_path)
     data = json.loads((tmp_path / "report.json").read_text())
     for place, fields in CONTRACT.items():
         value = data
@@ -154,6 +164,22 @@ def test_report_json_has_the_fields_of_the_contract(tmp_path: Path) -> None:
     assert data["schema_version"] == 4
     assert data["candidates"][0]["parity"]["inputs"] == {"count": 8, "kind": "images"}
     assert data["candidates"][0]["kl_to_dense"] is None
+
+
+def test_fields_that_an_older_report_lacks_are_unknown(tmp_path: Path) -> None:
+    write_report(make_report(FAST), tmp_path)
+    data = json.loads((tmp_path / "report.json").read_text())
+    for record in (data["dense"], data["candidates"][0]):
+        del record["fidelity"], record["metric"]
+    (tmp_path / "report.json").write_text(json.dumps(data))
+    assert read_report(tmp_path) == make_report(FAST)
+
+
+def test_a_drop_of_a_metric_is_in_points_or_in_its_own_unit() -> None:
+    accuracy = MetricValue("mAP", 0.5, is_fraction=True)
+    assert accuracy.drop(dataclasses.replace(accuracy, value=0.25)) == 25.0
+    error = MetricValue("error", 3.0, higher_is_better=False)
+    assert error.drop(dataclasses.replace(error, value=5.0)) == 2.0
 
 
 def test_a_figure_that_is_no_number_is_a_defect_and_writes_nothing(tmp_path: Path) -> None:
@@ -203,11 +229,68 @@ def test_headlines() -> None:
         "product/balanced/structured/fp32 is 2.00x faster than dense (2 ms -> 1 ms). It costs 0.50 points of top-1 on "
         "validation images (90.00 % -> 89.50 %), and reads 88.50 % of the test images right."
     )
-    assert write_headline(make_report(UNMEASURED)) == (
+    assert write_headline(make_report(UNMEASURED, FAST)) == (
         "product/uniform/structured/fp32 needs 50 % of the dense MACs; its speed on the target was not measured. "
         "Its accuracy was not measured."
     )
     assert write_headline(make_report(FAST, chosen=None)) == "No candidate was chosen; the dense model stands."
+
+
+def test_where_nothing_was_compared_that_comes_first() -> None:
+    first = (
+        "Nothing was compared with the dense network, so these candidates may be unusable and none is recommended; to "
+        "find out give --data PATH with images in class folders. "
+    )
+    assert write_headline(make_report(UNMEASURED, chosen=None)) == (
+        f"{first}No candidate was chosen; the dense model stands."
+    )
+    # A constraint chose it.
+    text = write_headline(make_report(UNMEASURED))
+    assert text.startswith(f"{first}product/uniform/structured/fp32 needs 50 % of the dense MACs; ")
+    assert write_markdown(make_report(UNMEASURED, chosen=None)).splitlines()[2].startswith("Nothing was compared")
+    assert render(make_report(UNMEASURED, chosen=None)).startswith("Nothing was compared with the dense network")
+
+
+def test_unusable_times_come_first_and_no_speed_is_stated() -> None:
+    unusable = dataclasses.replace(
+        FAST,
+        latency_ms=dataclasses.replace(FAST.latency_ms, verdict="unusable"),
+        speedup=None,
+        speedup_ci=None,
+        pareto=False,
+    )
+    text = write_headline(make_report(unusable, UNMEASURED))
+    assert text.startswith(
+        "The times of 1 of 2 candidates are unusable, and no speed-up is stated for them: stop other programs and run "
+        "again. product/balanced/structured/fp32 needs 50 % of the dense MACs; its speed on the target could not be "
+        "told."
+    )
+    assert "not measured (unusable)" in write_markdown(make_report(unusable))
+    noisy = dataclasses.replace(FAST, latency_ms=dataclasses.replace(FAST.latency_ms, verdict="noisy"))
+    assert "2.00x [1.95, 2.05] (noisy)" in write_markdown(make_report(noisy)).replace("\\", "")
+
+
+def test_times_side_by_side_are_of_the_same_moments() -> None:
+    """The dense network took 2 ms in the median of all measurements, and 3 ms beside this candidate."""
+    beside = dataclasses.replace(FAST, dense_latency_ms=dataclasses.replace(FAST.latency_ms, p50=3.0))
+    assert "2.00x faster than dense (3 ms -> 1 ms)" in write_headline(make_report(beside))
+
+
+def test_accuracy_is_shown_with_its_interval_and_dense_beside_it() -> None:
+    judged = dataclasses.replace(FAST, accuracy_ci=(0.87, 0.915), drop_ci=(-0.4, 1.4))
+    report = make_report(judged)
+    dense = dataclasses.replace(report.dense, accuracy_ci=(0.88, 0.92), accuracy_images=500)
+    assert report.chosen is not None
+    report = dataclasses.replace(
+        report, dense=dense, chosen=dataclasses.replace(report.chosen, dense_accuracy_top1_test=0.91)
+    )
+    assert write_headline(report).endswith(
+        "It costs 0.50 points of top-1 on validation images (90.00 % -> 89.50 %; 95 % interval of the loss -0.40 to "
+        "1.40), and reads 88.50 % of the test images right (dense 91.00 %)."
+    )
+    text = write_markdown(report)
+    assert "| 90.00 % [88.00, 92.00] |" in text and "| 89.50 % [87.00, 91.50] | -0.50 [-1.40, +0.40] |" in text
+    assert "- dense top-1 on test images: 91.00 %" in text
 
 
 @pytest.mark.parametrize("p50", [2.0, 1.97])

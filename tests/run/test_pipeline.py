@@ -235,9 +235,18 @@ def test_test_images_are_read_once_for_the_chosen_one(
     assert report.chosen is not None
     chosen = report.chosen.id.replace("/", "-") + ".onnx"
     names = [Path(c.artifact or "").name for c in report.candidates]
-    assert readings == [*((name, validation) for name in ("dense.onnx", *names)), (chosen, test)]
-    logits = run_onnx(tmp_path / "run" / "candidates" / chosen, splits.test.batches(8), 1)
-    assert report.chosen.accuracy_top1_test == pytest.approx((logits.argmax(1) == splits.test.labels).mean())
+    assert readings == [*((name, validation) for name in ("dense.onnx", *names)), (chosen, test), ("dense.onnx", test)]
+    for model, accuracy in (
+        (tmp_path / "run" / "candidates" / chosen, report.chosen.accuracy_top1_test),
+        (tmp_path / "run" / "dense.onnx", report.chosen.dense_accuracy_top1_test),
+    ):
+        logits = run_onnx(model, splits.test.batches(8), 1)
+        assert accuracy == pytest.approx((logits.argmax(1) == splits.test.labels).mean())
+    for item in report.candidates:
+        assert item.accuracy_ci is not None and item.drop_ci is not None and item.accuracy_drop is not None
+        assert item.accuracy_ci[0] <= (item.accuracy_top1 or 0.0) <= item.accuracy_ci[1]
+        assert item.drop_ci[0] <= item.accuracy_drop <= item.drop_ci[1]
+    assert report.dense.accuracy_images == len(validation) and report.dense.accuracy_ci is not None
 
 
 def test_the_same_seed_gives_the_same_records(done: Finished, tmp_path: Path) -> None:

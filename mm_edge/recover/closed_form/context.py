@@ -9,6 +9,7 @@ import numpy as np
 from torch import nn
 
 from mm_edge.arrays import Array, Arrays, Float32Array, Float64Array, IntArray
+from mm_edge.graph.answers import Answers, find_answers
 from mm_edge.graph.axes import Axis, Keep
 from mm_edge.graph.compact import compact_arrays, materialise
 from mm_edge.graph.export import RawGraph
@@ -18,6 +19,9 @@ from mm_edge.progress import Advance
 from mm_edge.recover.closed_form.consumers import Consumer, read_consumers, read_product_path
 from mm_edge.recover.closed_form.moments import DenseMoments, collect_dense
 from mm_edge.recover.closed_form.surgeon import Order
+
+# The answers to some images, one array (images, positions, channels) per kind.
+AnswerArrays = tuple[Float32Array, ...]
 
 # The consumers that read a group, each with the columns (indices, columns per index) that belong to every index.
 Readers = list[tuple[Consumer, IntArray]]
@@ -44,9 +48,10 @@ class RecoveryContext:
         fitted: numbers of the images that moments come from.
         held_back: numbers of the images that judge.
         dense: the dense network's own moments, and what its consumers should put out.
-        logits: the dense network's answers to the held-back images, (rows, classes); one or more rows per image.
-        answering: names of the weight and bias of the layer that alone makes the network's answers, empty if no layer
-            does. The answers grow in proportion when both are multiplied by one number.
+        judged: which values are compared with the dense network's.
+        answers: the dense network's answers to the held-back images, by kind of `judged`.
+        answering: names of the weight and bias of the layer that alone makes the class scores, where these alone are
+            compared; empty otherwise. The scores grow in proportion when both are multiplied by one number.
         threads: how many images are run at a time.
         orders: the orders of removal found so far, by group.
         readers: the readers of a group found so far, by group.
@@ -62,7 +67,8 @@ class RecoveryContext:
     fitted: tuple[int, ...]
     held_back: tuple[int, ...]
     dense: DenseMoments
-    logits: Float32Array
+    judged: Answers
+    answers: AnswerArrays
     answering: tuple[str, ...] = ()
     threads: int = 1
     orders: dict[Axis, Order] = field(default_factory=dict)
@@ -101,6 +107,7 @@ def build_context(
     images: Float32Array,
     *,
     also: Collection[str] = (),
+    judge: Sequence[str] = (),
     threads: int = 1,
     progress: Advance | None = None,
     module: nn.Module | None = None,
@@ -113,11 +120,13 @@ def build_context(
         images: (N, C, H, W); as many of the first ones are used as IMAGES_MOST and memory allow, and the last fifth of
             those is held back.
         also: names of weights whose moments are wanted besides those of every weight that can lose columns.
+        judge: names of values to compare with the dense network's instead of those found in the graph.
         threads: how many images are run at a time.
         progress: called with (images done, of how many).
         module: the dense module, if the candidates may be trained.
     """
-    graph = RunnableGraph(raw.model.clone())
+    judged = find_answers(raw, structure, judge)
+    graph = RunnableGraph(raw.model.clone(), judged.values)
     found = read_consumers(raw, graph)
     consumers = {item.weight: item for item in found if item.weight in also or can_lose_columns(structure, item)}
     images = images[: min(IMAGES_MOST, _affordable_images(graph, tuple(consumers.values())))]
@@ -126,7 +135,6 @@ def build_context(
     held_back = tuple(range(len(images) - held, len(images)))
     everything = Frontier(graph, images, range(len(images)))
     dense = collect_dense(graph, tuple(consumers.values()), everything, fitted, held_back, threads, progress)
-    logits = answers(graph, everything, held_back, threads)
     return RecoveryContext(
         raw=raw,
         structure=structure,
@@ -136,18 +144,19 @@ def build_context(
         fitted=fitted,
         held_back=held_back,
         dense=dense,
-        logits=logits,
-        answering=_answering(graph, found),
+        judged=judged,
+        answers=answers(graph, judged, everything, held_back, threads),
+        answering=_answering(graph, found, judged.class_scores),
         threads=threads,
         module=module,
     )
 
 
-def _answering(graph: RunnableGraph, consumers: Sequence[Consumer]) -> tuple[str, ...]:
-    """Return the weight and bias of the layer whose product plus bias is the graph's first output; () without one."""
+def _answering(graph: RunnableGraph, consumers: Sequence[Consumer], scores: str | None) -> tuple[str, ...]:
+    """Return the weight and bias of the layer whose product plus bias is the value `scores`; () without one."""
     for item in consumers:
         path = read_product_path(graph, item)
-        if path.result != graph.outputs[0] or path.skip is not None or not (path.scale == 1.0).all():
+        if path.result != scores or path.skip is not None or not (path.scale == 1.0).all():
             continue
         if item.shift is None:
             return () if path.offset.any() else (item.weight,)
@@ -171,11 +180,15 @@ def can_lose_columns(structure: Structure, consumer: Consumer) -> bool:
     return any(table.size(leaf) > 1 and table.pin_reason(leaf) is None for leaf in table.leaves(axis))
 
 
-def answers(graph: RunnableGraph, frontier: Frontier, images: Iterable[int], threads: int = 1) -> Float32Array:
-    """Return the graph's first output for the images numbered `images`, (rows, classes), one or more rows per image."""
-    (output, *_) = graph.outputs
-    rows = [values[output] for _, values in frontier.run(graph, (output,), tuple(images), threads)]
-    return np.concatenate([row.reshape(-1, row.shape[-1]) for row in rows])
+def answers(
+    graph: RunnableGraph, judged: Answers, frontier: Frontier, images: Iterable[int], threads: int = 1
+) -> AnswerArrays:
+    """Return the graph's answers to the images numbered `images`, by kind of `judged`."""
+    rows: list[list[Float32Array]] = [[] for _ in judged.kinds]
+    for _, values in frontier.run(graph, judged.values, tuple(images), threads):
+        for kind, found in zip(judged.kinds, rows, strict=True):
+            found.append(kind.of(values))
+    return tuple(np.stack(found) for found in rows)
 
 
 def pruned_graph(
@@ -192,5 +205,5 @@ def pruned_graph(
     """
     # A group that keeps nothing leaves constants in the graph, and those depend on what other groups keep.
     if like is None or not all(kept.any() for kept in keep.values()):
-        return RunnableGraph(materialise(context.raw, context.structure, keep, tensors))
+        return RunnableGraph(materialise(context.raw, context.structure, keep, tensors), context.judged.values)
     return like.holding(compact_arrays(context.raw, context.structure, keep, tensors))

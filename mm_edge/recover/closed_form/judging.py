@@ -1,13 +1,12 @@
 """How far a pruned network's answers are from the dense network's, on the images held back from every moment.
 
-    d_i = divergence(dense answers to image i, s * answers of the pruned network to image i)
+    d_i = mean over views of mean over kinds of  divergence(dense answers to image i, answers of the pruned network)
 
-The scale s is one positive number for the whole network, the one that makes the mean of d_i least. The last layer can
+Views and kinds are those of graph/answers.py. Where class scores alone are compared, the pruned network's are
+multiplied by s, one positive number for the whole network, the one that makes the mean of d_i least. The last layer can
 take such a factor into its weight and bias at no cost, so two networks are compared after each got its own best s.
 Otherwise a network with the right classes and too large a confidence, as on smaller pictures, would rank below one
 with wrong classes.
-
-`divergences` is the only place that says what the distance is.
 """
 
 from __future__ import annotations
@@ -18,11 +17,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from mm_edge.arrays import Arrays, Float32Array, Float64Array
+from mm_edge.graph.answers import AnswerKind
 from mm_edge.graph.axes import Keep
 from mm_edge.graph.compact import apply_mask, mask_tensors
 from mm_edge.graph.partial import Frontier, RunnableGraph
-from mm_edge.quality.evaluation import divergence_per_row, log_softmax
-from mm_edge.recover.closed_form.context import RecoveryContext, answers
+from mm_edge.quality.divergences import DIVERGENCES, Divergence, divergence_for, log_softmax
+from mm_edge.recover.closed_form.context import AnswerArrays, RecoveryContext, answers
 
 # A new solution counts as better from so many standard errors of the mean gain on.
 CAUTION = 0.5
@@ -31,6 +31,8 @@ SCALES = (0.2, 5.0)
 SCALE_STEPS = 20
 SCALE_STEP = 1e-3
 SCALE_LEAP = 0.3
+# The most class scores that a scale is searched for: the search holds several copies of them in float64.
+SCALED_MOST = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,8 @@ class Judged:
     """How far a network is from the dense one on the held-back images.
 
     Attributes:
-        divergences: of each image, with the answers multiplied by `scale`, in nats; infinite where an answer is not
-            finite.
+        divergences: of each image, with the answers multiplied by `scale`; in nats for class scores alone, else in
+            shares of the channels' variance; infinite where an answer is not finite.
         scale: the factor that makes their mean least; 1 where no layer can take a factor.
     """
 
@@ -48,39 +50,45 @@ class Judged:
 
     @property
     def mean(self) -> float:
-        """The mean divergence in nats, never negative: rounding can leave -1e-17."""
+        """The mean divergence, never negative: rounding can leave -1e-17."""
         return max(0.0, float(self.divergences.mean()))
-
-
-def divergences(dense: Float32Array, found: Float32Array) -> Float64Array:
-    """Return KL(dense || found) of each image in nats, (images,).
-
-    Both arguments are logits (images, positions, classes); an image's divergence is the mean over its positions.
-    """
-    rows = divergence_per_row(dense.reshape(-1, dense.shape[-1]), found.reshape(-1, found.shape[-1]))
-    return np.asarray(rows.reshape(len(found), -1).mean(axis=1))
 
 
 def judge(context: RecoveryContext, graph: RunnableGraph, frontier: Frontier) -> Judged:
     """Return how far `graph` is from the dense network; `frontier` holds its values for the held-back images."""
-    return judge_answers(context, answers(graph, frontier, context.held_back, context.threads))
+    return judge_answers(context, answers(graph, context.judged, frontier, context.held_back, context.threads))
 
 
-def judge_answers(context: RecoveryContext, found: Float32Array) -> Judged:
-    """Return how far the answers `found` (rows, classes) to the held-back images are from the dense network's.
+def judge_answers(context: RecoveryContext, found: AnswerArrays) -> Judged:
+    """Return how far the answers `found` to the held-back images are from the dense network's.
 
-    The rows are those of `context.logits`: one or more per image, in the order of the images.
+    There is one array (images, positions, channels) per kind of `context.judged`.
     """
-    images = len(context.held_back)
-    if not np.isfinite(found).all():
-        return Judged(np.full(images, np.inf), 1.0)
-    scale = best_scale(context.logits, found) if context.answering else 1.0
-    dense, scaled = (rows.reshape(images, -1, rows.shape[-1]) for rows in (context.logits, found * np.float32(scale)))
-    return Judged(divergences(dense, scaled), scale)
+    if not all(np.isfinite(array).all() for array in found):
+        return Judged(np.full(len(context.held_back), np.inf), 1.0)
+    scale = _best_scale(context, found)
+    if scale != 1.0:
+        found = tuple(array * np.float32(scale) for array in found)
+    pairs = zip(context.judged.kinds, context.answers, found, strict=True)
+    by_kind = {kind: measure_of(kind).per_image(dense, own) for kind, dense, own in pairs}
+    views = [np.mean([by_kind[kind] for kind in view], axis=0) for view in context.judged.views]
+    return Judged(np.asarray(np.mean(views, axis=0)), scale)
+
+
+def measure_of(kind: AnswerKind) -> Divergence:
+    """Return the divergence that a kind of answers is compared by."""
+    return DIVERGENCES[kind.divergence] if kind.divergence else divergence_for(kind.shape)
+
+
+def _best_scale(context: RecoveryContext, found: AnswerArrays) -> float:
+    if not context.answering or found[0].size > SCALED_MOST:
+        return 1.0
+    dense, scores = (array.reshape(-1, array.shape[-1]) for array in (context.answers[0], found[0]))
+    return best_scale(dense, scores)
 
 
 def divergence(context: RecoveryContext, graph: RunnableGraph, frontier: Frontier) -> float:
-    """Return the mean divergence that `judge` finds, in nats."""
+    """Return the mean divergence that `judge` finds."""
     return judge(context, graph, frontier).mean
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from mm_edge.arrays import Arrays
+from mm_edge.graph.answers import outputs_of
 from mm_edge.graph.axes import Keep
 from mm_edge.graph.partial import Frontier
 from mm_edge.recover.closed_form.context import RecoveryContext, answers, pruned_graph
@@ -55,15 +56,27 @@ def mirrored(context: RecoveryContext) -> RecoveryContext:
     """
     images = np.ascontiguousarray(context.images[list(context.held_back)][..., ::-1])
     held_back = tuple(range(len(images)))
-    logits = answers(context.graph, Frontier(context.graph, images, held_back), held_back, context.threads)
-    return replace(context, images=images, fitted=(), held_back=held_back, logits=logits)
+    frontier = Frontier(context.graph, images, held_back)
+    found = answers(context.graph, context.judged, frontier, held_back, context.threads)
+    return replace(context, images=images, fitted=(), held_back=held_back, answers=found)
 
 
 def resized(views: RecoveryContext, context: RecoveryContext) -> RecoveryContext:
     """Return `context` with the images of `views` resized to its own input size, and with the answers of `views`."""
     _, _, height, width = context.images.shape
     images = resize_images(torch.from_numpy(views.images), (height, width)).numpy()
-    return replace(context, images=images, fitted=(), held_back=views.held_back, logits=views.logits)
+    return replace(context, images=images, fitted=(), held_back=views.held_back, answers=views.answers)
+
+
+def judged_by_outputs(views: RecoveryContext) -> RecoveryContext:
+    """Return `views` judged by the network's outputs alone: during training no other value of the graph is there."""
+    outputs = {value.name for value in views.raw.model.graph.outputs}
+    if outputs.issuperset(views.judged.values):
+        return views
+    judged = outputs_of(views.raw, views.structure)
+    frontier = Frontier(views.graph, views.images, views.held_back)
+    found = answers(views.graph, judged, frontier, views.held_back, views.threads)
+    return replace(views, judged=judged, answers=found, answering=())
 
 
 def judge_views(views: RecoveryContext, keep: Keep, tensors: Arrays) -> Judged:

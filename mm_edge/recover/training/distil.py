@@ -79,7 +79,7 @@ def _compared(dense: Traced, teacher: Traced) -> list[tuple[str, str]]:
     First come the answers, then what the last layer reads. The latter is left out if its shape depends on the input
     size, because nothing was pooled before the last layer.
     """
-    answers = (dense.output, teacher.output)
+    answers = (dense.outputs[0], teacher.outputs[0])
     read = _last_read(dense), _last_read(teacher)
     if read[0] is None or read[1] is None or dense.shape(read[0]) != teacher.shape(read[1]):
         return [answers]

@@ -31,7 +31,7 @@ class Traced:
         nodes: the operations in order.
         readers: the positions of the operations that read a parameter or buffer, by its name.
         input: name of the input value.
-        output: name of the output value.
+        outputs: names of the output values, in the order in which an export lists them.
     """
 
     def __init__(self, module: nn.Module, shape: tuple[int, ...], batch: int) -> None:
@@ -57,7 +57,7 @@ class Traced:
             if spec.kind is InputKind.PARAMETER:
                 self.parameters.add(name)
         (last,) = [node for node in program.graph.nodes if node.op == "output"]
-        self.output = last.all_input_nodes[0].name
+        self.outputs = tuple(node.name for node in last.all_input_nodes)
         named = {node.name: node.meta.get("val") for node in (*placeholders, *self.nodes)}
         self._sizes = {node.name: _size(node) for node in (*placeholders, *self.nodes)}
         self._shapes = {name: tuple(value.shape) for name, value in named.items() if isinstance(value, Tensor)}
@@ -77,7 +77,7 @@ class Traced:
                     computed.add(node.name)
                 self._last[source.name] = position
             self._made[node.name] = position + 1
-        self._last[self.output] = len(self.nodes)
+        self._last.update(dict.fromkeys(self.outputs, len(self.nodes)))
         self._computed = computed
 
     @property

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mm_edge.arrays import Arrays
+from mm_edge.arrays import Arrays, Float32Array
 from mm_edge.graph.axes import Keep
 from mm_edge.graph.compact import mask_tensors
 from mm_edge.progress import Advance
@@ -34,7 +34,7 @@ from mm_edge.recover.closed_form.context import RecoveryContext
 from mm_edge.recover.closed_form.judging import judge_answers
 from mm_edge.recover.closed_form.solve import kept_blocks
 from mm_edge.recover.training import descent
-from mm_edge.recover.training.acceptance import Tuned, accept, judge_views, mirrored, reject
+from mm_edge.recover.training.acceptance import Tuned, accept, judge_views, judged_by_outputs, mirrored, reject
 from mm_edge.recover.training.pair import Pair, make_pair, masked_state
 from mm_edge.recover.training.traced import Traced, Values, channels_last
 
@@ -154,7 +154,8 @@ class _Tuner:
         span: Span,
         seed: int,
     ) -> None:
-        self.context, self.views, self.pair, self.traced, self.span = context, views, pair, pair.pruned, span
+        self.context, self.views = context, judged_by_outputs(views)
+        self.pair, self.traced, self.span = pair, pair.pruned, span
         self.generator = torch.Generator().manual_seed(seed)
         self.state = {name: channels_last(value) for name, value in pair.pruned.state.items()}
         self.masks = masks
@@ -243,9 +244,16 @@ class _Tuner:
     @torch.no_grad()
     def _divergence(self, weights: Mapping[str, Tensor], held: Sequence[tuple[Values, int]]) -> float:
         state = {**self.state, **weights}
-        rows = [self.traced.run(state, given, (self.traced.output,))[self.traced.output][:n] for given, n in held]
-        logits = torch.cat(rows).numpy()
-        return judge_answers(self.views, logits.reshape(-1, logits.shape[-1])).mean
+        names = [value.name for value in self.context.raw.model.graph.outputs]
+        rows: list[list[Float32Array]] = [[] for _ in self.views.judged.kinds]
+        for given, count in held:
+            found = self.traced.run(state, given, self.traced.outputs)
+            arrays = {name: found[own].numpy() for name, own in zip(names, self.traced.outputs, strict=True) if name}
+            for image in range(count):
+                values = {name: array[image : image + 1] for name, array in arrays.items()}
+                for kind, of_kind in zip(self.views.judged.kinds, rows, strict=True):
+                    of_kind.append(kind.of(values))
+        return judge_answers(self.views, tuple(np.stack(of_kind) for of_kind in rows)).mean
 
 
 def _variance(value: Tensor) -> float:
