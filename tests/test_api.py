@@ -25,7 +25,7 @@ from mm_edge.run.recoveries import RECOVERIES, Recovery
 from mm_edge.run.request import RULES, SECTIONS, ModelOptions, Request, make_model_options, make_request
 
 IMAGES = torch.zeros(1, 3, 16, 16)
-FILE_ONLY = {"arch", "input_size", "trust_pickle"}
+FILE_ONLY = {"arch", "input_size", "trust_pickle", "layout"}
 
 
 def make_report(chosen: bool = True) -> Report:
@@ -138,6 +138,11 @@ def test_an_unknown_name_is_refused_with_the_nearest(
         ({"input_sizes": (0,)}, "--input-sizes '0': give sides of 1 pixel or more, such as 224,192"),
         ({"mean": "grey"}, "--mean 'grey' is not a list of numbers; write for example --mean 0.485,0.456,0.406"),
         ({"recover": "bn"}, "--recover bn needs calibration images; give --data PATH"),
+        ({"labels": "a.json"}, "--labels a.json labels photos; give --data PATH with it"),
+        (
+            {"labels": "a.json", "data": "photos", "metric": "a.py:b"},
+            "--labels and --metric are two figures of merit; leave one out, or read the labels in the metric",
+        ),
         ({"epochs": 3}, "--epochs 3 is for fine-tuning; give --recover finetune with it"),
         ({"epochs": 0}, "--epochs 0 trains nothing; give at least 1"),
         ({"select": "obs"}, "--select obs goes by the closed form's moments; give --recover closed-form with it"),
@@ -173,7 +178,9 @@ def test_what_is_no_module_or_no_batch_of_images_is_refused(asked: list[Request]
     assert refuse("net.pt", IMAGES) == (
         "module is a str, not a torch.nn.Module; for a file use: mm-edge prune-export FILE"
     )
-    assert refuse(module, (IMAGES,)) == "example_input is a tuple, not a tensor; give a batch of images (N, C, H, W)"
+    assert refuse(module, [IMAGES]) == "example_input is a list, not a tensor; give a batch of images (N, C, H, W)"
+    assert refuse(module, (IMAGES, 3)) == "example_input is an int, not a tensor; give a batch of images (N, C, H, W)"
+    assert refuse(module, ()) == "example_input has no tensor; give a batch of images (N, C, H, W)"
     assert refuse(module, IMAGES[0]) == "example_input has shape (3, 16, 16); give a batch of images (N, C, H, W)"
     assert refuse(module, IMAGES, "host", "images", "run", "more") == (
         "prune_export takes target, data, out by position at most; give the other options by name"

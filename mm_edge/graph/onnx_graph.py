@@ -58,7 +58,7 @@ Shapes = Mapping[str, Sequence[int]]
 def read_raw(model: LoadedModel) -> RawGraph:
     """Export the model once, or read the user's own .onnx."""
     if model.module is not None:
-        return export_raw(model.module, torch.zeros(1, *model.input.shape))
+        return export_raw(model.module, *(torch.zeros(item.measured) for item in model.inputs))
     assert model.onnx_path is not None
     return raw_from_onnx(model.onnx_path, model.inputs)
 

@@ -21,7 +21,7 @@ import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as ir_passes
 
-from mm_edge.arrays import Array, Arrays, Float32Array, IntArray
+from mm_edge.arrays import Array, Arrays, IntArray, by_input
 from mm_edge.runtime import in_order, open_session
 
 # Operators whose result is constant even where their operand is computed, because the shapes of a raw graph are static.
@@ -210,13 +210,15 @@ class Frontier:
         numbers: the numbers of the images, in the order in which they are run.
     """
 
-    def __init__(self, network: RunnableGraph, images: Float32Array, numbers: Sequence[int]) -> None:
-        """Start at the network's input with some of `images` (N, C, H, W)."""
-        (name,) = network.inputs
+    def __init__(self, network: RunnableGraph, images: Array, numbers: Sequence[int]) -> None:
+        """Start at the network's inputs with some examples of the batch `images`, such as (N, C, H, W)."""
         self.position = 0
         self.numbers = tuple(numbers)
         self._rows = {number: row for row, number in enumerate(self.numbers)}
-        self._values: Arrays = {name: images[list(self.numbers)].reshape(len(self.numbers), *network.shapes[name])}
+        given = by_input(images[list(self.numbers)], network.inputs)
+        self._values: Arrays = {
+            name: array.reshape(len(self.numbers), *network.shapes[name]) for name, array in given.items()
+        }
 
     def advance_(self, network: RunnableGraph, position: int, threads: int = 1) -> None:
         """Run every image on to `position`."""

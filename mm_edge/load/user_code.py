@@ -27,7 +27,7 @@ def build_user_module(arch: str, content: WeightsFile) -> nn.Module:
     Raises:
         ModelError: the code cannot be imported or called, or the tensors do not fit the module.
     """
-    builder = _import_callable(arch)
+    builder = import_callable(arch)
     module = _call_builder(arch, builder, {})
     tensors = strip_prefixes(content.tensors, set(module.state_dict()))
     misfits = find_misfits(tensors, module.state_dict())
@@ -48,26 +48,31 @@ def _classes_by_shape(misfits: list[Misfit]) -> int | None:
     return sizes.pop() if len(sizes) == 1 else None
 
 
-def _import_callable(arch: str) -> Any:
-    match = USER_CODE.match(arch)
+def import_callable(code: str, option: str = "--arch") -> Any:
+    """Import the user's code (FILE.py:CALLABLE), which runs the file, and return the callable.
+
+    Raises:
+        ModelError: the file cannot be imported or has no such callable; the message names the `option`.
+    """
+    match = USER_CODE.match(code)
     assert match is not None  # callers have matched it
     file, name = Path(match["file"]), match["callable"]
     if not file.is_file():
-        raise ModelError(f"--arch {arch}: the file '{file}' does not exist")
+        raise ModelError(f"{option} {code}: the file '{file}' does not exist")
     spec = importlib.util.spec_from_file_location(f"mm_edge_user_{file.stem}", file)
     if spec is None or spec.loader is None:
-        raise ModelError(f"--arch {arch}: '{file}' is not a Python file")
+        raise ModelError(f"{option} {code}: '{file}' is not a Python file")
     namespace = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(namespace)
     except Exception as error:  # the user's code may raise anything
-        raise ModelError(f"--arch {arch}: importing '{file}' failed: {first_line(error)}") from error
+        raise ModelError(f"{option} {code}: importing '{file}' failed: {first_line(error)}") from error
     value: Any = namespace
     for part in name.split("."):
         value = getattr(value, part, None)
     if not callable(value):
         own = [key for key, item in vars(namespace).items() if callable(item) and not key.startswith("_")]
-        raise ModelError(f"--arch {arch}: {unknown_name('callable', name, own)}")
+        raise ModelError(f"{option} {code}: {unknown_name('callable', name, own)}")
     return value
 
 

@@ -230,6 +230,21 @@ class Request(ModelOptions):
         section=DATA,
         metavar="PATH",
     )
+    labels: str | None = option(
+        None,
+        Text("a path", is_path=True),
+        help="Labels of the photos: boxes in a COCO .json, or a folder of PNG masks.",
+        section=DATA,
+        metavar="PATH",
+        shown="the class folders",
+    )
+    metric: str | None = option(
+        None,
+        Text("FILE.py:CALLABLE"),
+        help="Your own figure of merit, called with each artifact; this runs the code in it.",
+        section=DATA,
+        metavar="FILE.py:CALLABLE",
+    )
     out: Path = option(  # noqa: RUF009
         Path("mm-edge-run"), Folder(), help="Run directory.", section=FILES, metavar="DIR", shown="mm-edge-MODEL"
     )
@@ -340,6 +355,14 @@ class Request(ModelOptions):
         spelled="--no-bench",
         shown="off",
     )
+    sustained: float | None = option(
+        None,
+        Number("10"),
+        help="Also run the chosen model and dense in turn without pause, and show how times change with heat.",
+        section=MEASURING,
+        metavar="MINUTES",
+        check=_check_limit,
+    )
     accuracy_on: str = option(
         "host", Name(ACCURACY_ON), help="Where accuracy is measured:", section=MEASURING, metavar="NAME"
     )
@@ -353,6 +376,7 @@ class Request(ModelOptions):
     formats: tuple[str, ...] = option(
         (), Flags(FORMATS, noun="format"), help="Files written beside the chosen model:", section=FILES
     )
+    archive: bool = option(False, Flag(), help="Also write the bundle as bundle.tar.gz.", section=FILES)
     seed: int = option(0, Whole(0, 2**63 - 1), help="Seed of every random choice.", section=FILES, metavar="N")
     resume: bool = option(
         True,
@@ -380,6 +404,15 @@ def recovery_needs_images(request: Request, given: Collection[str]) -> str | Non
     """Refuse a recovery without data, because it needs calibration images."""
     if RECOVERIES[request.recover].needs_images and request.data is None:
         return f"--recover {request.recover} needs calibration images; give --data PATH"
+    return None
+
+
+def labels_need_photos(request: Request, given: Collection[str]) -> str | None:
+    """Refuse labels without the photos they belong to, and beside a metric, because one figure decides."""
+    if request.labels is not None and request.data is None:
+        return f"--labels {request.labels} labels photos; give --data PATH with it"
+    if request.labels is not None and request.metric is not None:
+        return "--labels and --metric are two figures of merit; leave one out, or read the labels in the metric"
     return None
 
 
@@ -411,12 +444,21 @@ def host_is_for_measuring(request: Request, given: Collection[str]) -> str | Non
     return None
 
 
+def sustained_is_for_measuring(request: Request, given: Collection[str]) -> str | None:
+    """Refuse a sustained run where nothing is measured."""
+    if request.sustained is not None and not request.bench:
+        return "--sustained measures for minutes and --no-bench measures nothing; leave one out"
+    return None
+
+
 RULES: tuple[Rule, ...] = (
     recovery_needs_images,
+    labels_need_photos,
     epochs_need_finetuning,
     selection_needs_moments,
     latency_table_needs_a_budget_of_time,
     host_is_for_measuring,
+    sustained_is_for_measuring,
 )
 
 

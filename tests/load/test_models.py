@@ -324,7 +324,10 @@ def test_wrapped_module_is_a_copy() -> None:
     assert loaded.input.shape == (1, 4, 4)
     assert (loaded.input.mean, loaded.input.std) == ((0.5,), (0.25,))
     assert (loaded.info.name, loaded.info.num_classes, loaded.family) == ("mine", 3, "Sequential")
-    assert loaded.warnings == ("mine holds float16 weights; converted to float32",)
+    assert loaded.warnings == (
+        "mine holds float16 weights; converted to float32",
+        "preprocessing not stated, assumed: resize crop; give --preprocess NAME, or --resize",
+    )
     with pytest.raises(ModelError, match=r"example_input has shape \(3, 4\); give a batch of images"):
         wrap_module(module, torch.zeros(3, 4), name="mine")
 
@@ -353,7 +356,9 @@ def test_onnx(tmp_path: Path) -> None:
     assert loaded.onnx_path == path
     assert loaded.input.shape == (3, 4, 4)
     assert (loaded.info.params, loaded.info.num_classes, loaded.family) == (240, 5, "onnx")
-    assert loaded.warnings == ()
+    assert loaded.warnings == (
+        "preprocessing not stated, assumed: colours RGB, resize crop; give --preprocess NAME, or --colours, --resize",
+    )
     assert len(load_model(str(path), NONE).warnings) == 1
 
 
