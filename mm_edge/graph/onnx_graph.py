@@ -17,7 +17,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -142,12 +141,11 @@ def _open_inputs_(model: ir.Model, inputs: Sequence[ModelInput]) -> None:
     outputs = {value: value.shape for value in model.graph.outputs}
     replaced = False
     for value in model.graph.inputs:
-        own: list[Any] = [] if value.shape is None else list(value.shape)
         shape = known[value.name or ""].shape
-        own = own or [None] * len(shape)
+        own: list[object] = [None] * len(shape) if value.shape is None else list(value.shape)
         replaced |= any(isinstance(old, int) and old != size for size, old in zip(shape, own, strict=True))
         value.shape = ir.Shape(
-            size if size is not None else old if _is_symbol(old) else f"{value.name}_{index}"
+            size if size is not None else _symbol(old) or f"{value.name}_{index}"
             for index, (size, old) in enumerate(zip(shape, own, strict=True))
         )
     for graph in (model.graph, *model.graph.subgraphs()):
@@ -158,8 +156,10 @@ def _open_inputs_(model: ir.Model, inputs: Sequence[ModelInput]) -> None:
         value.shape = None if replaced else sizes
 
 
-def _is_symbol(size: object) -> bool:
-    return isinstance(size, ir.SymbolicDim) and any(map(str.isalnum, str(size.value or "")))
+def _symbol(size: object) -> str:
+    """Return the name of an open size; "?", which some exporters write for every size, is none."""
+    name = str(size.value or "") if isinstance(size, ir.SymbolicDim) else ""
+    return name if any(map(str.isalnum, name)) else ""
 
 
 def _state(model: ir.Model) -> tuple[set[str], set[str]]:
