@@ -31,7 +31,7 @@ from mm_edge.bench.target import load_target, resolve_host
 from mm_edge.bench.transport import LocalTransport
 from mm_edge.formats.conversion import QuantReport
 from mm_edge.formats.quantize import quantise
-from mm_edge.load.data import DataSplits, noise_batches, open_data
+from mm_edge.load.data import DataSplits, noise_of, open_data
 from mm_edge.quality.evaluation import compare_logits, run_onnx
 from mm_edge.records import InputSpec, to_json
 from mm_edge.store import write_atomically
@@ -64,7 +64,7 @@ def parse() -> argparse.Namespace:
 def calibration(spec: InputSpec, data: DataSplits | None) -> Iterator[np.ndarray]:
     """Yield the images for calibration, then those held back, in one stream of batches."""
     if data is None:
-        yield np.concatenate(list(noise_batches(spec, CALIBRATION + HELD_BACK)))
+        yield noise_of(spec, (), CALIBRATION + HELD_BACK)
         return
     for images, _ in data.calibration.take(CALIBRATION + HELD_BACK).batches(BATCH):
         yield images

@@ -43,9 +43,9 @@ from mm_edge.graph.compact import materialise
 from mm_edge.graph.deploy import deploy
 from mm_edge.graph.depth import find_branches, renamed
 from mm_edge.graph.export import RawGraph
-from mm_edge.graph.onnx_graph import read_raw
 from mm_edge.graph.groups import Structure, read_structure
 from mm_edge.graph.layers import read_layers
+from mm_edge.graph.onnx_graph import read_raw
 from mm_edge.graph.sizes import export_at, match_groups, remake
 from mm_edge.load.data import DataSplits, open_data
 from mm_edge.load.models import LoadOptions, load_model

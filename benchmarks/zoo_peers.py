@@ -39,8 +39,8 @@ from zoo import ROOT, randomise_, representatives
 
 from mm_edge.graph.deploy import deploy
 from mm_edge.graph.export import export_raw
-from mm_edge.graph.onnx_graph import raw_from_onnx
 from mm_edge.graph.groups import read_structure
+from mm_edge.graph.onnx_graph import raw_from_onnx
 from mm_edge.quality.parity import onnx_runner
 
 RESULT = ROOT / "benchmarks" / "results" / "zoo_peers.json"

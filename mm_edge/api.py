@@ -90,18 +90,16 @@ def _sections(report: Report) -> dict[str, Any]:
     return {item.name: getattr(report, item.name) for item in fields(Report)}
 
 
-def prune_export(module: nn.Module, example_input: torch.Tensor, *positional: Any, **options: Any) -> Result:
+def prune_export(
+    module: nn.Module, example_input: torch.Tensor | tuple[torch.Tensor, ...], *positional: Any, **options: Any
+) -> Result:
     """Prune `module` as `mm-edge prune-export` does, and return its report."""
     if not isinstance(module, nn.Module):
         raise UsageError(
             f"module is {type_name(module)}, not a torch.nn.Module; for a file use: mm-edge prune-export FILE"
         )
-    if not isinstance(example_input, torch.Tensor):
-        raise UsageError(
-            f"example_input is {type_name(example_input)}, not a tensor; give a batch of images (N, C, H, W)"
-        )
-    if example_input.dim() != 4:
-        raise UsageError(f"example_input has shape {tuple(example_input.shape)}; give a batch of images (N, C, H, W)")
+    examples = example_input if isinstance(example_input, tuple) else (example_input,)
+    _check_examples(examples)
     options = _name_positional(positional, options)
     for name in FILE_OPTIONS:
         if options.get(name) is not None:
@@ -113,9 +111,22 @@ def prune_export(module: nn.Module, example_input: torch.Tensor, *positional: An
         photos = LoadOptions(
             preprocess=request.preprocess, scale=request.scale, colours=request.colours, resize=request.resize
         )
-        return wrap_module(module, example_input, name=name, mean=request.mean, std=request.std, photos=photos)
+        return wrap_module(module, *examples, name=name, mean=request.mean, std=request.std, photos=photos)
 
     return run_job(load, request, Stages(Console(stderr=True)))
+
+
+def _check_examples(examples: tuple[Any, ...]) -> None:
+    """Refuse what is no batch of images, or no tensors with one among them."""
+    for example in examples:
+        if not isinstance(example, torch.Tensor):
+            raise UsageError(
+                f"example_input is {type_name(example)}, not a tensor; give a batch of images (N, C, H, W)"
+            )
+    shapes = [tuple(example.shape) for example in examples]
+    if not any(len(shape) == 4 for shape in shapes):
+        listed = f"shape {', '.join(map(str, shapes))}" if shapes else "no tensor"
+        raise UsageError(f"example_input has {listed}; give a batch of images (N, C, H, W)")
 
 
 def _name_positional(positional: tuple[Any, ...], options: Mapping[str, Any]) -> dict[str, Any]:
@@ -150,7 +161,8 @@ as a sequence, as text with commas, or as one value. None stands for the default
 
 Args:
     module: the trained network, a torch.nn.Module.
-    example_input: a batch of images (N, C, H, W), which gives the shape of the input.
+    example_input: a batch of images (N, C, H, W), which gives the shape of the input; for a module with several inputs
+        a tuple with an example of each.
 {options}
 
 Returns:

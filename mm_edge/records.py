@@ -235,6 +235,23 @@ class DenseFigures:
     accuracy_ci: tuple[float, float] | None = None
     accuracy_images: int | None = None
 
+    @property
+    def merit(self) -> float:
+        """What candidates are compared with: accuracy, else the metric, else 1: it is like itself."""
+        if self.accuracy_top1 is not None:
+            return self.accuracy_top1
+        if self.metric is not None:
+            return self.metric.value if self.metric.higher_is_better else -self.metric.value
+        return 1.0
+
+    def loss_of(self, candidate: Candidate) -> float | None:
+        """Return by how much a candidate is worse: in points of 100, or in the metric's unit; None if not compared."""
+        if self.accuracy_top1 is not None:
+            return candidate.accuracy_drop
+        if self.metric is not None:
+            return None if candidate.metric is None else self.metric.drop(candidate.metric)
+        return None if candidate.likeness is None else 100 * (1 - candidate.likeness[0])
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -292,7 +309,32 @@ class Candidate:
     @property
     def was_compared(self) -> bool:
         """Whether its answers to anything but the parity check's inputs were compared with labels or with dense's."""
-        return self.accuracy_top1 is not None or self.kl_to_dense is not None
+        return self.merit is not None
+
+    @property
+    def likeness(self) -> tuple[float, str] | None:
+        """How like the dense network it answers, 1 for the same, and by what it was compared; None if it was not."""
+        found = self.fidelity
+        if found is not None and found.map50_to_dense is not None:
+            return found.map50_to_dense, "mAP50 on the dense network's boxes"
+        if found is not None and found.miou_to_dense is not None:
+            return found.miou_to_dense, "mIoU with the dense network's masks"
+        if self.agreement_top1 is not None:
+            return self.agreement_top1, "agreement with dense"
+        errors = [] if found is None else [item.nmse for item in found.outputs.values()]
+        known = [error for error in errors if error is not None]
+        if not known or len(known) < len(errors):
+            return None
+        return 1 - sum(known) / len(known), "likeness of the outputs"
+
+    @property
+    def merit(self) -> float | None:
+        """What candidates are ranked by, more is better: accuracy, else the metric, else likeness; None of none."""
+        if self.accuracy_top1 is not None:
+            return self.accuracy_top1
+        if self.metric is not None:
+            return self.metric.value if self.metric.higher_is_better else -self.metric.value
+        return None if self.likeness is None else self.likeness[0]
 
     @property
     def is_unusable(self) -> bool:
@@ -326,12 +368,36 @@ def _id_without_size(signal: str, strategy: str, kind: str, precision: str, side
 
 @dataclass(frozen=True)
 class Chosen:
-    """The chosen candidate, the reason, and its accuracy and the dense network's on test images (read once, last)."""
+    """The chosen candidate, the reason, and how it does on test images (read once, last).
+
+    That is its accuracy and the dense network's, or how like the dense network's the outputs of no classifier are.
+    """
 
     id: str
     reason: str
     accuracy_top1_test: float | None = None
     dense_accuracy_top1_test: float | None = None
+    fidelity_test: Fidelity | None = None
+
+
+@dataclass(frozen=True)
+class SustainedPoint:
+    """One point of a sustained run: seconds since its start, median times since the point before, clock and heat."""
+
+    seconds: float
+    dense_ms: float
+    candidate_ms: float
+    clock_mhz: float | None = None
+    temperature_c: float | None = None
+
+
+@dataclass(frozen=True)
+class Sustained:
+    """The dense network and the candidate `id` in turn without pause for `minutes`."""
+
+    id: str
+    minutes: float
+    points: tuple[SustainedPoint, ...]
 
 
 @dataclass(frozen=True)
@@ -404,8 +470,34 @@ class SkippedGroup:
 
 
 @dataclass(frozen=True)
+class LayerPicture:
+    """What became of one layer of the chosen network.
+
+    Attributes:
+        fqn: name of the weight tensor.
+        role: function in the network.
+        width: output channels of the dense layer.
+        kept: those that are left.
+        sparsity: share of its weights that was removed.
+        lo: least sparsity of its range, in [0, 1]; None where the ranges were observed.
+        hi: largest sparsity of its range.
+        sensitivity: divergence in nats with a quarter of its output channels removed and nothing else; None where it
+            was not measured.
+    """
+
+    fqn: str
+    role: str
+    width: int
+    kept: int
+    sparsity: float
+    lo: float | None = None
+    hi: float | None = None
+    sensitivity: float | None = None
+
+
+@dataclass(frozen=True)
 class Report:
-    """report.json, which other tools read."""
+    """report.json, which other tools read. `command` runs the same job again."""
 
     model: ModelInfo
     target: dict[str, Any]
@@ -419,6 +511,9 @@ class Report:
     warnings: tuple[str, ...]
     seconds: dict[str, float]
     budgets: tuple[BudgetOutcome, ...] = ()
+    sustained: Sustained | None = None
+    layers: tuple[LayerPicture, ...] = ()
+    command: str | None = None
     schema_version: int = SCHEMA_VERSION
 
     def is_control(self, candidate: Candidate) -> bool:

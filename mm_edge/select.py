@@ -1,7 +1,8 @@
 """Marks the candidates on the Pareto front, and chooses one of them.
 
     cost(c)      1 / speedup where speed-ups were measured, else MACs      (less is better; the dense model's is 1)
-    quality(c)   top-1 accuracy on validation images                       (more is better)
+    merit(c)     top-1 accuracy on validation images, else the user's metric, else how like the dense network it
+                 answers: mAP50 on its boxes, mIoU with its masks, agreement, or 1 - nmse      (more is better)
     c is on the Pareto front  <=>  nothing else, the dense network included, is at least as good in both
                                    and better in one
 
@@ -9,16 +10,14 @@ The choice, in this order:
     no constraint       the fastest within 1 point of the dense network, else the most accurate
     --max-drop alone    the fastest within it
     --latency, --speedup, --size (with or without --max-drop)    the most accurate that meets them all
-A speed-up is the median ratio of pairs, the dense model and the candidate timed in turn. Times in milliseconds were
+A speed-up is the ratio of times that the dense model and the candidate took in turn. Times in milliseconds were
 taken at different moments and are not compared. Candidates whose 95 % interval overlaps that of the largest speed-up
 are as fast as it: accuracy decides among them, then MACs. Without speed-ups, also where every time is unusable, the
 fewest MACs stand in for the fastest.
 
-Without accuracy there is no front, and
-    nothing was compared with dense    nothing is chosen without a constraint; with one that can be checked the least
-                                       sparse that meets it, and the reason says that it may be unusable
-    answers were compared with dense's the fastest that agrees with dense on 99 % of the images (it has lost at most
-                                       1 point there), else the one of the least divergence
+A loss is counted in points of 100 of the merit, or in the metric's own unit. Where nothing was compared with dense
+there is no front and nothing is chosen without a constraint; with one that can be checked it is the least sparse that
+meets it, and the reason says that it may be unusable.
 
 "Within 1 point" is judged by the accuracies read. Where the 95 % interval of the loss holds the limit, the images
 cannot tell: the reason says so, and that it takes about n (w / |limit - loss|)^2 of them, with n images and an
@@ -37,7 +36,7 @@ from mm_edge.records import Budget, BudgetOutcome, Candidate, Chosen, Constraint
 FREE_DROP_POINTS = 1.0
 UNCOMPARED = (
     "nothing was compared with the dense network, so these candidates may be unusable and none is recommended; to find "
-    "out give --data PATH with images in class folders"
+    "out give --data PATH with photos"
 )
 _ITSELF_UNCOMPARED = "it was not compared with the dense network and may be unusable; to find out give --data PATH"
 _NEAREST_POINTS = 0.25  # a loss nearer to the limit than this is taken to be this far from it
@@ -62,17 +61,16 @@ class _Limit:
 
 
 def mark_pareto(candidates: Sequence[Candidate], dense: DenseFigures | None = None) -> tuple[Candidate, ...]:
-    """Return the candidates in their order with `pareto` set by accuracy against 1 / speedup (MACs without any).
+    """Return the candidates in their order with `pareto` set by merit against 1 / speedup (MACs without any).
 
-    A candidate without accuracy, or without a speed-up where others have one, is not marked: it cannot be compared.
+    A candidate without merit, or without a speed-up where others have one, is not marked: it cannot be compared.
     With `dense`, a candidate that is no better than the dense network in both is not marked either.
     """
     measured = _speedups_measured(candidates)
-    points = [_point(c.accuracy_top1, _time_share(c) if measured else c.macs) for c in candidates]
+    points = [_point(c.merit, _time_share(c) if measured else c.macs) for c in candidates]
     rivals = [point for point in points if point is not None]
     if dense is not None:
-        own = _point(dense.accuracy_top1, 1.0 if measured else dense.macs)
-        rivals += [own] if own is not None else []
+        rivals.append((dense.merit, 1.0 if measured else dense.macs))
     return tuple(
         dataclasses.replace(c, pareto=point is not None and not any(_dominates(rival, point) for rival in rivals))
         for c, point in zip(candidates, points, strict=True)
@@ -105,7 +103,7 @@ def choose(dense: DenseFigures, candidates: Sequence[Candidate], constraints: Co
 def _choose_freely(dense: DenseFigures, candidates: Sequence[Candidate]) -> Chosen | None:
     drops = [c for c in candidates if c.accuracy_drop is not None]
     if not drops:
-        return _choose_by_agreement(dense, [c for c in candidates if c.was_compared])
+        return _choose_by_merit(dense, [c for c in candidates if dense.loss_of(c) is not None])
     close = [c for c in drops if _met(_over(c.accuracy_drop, FREE_DROP_POINTS))]
     if close:
         best = _fastest(close)
@@ -116,20 +114,29 @@ def _choose_freely(dense: DenseFigures, candidates: Sequence[Candidate]) -> Chos
     return Chosen(best.id, f"{kind}: {_explain(dense, best, FREE_DROP_POINTS)}")
 
 
-def _choose_by_agreement(dense: DenseFigures, compared: Sequence[Candidate]) -> Chosen | None:
-    """Choose among candidates whose answers were compared with dense's, but not with labels; None of none."""
+def _choose_by_merit(dense: DenseFigures, compared: Sequence[Candidate]) -> Chosen | None:
+    """Choose among candidates that were compared with dense, but by no label; None of none."""
     if not compared:
         return None
-    alike = [
-        c for c in compared if c.agreement_top1 is not None and _met(100 * (1 - c.agreement_top1) - FREE_DROP_POINTS)
-    ]
-    if alike:
-        best = _fastest(alike)
-        kind = f"the {_fastest_words(alike)} that answers as dense on 99 % of the images"
+    close = [c for c in compared if _met(_over(dense.loss_of(c), FREE_DROP_POINTS))]
+    unit = "1 point" if dense.metric is None or dense.metric.is_fraction else "1"
+    by = _merit_name(compared[0])
+    if close:
+        best = _fastest(close)
+        kind = f"the {_fastest_words(close)} within {unit} of dense by {by}"
     else:
         best = max(compared, key=quality)
-        kind = "none answers as dense on 99 % of the images, so the one of the least divergence"
+        kind = f"none is within {unit} of dense by {by}, so the best"
     return Chosen(best.id, f"{kind}, accuracy not measured: {_describe(dense, best)}")
+
+
+def _merit_name(c: Candidate) -> str:
+    """Return what a candidate's merit is."""
+    if c.accuracy_top1 is not None:
+        return "top-1 accuracy"
+    if c.metric is not None:
+        return c.metric.name
+    return "nothing" if c.likeness is None else c.likeness[1]
 
 
 def _explain(dense: DenseFigures, best: Candidate, limit: float | None) -> str:
@@ -164,14 +171,14 @@ def _images_needed(drop: float, interval: tuple[float, float], images: int, limi
     """Return how many images would tell a loss of `drop` from `limit`, rounded up to two digits."""
     width = (interval[1] - interval[0]) / 2
     needed = images * (width / max(abs(limit - drop), _NEAREST_POINTS)) ** 2
-    step = 10 ** max(0, math.floor(math.log10(max(needed, 1))) - 1)
+    step = int(10 ** max(0, math.floor(math.log10(max(needed, 1))) - 1))
     return math.ceil(round(needed / step, 6)) * step  # 45.0000001 is 45
 
 
 def _limits(dense: DenseFigures, candidates: Sequence[Candidate], asked: Constraints) -> list[_Limit]:
     limits = []
     if (drop := asked.max_drop) is not None:
-        limits.append(_Limit(f"--max-drop {drop:g}", _describe_drop, lambda c: _over(c.accuracy_drop, drop)))
+        limits.append(_Limit(f"--max-drop {drop:g}", _describe_drop, lambda c: _over(dense.loss_of(c), drop)))
     return [*limits, *(_limit_of(dense, candidates, budget) for budget in constraint_budgets(asked))]
 
 
@@ -203,7 +210,7 @@ def judge_budget(dense: DenseFigures, candidates: Sequence[Candidate], budget: B
     pruned = [c for c in fitting if c.kind == "structured"]
     if not pruned:
         return BudgetOutcome(budget.asked, None, f"no pruned candidate meets {budget.asked}")
-    if any(c.accuracy_top1 is None for c in pruned):
+    if any(c.merit is None for c in pruned):
         reason = f"{len(pruned)} candidates meet {budget.asked}; accuracy was not measured, so none is called better"
         return BudgetOutcome(budget.asked, None, reason)
     best = max(pruned, key=quality)
@@ -216,7 +223,7 @@ def judge_budget(dense: DenseFigures, candidates: Sequence[Candidate], budget: B
     else:
         sentence += f"; no candidate by {whose} meets it"
     # Of kind "dense" in fp32 there are controls alone: at its own size the dense network is no candidate.
-    controls = [c for c in fitting if c.kind == "dense" and c.accuracy_top1 is not None and quality(c) > quality(best)]
+    controls = [c for c in fitting if c.kind == "dense" and c.merit is not None and quality(c) > quality(best)]
     if controls:
         control = max(controls, key=quality)
         sentence += f"; {control.id}, where nothing is pruned, is better than both ({_describe_quality(control)})"
@@ -224,13 +231,25 @@ def judge_budget(dense: DenseFigures, candidates: Sequence[Candidate], budget: B
 
 
 def quality(c: Candidate) -> tuple[float, float]:
-    """Return the key that sorts candidates by accuracy, and at equal accuracy by smaller divergence from dense."""
-    return (c.accuracy_top1 or 0.0, -(c.kl_to_dense if c.kl_to_dense is not None else float("inf")))
+    """Return the key that sorts candidates by merit, and at equal merit by smaller divergence from dense."""
+    return (_merit(c), -(c.kl_to_dense if c.kl_to_dense is not None else float("inf")))
+
+
+def _merit(c: Candidate) -> float:
+    return -math.inf if c.merit is None else c.merit
 
 
 def _describe_quality(c: Candidate) -> str:
     kl = "" if c.kl_to_dense is None else f", KL {c.kl_to_dense:.3g}"
-    return f"top-1 {100 * (c.accuracy_top1 or 0.0):.2f} %{kl}"
+    return f"{_describe_merit(c)}{kl}"
+
+
+def _describe_merit(c: Candidate) -> str:
+    if c.accuracy_top1 is not None:
+        return f"top-1 {100 * c.accuracy_top1:.2f} %"
+    if c.metric is not None:
+        return f"{c.metric.name} {c.metric.value:.4g}"
+    return "compared with nothing" if c.likeness is None else f"{c.likeness[1]} {c.likeness[0]:.3f}"
 
 
 def _nearest_miss(candidates: Sequence[Candidate], limits: Sequence[_Limit], asked: str) -> str:
@@ -293,17 +312,17 @@ def _as_fast_as_the_fastest(candidates: Sequence[Candidate]) -> list[Candidate]:
 
 def _fastest(candidates: Sequence[Candidate]) -> Candidate:
     """Return the fastest; among those as fast the most accurate, then that of the fewest MACs, then the first."""
-    return min(_as_fast_as_the_fastest(candidates), key=lambda c: (-(c.accuracy_top1 or 0.0), c.macs))
+    return min(_as_fast_as_the_fastest(candidates), key=lambda c: (-_merit(c), c.macs))
 
 
 def _most_accurate(candidates: Sequence[Candidate]) -> Candidate:
     """Return the most accurate candidate (the least sparse where accuracy is not measured), at a tie the faster."""
-    rated = [c for c in candidates if c.accuracy_top1 is not None]
+    rated = [c for c in candidates if c.merit is not None]
     if not rated:
         least = min(c.sparsity for c in candidates)
         return _fastest([c for c in candidates if c.sparsity == least])
-    best = max(c.accuracy_top1 or 0.0 for c in rated)
-    return _fastest([c for c in rated if c.accuracy_top1 == best])
+    best = max(map(_merit, rated))
+    return _fastest([c for c in rated if c.merit == best])
 
 
 def _fastest_words(candidates: Sequence[Candidate]) -> str:
@@ -313,14 +332,19 @@ def _fastest_words(candidates: Sequence[Candidate]) -> str:
     equal = _as_fast_as_the_fastest(candidates)
     if len(equal) == 1:
         return "fastest"
-    differ = len({c.accuracy_top1 for c in equal}) > 1
-    decides = "most accurate" if differ else "one of fewest MACs"
+    differ = len({c.merit for c in equal}) > 1
+    decides = _best_words(equal) if differ else "one of fewest MACs"
     return f"{decides} of the {len(equal)} fastest, whose speed-ups cannot be told apart,"
 
 
 def _most_accurate_words(candidates: Sequence[Candidate]) -> str:
-    rated = any(c.accuracy_top1 is not None for c in candidates)
-    return "most accurate" if rated else "least sparse (accuracy was not measured)"
+    rated = any(c.merit is not None for c in candidates)
+    return _best_words(candidates) if rated else "least sparse (accuracy was not measured)"
+
+
+def _best_words(candidates: Sequence[Candidate]) -> str:
+    by_accuracy = any(c.accuracy_top1 is not None for c in candidates)
+    return "most accurate" if by_accuracy else f"best by {_merit_name(candidates[0])}"
 
 
 def _point(quality: float | None, cost: float | None) -> tuple[float, float] | None:
@@ -337,13 +361,13 @@ def _describe(dense: DenseFigures, c: Candidate) -> str:
         speed = f"{_describe_speedup(c)} ({_describe_latency(c)})"
     elif _usable_p50(c) is not None:
         speed = _describe_latency(c)
-    found = speed if c.accuracy_drop is None else f"{speed}, {_describe_drop(c)}"
+    found = speed if c.merit is None else f"{speed}, {_describe_drop(c)}"
     return found if c.planned_by is None else f"{found}; planned by {c.planned_by}"
 
 
 def _describe_drop(c: Candidate) -> str:
     if c.accuracy_drop is None:
-        return "accuracy not measured"
+        return "accuracy not measured" if c.merit is None else _describe_merit(c)
     side = "below" if c.accuracy_drop >= 0 else "above"
     return f"accuracy {abs(c.accuracy_drop):.2f} points {side} dense"
 

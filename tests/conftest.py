@@ -40,12 +40,12 @@ def export_small_networks_once() -> Iterator[None]:
     # PyTorch reads the types of all its operators anew for every export: a second of each.
     operators = functools.cache(_registration.ONNXRegistry.from_torchlib)
 
-    def cached(module: nn.Module, example_input: torch.Tensor) -> ir.Model:
-        key = _identify(module, example_input)
+    def cached(module: nn.Module, examples: tuple[torch.Tensor, ...]) -> ir.Model:
+        key = _identify(module, examples)
         if key is None:
-            return real(module, example_input)
+            return real(module, examples)
         if key not in made:
-            made[key] = real(module, example_input)
+            made[key] = real(module, examples)
         return made[key].clone()
 
     with pytest.MonkeyPatch.context() as patch:
@@ -54,11 +54,11 @@ def export_small_networks_once() -> Iterator[None]:
         yield
 
 
-def _identify(module: nn.Module, example_input: torch.Tensor) -> str | None:
+def _identify(module: nn.Module, examples: tuple[torch.Tensor, ...]) -> str | None:
     """Return a digest of everything the export depends on; None where it cannot be told."""
     content = io.BytesIO()
     try:
-        torch.save((module, tuple(example_input.shape)), content)
+        torch.save((module, [(tuple(item.shape), item.dtype) for item in examples]), content)
     except (pickle.PicklingError, AttributeError, TypeError, RuntimeError):
         return None  # a class inside a function, for instance
     if content.tell() > SMALL:

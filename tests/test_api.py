@@ -25,7 +25,7 @@ from mm_edge.run.recoveries import RECOVERIES, Recovery
 from mm_edge.run.request import RULES, SECTIONS, ModelOptions, Request, make_model_options, make_request
 
 IMAGES = torch.zeros(1, 3, 16, 16)
-FILE_ONLY = {"arch", "input_size", "trust_pickle"}
+FILE_ONLY = {"arch", "input_size", "trust_pickle", "layout"}
 
 
 def make_report(chosen: bool = True) -> Report:
@@ -178,7 +178,9 @@ def test_what_is_no_module_or_no_batch_of_images_is_refused(asked: list[Request]
     assert refuse("net.pt", IMAGES) == (
         "module is a str, not a torch.nn.Module; for a file use: mm-edge prune-export FILE"
     )
-    assert refuse(module, (IMAGES,)) == "example_input is a tuple, not a tensor; give a batch of images (N, C, H, W)"
+    assert refuse(module, [IMAGES]) == "example_input is a list, not a tensor; give a batch of images (N, C, H, W)"
+    assert refuse(module, (IMAGES, 3)) == "example_input is an int, not a tensor; give a batch of images (N, C, H, W)"
+    assert refuse(module, ()) == "example_input has no tensor; give a batch of images (N, C, H, W)"
     assert refuse(module, IMAGES[0]) == "example_input has shape (3, 16, 16); give a batch of images (N, C, H, W)"
     assert refuse(module, IMAGES, "host", "images", "run", "more") == (
         "prune_export takes target, data, out by position at most; give the other options by name"

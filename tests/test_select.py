@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mm_edge.errors import ConstraintError
-from mm_edge.records import Budget, Candidate, Chosen, Constraints, DenseFigures, Latency
+from mm_edge.records import (
+    Budget,
+    Candidate,
+    Chosen,
+    Constraints,
+    DenseFigures,
+    Fidelity,
+    Latency,
+    MetricValue,
+    OutputFidelity,
+)
 from mm_edge.select import choose, doubt_loss, judge_budget, mark_pareto
 
 DENSE = DenseFigures(
@@ -268,21 +279,69 @@ def test_where_nothing_was_compared_nothing_is_chosen_unless_a_constraint_asks()
     assert "may be unusable" not in found(CANDIDATES, Constraints(speedup=1.2)).reason
 
 
+UNLABELLED = dataclasses.replace(DENSE, accuracy_top1=None)
+
+
+def compared(name: str, p50: float, **more: Any) -> Candidate:
+    return dataclasses.replace(candidate(name, None, p50), **more)
+
+
 def test_without_labels_agreement_with_dense_decides() -> None:
     """Who answers as dense on 99 % of the images has lost at most a point on them."""
     rows = [
-        dataclasses.replace(candidate(name, None, p50), agreement_top1=agreement, kl_to_dense=kl)
-        for name, p50, agreement, kl in (("same", 8.0, 0.995, 0.01), ("close", 6.0, 0.99, 0.02), ("far", 3.0, 0.9, 0.2))
+        compared("same", 8.0, agreement_top1=0.995, kl_to_dense=0.01),
+        compared("close", 6.0, agreement_top1=0.99, kl_to_dense=0.02),
+        compared("far", 3.0, agreement_top1=0.9, kl_to_dense=0.2),
     ]
-    chosen = found(rows, Constraints())
-    assert (chosen.id, chosen.reason) == (
+    chosen = choose(UNLABELLED, rows, Constraints())
+    assert chosen is not None and (chosen.id, chosen.reason) == (
         "close",
-        "the fastest that answers as dense on 99 % of the images, accuracy not measured: speed-up 1.67x (p50 6 ms)",
+        "the fastest within 1 point of dense by agreement with dense, accuracy not measured: "
+        "speed-up 1.67x (p50 6 ms), agreement with dense 0.990",
     )
     nearer = dataclasses.replace(rows[2], id="near", kl_to_dense=0.1)
-    chosen = found([rows[2], nearer], Constraints())
-    assert chosen.id == "near"
-    assert chosen.reason.startswith("none answers as dense on 99 % of the images, so the one of the least divergence, ")
+    chosen = choose(UNLABELLED, [rows[2], nearer], Constraints())
+    assert chosen is not None and chosen.id == "near"
+    assert chosen.reason.startswith("none is within 1 point of dense by agreement with dense, so the best, accuracy")
+    assert [c.pareto for c in mark_pareto(rows, UNLABELLED)] == [True, True, True]
+
+
+def test_boxes_masks_and_outputs_decide_where_there_are_no_classes() -> None:
+    def found_by(**figures: Any) -> Fidelity:
+        return Fidelity({"y": OutputFidelity(0.25, 0.9)}, **figures)
+
+    boxes = compared("boxes", 5.0, fidelity=found_by(map50_to_dense=0.97))
+    assert boxes.likeness == (0.97, "mAP50 on the dense network's boxes")
+    assert compared("m", 5.0, fidelity=found_by(miou_to_dense=0.9)).likeness == (
+        0.9,
+        "mIoU with the dense network's masks",
+    )
+    outputs = compared("outputs", 4.0, fidelity=found_by())
+    assert outputs.likeness == (0.75, "likeness of the outputs")
+    assert compared("lost", 4.0, fidelity=Fidelity({"y": OutputFidelity(None, None)})).merit is None
+    better = compared("better", 6.0, fidelity=found_by(map50_to_dense=0.995))
+    chosen = choose(UNLABELLED, [boxes, better], Constraints())
+    assert chosen is not None and chosen.id == "better"
+    chosen = choose(UNLABELLED, [boxes, better], Constraints(max_drop=5))
+    assert chosen is not None and chosen.id == "boxes"
+
+
+def test_the_users_metric_decides_before_likeness() -> None:
+    dense = dataclasses.replace(UNLABELLED, metric=MetricValue("error", 2.0, higher_is_better=False))
+
+    def row(name: str, p50: float, error: float) -> Candidate:
+        return compared(name, p50, metric=MetricValue("error", error, higher_is_better=False), agreement_top1=0.1)
+
+    chosen = choose(dense, [row("a", 5.0, 2.5), row("b", 3.0, 4.0)], Constraints())
+    assert chosen is not None and chosen.id == "a"
+    assert chosen.reason.startswith("the fastest within 1 of dense by error, accuracy not measured: ")
+    chosen = choose(dense, [row("a", 5.0, 2.5), row("b", 3.0, 4.0)], Constraints(max_drop=3))
+    assert chosen is not None and chosen.id == "b"
+    assert [c.pareto for c in mark_pareto([row("a", 5.0, 2.5), row("b", 3.0, 4.0), row("c", 6.0, 3.0)], dense)] == [
+        True,
+        True,
+        False,
+    ]
 
 
 # --- what images and times can tell ----------------------------------------------------------------------------------

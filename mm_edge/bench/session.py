@@ -270,7 +270,8 @@ def run_options(target: Target) -> dict[str, Any]:
 def _summarise(result: Mapping[str, Any], source: str, samples_file: Path | None, asked: int) -> Measurement:
     sittings, threads = result["sittings"], result["threads"]
     used = stats.usable_pairs(result["disturbed"], sittings, asked)
-    ratio, interval = stats.mean_ratio(stats.sitting_ratios(result["dense_ns"], result["candidate_ns"], sittings, used))
+    ratios = stats.sitting_ratios(result["dense_ns"], result["candidate_ns"], sittings, used)
+    ratio, interval = stats.mean_ratio(ratios, _busy_share(result))
     kept = np.concatenate(used)
     dense_ns, candidate_ns = (np.asarray(result[key])[kept].tolist() for key in ("dense_ns", "candidate_ns"))
     doubts = _doubts(result, dense_ns, candidate_ns)
@@ -305,6 +306,12 @@ def _width_text(width: float) -> str:
     return "no interval" if width == float("inf") else f"the interval is +-{width:.0%}"
 
 
+def _busy_share(result: Mapping[str, Any]) -> float:
+    """Return the share of the device's cores that other programs and the hypervisor took; 0 where it does not say."""
+    load = result["load"]
+    return float(((load["others"] or 0.0) + (load["stolen"] or 0.0)) / load["cores"])
+
+
 def _load_text(result: Mapping[str, Any]) -> str:
     """Return what others took of the device, and how many pairs they disturbed."""
     load, share = result["load"], np.mean(result["disturbed"])
@@ -335,10 +342,9 @@ def merge_doubts(measurements: Sequence[Measurement]) -> list[str]:
 
 def _doubts(result: Mapping[str, Any], dense_ns: Sequence[int], candidate_ns: Sequence[int]) -> list[Doubt]:
     """Return the reasons to doubt a measurement; the samples are those of the pairs that are used."""
-    load = result["load"]
     found = []
     share = float(np.mean(result["disturbed"]))
-    taken = ((load["others"] or 0.0) + (load["stolen"] or 0.0)) / load["cores"]
+    taken = _busy_share(result)
     if share > 1 - stats.STABLE_SHARE or taken > stats.STABLE_LOAD:
         text = f"the device was busy while measuring: {_load_text(result)}; stop other programs and measure again"
         found.append(Doubt("load", max(share, taken), text))

@@ -2,14 +2,17 @@
 
     r_s       = q10(dense_ns of sitting s) / q10(candidate_ns of sitting s)       undisturbed pairs only
     speed-up  = exp(mean of log r_s)
-    interval  = exp(mean of log r_s +- t * sd(log r_s) / sqrt(S))      Student's t with S - 1 degrees of freedom
+    interval  = exp(mean of log r_s +- sqrt(a^2 + b^2))
+                a = t * sd(log r_s) / sqrt(S)            Student's t with S - 1 degrees of freedom
+                b = BUSY_SHIFT * share of the cores that others kept busy
     spread    = (q75 - q25) / q50                        of one model's samples
     drift     = median(last third) / median(first third) - 1
 
 A sitting loads both models afresh. Its ratio is taken from low percentiles, because what other programs do to a run
 only makes it slower: benchmarks/load.py compares this with the median of pair ratios and others (docs/measuring.md).
-Sittings differ by where the models lie in memory and by what else the machine did, and both are in the interval. A
-sitting with fewer undisturbed pairs than half of those asked for uses all of its pairs.
+Sittings differ by where the models lie in memory and by what else the machine did, and both are in a. What a busy
+machine does to all sittings alike is in b: caches, memory and clock are shared, and two networks do not suffer alike. A
+sitting with fewer undisturbed pairs than a quarter of those asked for uses all of its pairs.
 
 Verdict. With h the half-width of the interval as a share of the speed-up, and u the share of undisturbed pairs,
 
@@ -31,6 +34,7 @@ from mm_edge.arrays import BoolArray, Float64Array
 from mm_edge.records import Latency
 
 LOW = 10  # the percentile that other programs hardly reach
+BUSY_SHIFT = 0.05  # what fully busy cores shift a ratio by: read from a trial of benchmarks/load.py
 STABLE_WIDTH = 0.03
 UNUSABLE_WIDTH = 0.10
 STABLE_SHARE = 0.75
@@ -71,7 +75,7 @@ def usable_pairs(disturbed: Sequence[int], sittings: Sequence[int], asked: int) 
         sittings: the number of pairs of each.
         asked: how many undisturbed pairs were asked for in all sittings.
     """
-    least = max(2, asked // (2 * len(sittings)))
+    least = max(2, asked // (4 * len(sittings)))
     ends = np.cumsum(sittings)
     pieces = [np.asarray(disturbed[end - count : end]) == 0 for end, count in zip(ends, sittings, strict=True)]
     return [piece if piece.sum() >= least else np.ones_like(piece) for piece in pieces]
@@ -89,13 +93,17 @@ def sitting_ratios(
     return np.asarray(found, dtype=np.float64)
 
 
-def mean_ratio(ratios: Float64Array) -> tuple[float, tuple[float, float] | None]:
-    """Return the geometric mean of the sittings' ratios and its 95 % interval; None of fewer than two sittings."""
+def mean_ratio(ratios: Float64Array, busy: float = 0.0) -> tuple[float, tuple[float, float] | None]:
+    """Return the geometric mean of the sittings' ratios and its 95 % interval; None of fewer than two sittings.
+
+    `busy` is the share of the cores that others kept busy, from 0 to 1.
+    """
     logs = np.log(ratios)
     middle = float(np.exp(logs.mean()))
     if len(logs) < 2:
         return middle, None
-    half = _T[min(len(logs) - 1, len(_T)) - 1] * float(logs.std(ddof=1)) / float(np.sqrt(len(logs)))
+    within = _T[min(len(logs) - 1, len(_T)) - 1] * float(logs.std(ddof=1)) / float(np.sqrt(len(logs)))
+    half = float(np.hypot(within, BUSY_SHIFT * min(busy, 1.0)))
     return middle, (float(np.exp(logs.mean() - half)), float(np.exp(logs.mean() + half)))
 
 

@@ -579,7 +579,7 @@ def _peak_rss() -> int:
     if resource is None:
         return 0
     unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * unit
 
 
 def null(options: Dict[str, Any]) -> Dict[str, Any]:

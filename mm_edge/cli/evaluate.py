@@ -40,7 +40,7 @@ def evaluate(model: Path, data: str, as_json: bool, **given: Any) -> None:
     from mm_edge.quality.evaluation import compare_logits, run_onnx
 
     loaded = load(str(model), options, only_run=True)
-    splits = open_data(data, loaded.input, loaded.info.num_classes, (0.0, 0.0, 1.0))
+    splits = open_data(data, loaded.input, loaded.info.num_classes, (0.0, 0.0, 1.0), inputs=loaded.inputs)
     with Console(stderr=True).status("evaluating"):
         logits = run_onnx(model, splits.test.batches(32), 2)
     labels = splits.test.labels

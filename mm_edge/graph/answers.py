@@ -85,7 +85,7 @@ class AnswerKind:
 
 
 @dataclass(frozen=True)
-class Answers:
+class AnswerViews:
     """What is compared with the dense network; every view counts alike, and in it every kind."""
 
     views: tuple[tuple[AnswerKind, ...], ...]
@@ -108,7 +108,7 @@ class Answers:
         return kinds[0].parts[0].value if scores and kinds[0].divergence != "channels" else None
 
 
-def find_answers(raw: RawGraph, structure: Structure, judge: Sequence[str] = ()) -> Answers:
+def find_answers(raw: RawGraph, structure: Structure, judge: Sequence[str] = ()) -> AnswerViews:
     """Return what is compared with the dense network.
 
     Args:
@@ -121,20 +121,20 @@ def find_answers(raw: RawGraph, structure: Structure, judge: Sequence[str] = ())
     """
     reader = _Reader(raw, structure)
     if judge:
-        return Answers(tuple(reader.view_of(_named(raw, name)) for name in judge))
+        return AnswerViews(tuple(reader.view_of(_named(raw, name)) for name in judge))
     values = _distinct(value for output in raw.model.graph.outputs for value in reader.comparable(output))
     if len(values) == 1 and (scores := reader.class_scores(values[0])) is not None:
-        return Answers((scores,))
+        return AnswerViews((scores,))
     decoded = _merge([kind for value in values for kind in reader.view_of(value)])
     raw_kinds = reader.raw_view(values)
-    return Answers(tuple(view for view in (decoded, raw_kinds) if view))
+    return AnswerViews(tuple(view for view in (decoded, raw_kinds) if view))
 
 
-def outputs_of(raw: RawGraph, structure: Structure) -> Answers:
+def outputs_of(raw: RawGraph, structure: Structure) -> AnswerViews:
     """Return the network's own outputs, each a view, compared channel by channel."""
     reader = _Reader(raw, structure)
     found = [reader.view_of(value) for value in raw.model.graph.outputs if _is_comparable(value)]
-    return Answers(tuple(tuple(replace(kind, divergence="channels") for kind in view) for view in found))
+    return AnswerViews(tuple(tuple(replace(kind, divergence="channels") for kind in view) for view in found))
 
 
 def _named(raw: RawGraph, name: str) -> ir.Value:

@@ -85,8 +85,8 @@ def materialise(
 ) -> ir.Model:
     """Return the compact graph: `tensors` swapped in by name, removed indices dropped, constants rewritten.
 
-    It has the static shapes of the raw graph; `materialise_artifact` returns the one with the artifact's own. Groups of
-    which nothing is kept must make whole residual branches (see depth.py).
+    It has the static shapes of the raw graph; `materialise_artifact` returns the one with the artifact's own. Groups
+    of which nothing is kept must make whole residual branches (see depth.py).
 
     Raises:
         JobError: nothing is kept of a group that is not the inside of a residual branch.

@@ -15,16 +15,32 @@ from onnxscript.rewriter.rules.common import (
     fuse_batchnorm_into_gemm_rule,
 )
 
-from mm_edge.graph.export import FOLDED_BYTES, constant_array
+from mm_edge.graph.export import FOLDED_BYTES, constant_array, remove_identities
 
 
-def deploy(model: ir.Model) -> ir.Model:
-    """Turn a raw or compact graph, in place, into what a device loads: see `DEPLOY_PASSES`."""
+def deploy(model: ir.Model, *, keep_names: bool = False) -> ir.Model:
+    """Turn a raw or compact graph, in place, into what a device loads: see `DEPLOY_PASSES`.
+
+    With `keep_names` a convolution into which a BatchNormalization was folded keeps its own name.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        names = _names_before_normalization(model) if keep_names else {}
         for step in DEPLOY_PASSES:
             step(model)
+    for node in model.graph:
+        node.name = names.get(node.outputs[0].name or "", node.name)
     return model
+
+
+def _names_before_normalization(model: ir.Model) -> dict[str, str]:
+    """Return the names of the nodes before each BatchNormalization, by the latter's result."""
+    names: dict[str, str] = {}
+    for node in model.graph:
+        before = node.inputs[0].producer() if node.inputs and node.inputs[0] is not None else None
+        if node.op_type == "BatchNormalization" and before is not None and before.name:
+            names[node.outputs[0].name or ""] = before.name
+    return names
 
 
 def fuse_batch_normalization(model: ir.Model) -> None:
@@ -90,7 +106,7 @@ def _inner(array: np.ndarray) -> tuple[int, ...]:
 def tidy(model: ir.Model) -> None:
     """Make constants initialisers, share equal ones, remove unused nodes and infer shapes."""
     ir_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-    ir_passes.IdentityEliminationPass()(model)
+    remove_identities(model)
     ir_passes.RemoveUnusedNodesPass()(model)
     ir_passes.DeduplicateInitializersPass(size_limit=1024)(model)
     ir_passes.ShapeInferencePass()(model)

@@ -40,6 +40,7 @@ class RawGraph:
             structure and scores, never masked nor swapped.
         given: the same graph with the sizes open, and the batch, that artifacts have (see onnx_graph.py); None where
             they have those of `model`.
+        keeps_names: whether artifacts keep the names of nodes, which in a user's file are the user's.
     """
 
     model: ir.Model
@@ -48,6 +49,7 @@ class RawGraph:
     unused: tuple[str, ...] = ()
     folded: frozenset[str] = frozenset()
     given: ir.Model | None = None
+    keeps_names: bool = False
 
     @property
     def weights(self) -> frozenset[str]:
@@ -55,8 +57,8 @@ class RawGraph:
         return self.parameters | self.folded
 
 
-def export_raw(module: nn.Module, example_input: torch.Tensor) -> RawGraph:
-    """Export `module` for inputs shaped like `example_input` (N, C, H, W).
+def export_raw(module: nn.Module, *examples: torch.Tensor) -> RawGraph:
+    """Export `module` for inputs shaped like `examples`, one for each input, such as (N, C, H, W).
 
     Raises:
         ExportError: torch.export refuses the network, or the export loses one of its parameters.
@@ -64,12 +66,12 @@ def export_raw(module: nn.Module, example_input: torch.Tensor) -> RawGraph:
     fresh = exportable(module)
     state = {name for name, _ in fresh.named_parameters()}
     buffers = {name for name, buffer in fresh.named_buffers() if buffer.is_floating_point()}
-    model = _export(fresh, example_input)
+    model = _export(fresh, examples)
     _name_tied_(model, fresh)
     fold_constants(model, keep=state | buffers)
     present = set(model.graph.initializers)
     absent = sorted(state - present)
-    unused = _never_read(fresh, example_input, absent)
+    unused = _never_read(fresh, examples, absent)
     lost = [name for name in absent if name not in unused]
     if lost:
         raise ExportError(
@@ -118,6 +120,19 @@ def fold_rounds(model: ir.Model, names: set[str]) -> None:
                 break
 
 
+def remove_identities(model: ir.Model) -> None:
+    """Remove Identity nodes, in place. The pass of onnx_ir fails on those inside the graphs of If, Loop and Scan."""
+    if next(iter(model.graph.subgraphs()), None) is None:
+        ir_passes.IdentityEliminationPass()(model)
+        return
+    for node in list(model.graph):
+        if node.op_type == "Identity" and node.domain == "" and not node.outputs[0].is_graph_output():
+            source = node.inputs[0]
+            assert source is not None
+            node.outputs[0].replace_all_uses_with(source)
+            model.graph.remove(node, safe=True)
+
+
 def infer_shapes(model: ir.Model) -> None:
     """Infer shapes in place. ONNX's inference stops at GroupNormalization, whose result has its operand's shape."""
     ir_passes.ShapeInferencePass()(model)
@@ -140,7 +155,7 @@ def _all_static(model: ir.Model) -> bool:
     return all(shape is not None and shape.is_static() for shape in shapes)
 
 
-def _export(module: nn.Module, example_input: torch.Tensor) -> ir.Model:
+def _export(module: nn.Module, examples: tuple[torch.Tensor, ...]) -> ir.Model:
     loud = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loud]
     try:
@@ -148,7 +163,7 @@ def _export(module: nn.Module, example_input: torch.Tensor) -> ir.Model:
             logger.setLevel(logging.CRITICAL)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            program = torch.onnx.export(module, (example_input,), dynamo=True, optimize=False, verbose=False)
+            program = torch.onnx.export(module, examples, dynamo=True, optimize=False, verbose=False)
     except Exception as error:
         raise ExportError(
             f"torch.export refuses this network: {_reason(error)}; export it yourself and give the .onnx file"
@@ -202,14 +217,14 @@ def _name_tied_(model: ir.Model, module: nn.Module) -> None:
             initializers[own] = value
 
 
-def _never_read(module: nn.Module, example_input: torch.Tensor, names: list[str]) -> set[str]:
+def _never_read(module: nn.Module, examples: tuple[torch.Tensor, ...], names: list[str]) -> set[str]:
     """Return those of `names` that no output depends on, by asking autograd."""
     if not names:
         return set()
     parameters = dict(module.named_parameters())
     chosen = [parameters[name].requires_grad_(True) for name in names]
     with torch.enable_grad():
-        outputs = output_tensors(module(example_input))
+        outputs = output_tensors(module(*examples))
         total = sum(output.float().sum() for output in outputs)
         if not isinstance(total, torch.Tensor) or not total.requires_grad:
             return set(names)

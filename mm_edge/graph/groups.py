@@ -21,9 +21,21 @@ from mm_edge.errors import UsageError
 from mm_edge.graph.axes import Axis, AxisTable, Keep
 from mm_edge.graph.costs import Cost
 from mm_edge.graph.export import RawGraph
-from mm_edge.graph.reading import AttributeEdit, Axes, CostTerm, Edit, MeanEdit, OperandEdit, Reading, is_static
+from mm_edge.graph.partial import values_read
+from mm_edge.graph.reading import (
+    AttributeEdit,
+    Axes,
+    CostTerm,
+    Edit,
+    MeanEdit,
+    OperandEdit,
+    Reading,
+    StructureMismatch,
+    is_static,
+)
 from mm_edge.graph.rules import apply_rule
 from mm_edge.graph.rules.operands import operand_names
+from mm_edge.graph.rules.recurrent import BRANCHING
 from mm_edge.graph.rules.zeros import (
     ADDING,
     MULTIPLYING,
@@ -161,6 +173,12 @@ def _pin_static_alone(reading: Reading) -> None:
         if name in reading.axes and name not in given.graph.initializers:
             reading.pin(reading.axes[name], f"'{name}' is computed from the sizes of the input")
     nodes = {node.name for node in given.graph}
+    static = {node.name for node in reading.raw.model.graph}
+    for node in given.graph:
+        if node.op_type in BRANCHING and node.name not in static:
+            reason = f"{node.op_type}: the graph inside it is kept whole"
+            for value in values_read(node):
+                reading.pin(reading.axes.get(value.name or "", ()), reason)
     for edit in reading.edits:
         if edit.node not in nodes:
             reading.pin(_axes_of(edit), f"{edit.node} is there at one size of the input alone")
@@ -233,7 +251,21 @@ def _all_zero(value: ir.Value) -> bool:
 def _zeros_through(
     reading: Reading, node: ir.Node, zeros: dict[str, frozenset[Axis]], leaves: dict[str, frozenset[Axis]]
 ) -> frozenset[Axis]:
-    how, indices = zero_operands(node)
+    try:
+        how, indices = zero_operands(node)
+        return _zeros_where(reading, node, zeros, leaves, how, indices)
+    except StructureMismatch:  # the shape of an operand is not known, so that nothing is known to be zero
+        return frozenset()
+
+
+def _zeros_where(
+    reading: Reading,
+    node: ir.Node,
+    zeros: dict[str, frozenset[Axis]],
+    leaves: dict[str, frozenset[Axis]],
+    how: str,
+    indices: list[int],
+) -> frozenset[Axis]:
     names = operand_names(node, *indices)
     if how == "none" or not names:
         return frozenset()
@@ -324,7 +356,7 @@ def _sums(reading: Reading) -> tuple[Sum, ...]:
 
 def _by_first_use(reading: Reading, tensors: dict[str, Axes]) -> list[str]:
     """Return the parameters in graph order, matrices and kernels first: they name the groups they produce."""
-    order = [value.name for node in reading.raw.model.graph for value in node.inputs if value is not None]
+    order = [value.name for node in reading.raw.model.graph for value in values_read(node)]
     known = [name for name in dict.fromkeys(order) if name in tensors and name in reading.raw.weights]
     return [name for name in known if len(tensors[name]) > 1] + [name for name in known if len(tensors[name]) < 2]
 

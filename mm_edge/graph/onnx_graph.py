@@ -17,6 +17,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -27,17 +28,30 @@ import torch
 
 from mm_edge.arrays import Arrays
 from mm_edge.errors import ModelError, first_line
-from mm_edge.graph.export import FLOAT_TYPES, RawGraph, export_raw, fold_rounds, split_shared_constants
+from mm_edge.graph.export import (
+    FLOAT_TYPES,
+    FOLDED_BYTES,
+    RawGraph,
+    export_raw,
+    fold_rounds,
+    remove_identities,
+    split_shared_constants,
+)
 from mm_edge.graph.fold import add_constant_, fold_weight_arithmetic_
-from mm_edge.graph.partial import constant_values, open_part
+from mm_edge.graph.partial import constant_values, open_part, values_read
 from mm_edge.load.models import LoadedModel
 from mm_edge.load.network import ModelInput
+from mm_edge.load.onnx_precision import other_precisions, to_float32_
 from mm_edge.load.onnx_sizes import noise
 from mm_edge.runtime import FATAL, open_session
 
 # The oldest opset whose operators the rules read; older files are converted up.
 OLDEST_OPSET = 11
-NARROW = (ir.DataType.FLOAT16, ir.DataType.DOUBLE, ir.DataType.BFLOAT16)
+# Operators whose results have a shape that the values they read decide.
+SHAPED_BY_VALUES = frozenset(
+    "NonZero NonMaxSuppression Unique Compress SequenceMap SplitToSequence SequenceAt SequenceInsert "
+    "SequenceConstruct SequenceEmpty SequenceErase ConcatFromSequence StringSplit".split()
+)
 
 Shapes = Mapping[str, Sequence[int]]
 
@@ -45,7 +59,7 @@ Shapes = Mapping[str, Sequence[int]]
 def read_raw(model: LoadedModel) -> RawGraph:
     """Export the model once, or read the user's own .onnx."""
     if model.module is not None:
-        return export_raw(model.module, torch.zeros(1, *model.input.shape))
+        return export_raw(model.module, *(torch.zeros(item.measured) for item in model.inputs))
     assert model.onnx_path is not None
     return raw_from_onnx(model.onnx_path, model.inputs)
 
@@ -63,7 +77,7 @@ def raw_from_onnx(path: Path, inputs: Sequence[ModelInput] = ()) -> RawGraph:
     inputs = tuple(inputs) or _fixed_inputs(model, path)
     _open_inputs_(model, inputs)
     statistics, floats = _state(model)
-    fold_rounds(model, floats)
+    _fold_(model, floats)
     split_shared_constants(model, floats)
     folded = fold_weight_arithmetic_(model, floats - statistics)
     _name_all_(model)
@@ -71,16 +85,18 @@ def raw_from_onnx(path: Path, inputs: Sequence[ModelInput] = ()) -> RawGraph:
         given, model = model, _at_measured(model, inputs)
     else:
         given = None
-        fold_rounds(model, floats)
         _name_all_(model)
+        _complete_shapes_(model)
     present = set((model if given is None else given).graph.initializers) & set(model.graph.initializers)
     parameters = frozenset((floats - statistics) & present) - folded
-    return RawGraph(model, parameters, frozenset(statistics & present), (), folded, given)
+    return RawGraph(model, parameters, frozenset(statistics & present), (), folded, given, keeps_names=True)
 
 
 def _load(path: Path) -> ir.Model:
     try:
         proto = onnx.load(str(path))
+        if other_precisions(proto):
+            to_float32_(proto)
         opset = max((item.version for item in proto.opset_import if item.domain in ("", "ai.onnx")), default=None)
         if opset is not None and opset < OLDEST_OPSET:
             proto = onnx.version_converter.convert_version(proto, OLDEST_OPSET)
@@ -93,36 +109,12 @@ def _load(path: Path) -> ir.Model:
 
 
 def _prepare_(model: ir.Model) -> None:
-    """Make functions, constants and Identities disappear, weights initialisers alone, and everything float32."""
+    """Make functions, Constant nodes and Identities disappear, and weights initialisers alone."""
     ir_passes.InlinePass()(model)
     ir_passes.RemoveInitializersFromInputsPass()(model)
-    for graph in (model.graph, *model.graph.subgraphs()):
-        _to_float32_(graph)
     ir_passes.LiftConstantsToInitializersPass(lift_all_constants=False, size_limit=0)(model)
-    ir_passes.IdentityEliminationPass()(model)
+    remove_identities(model)
     ir_passes.RemoveUnusedNodesPass()(model)
-
-
-def _to_float32_(graph: ir.Graph) -> None:
-    """Turn values, constants and casts of other floating-point types into float32."""
-    for value in (*graph.inputs, *graph.initializers.values()):
-        _widen_(value)
-    for node in graph:
-        for name, attribute in list(node.attributes.items()):
-            tensor = attribute.as_tensor() if attribute.type == ir.AttributeType.TENSOR else None
-            if tensor is not None and tensor.dtype in NARROW:
-                node.attributes[name] = ir.AttrTensor(name, ir.tensor(tensor.numpy().astype(np.float32)))
-            elif name in ("to", "dtype") and attribute.type == ir.AttributeType.INT and attribute.as_int() in NARROW:
-                node.attributes[name] = ir.AttrInt64(name, int(ir.DataType.FLOAT))
-        for value in node.outputs:
-            _widen_(value)
-
-
-def _widen_(value: ir.Value) -> None:
-    if value.const_value is not None and value.const_value.dtype in NARROW:
-        value.const_value = ir.tensor(value.const_value.numpy().astype(np.float32), name=value.name)
-    if isinstance(value.type, ir.TensorType) and value.dtype in NARROW:
-        value.type = ir.TensorType(ir.DataType.FLOAT)
 
 
 def _fixed_inputs(model: ir.Model, path: Path) -> tuple[ModelInput, ...]:
@@ -147,10 +139,13 @@ def _fixed_inputs(model: ir.Model, path: Path) -> tuple[ModelInput, ...]:
 def _open_inputs_(model: ir.Model, inputs: Sequence[ModelInput]) -> None:
     """Give the inputs the shapes that artifacts have; what was known of other shapes may rest on the file's own."""
     known = {item.name: item for item in inputs}
+    outputs = {value: value.shape for value in model.graph.outputs}
+    replaced = False
     for value in model.graph.inputs:
-        own = [] if value.shape is None else list(value.shape)
+        own: list[Any] = [] if value.shape is None else list(value.shape)
         shape = known[value.name or ""].shape
         own = own or [None] * len(shape)
+        replaced |= any(isinstance(old, int) and old != size for size, old in zip(shape, own, strict=True))
         value.shape = ir.Shape(
             size if size is not None else old if _is_symbol(old) else f"{value.name}_{index}"
             for index, (size, old) in enumerate(zip(shape, own, strict=True))
@@ -159,6 +154,8 @@ def _open_inputs_(model: ir.Model, inputs: Sequence[ModelInput]) -> None:
         for node in graph:
             for value in node.outputs:
                 value.shape = None
+    for value, sizes in outputs.items():
+        value.shape = None if replaced else sizes
 
 
 def _is_symbol(size: object) -> bool:
@@ -208,8 +205,11 @@ def _at_measured(given: ir.Model, inputs: Sequence[ModelInput]) -> ir.Model:
     if len(batches) == 1 and batches != {1} and all(measured.values()):
         model = _static(given, single, floats)
         if _runs(model, inputs, single):
+            _complete_shapes_(model)
             return model
-    return _static(given, measured, floats)
+    model = _static(given, measured, floats)
+    _complete_shapes_(model)
+    return model
 
 
 def _static(given: ir.Model, shapes: Shapes, floats: set[str]) -> ir.Model:
@@ -221,22 +221,71 @@ def _static(given: ir.Model, shapes: Shapes, floats: set[str]) -> ir.Model:
     for node in model.graph:
         for value in node.outputs:
             value.shape = None
-    fold_rounds(model, floats)
+    _fold_(model, floats)
     _name_all_(model)
     return model
 
 
+def _fold_(model: ir.Model, floats: set[str]) -> None:
+    """Fold what is computed from constants other than `floats`; ONNX Runtime computes what onnxscript leaves."""
+    fold_rounds(model, floats)
+    kept = {value for name, value in model.graph.initializers.items() if name in floats}
+    constant = constant_values(model.graph)
+    for node in model.graph:  # what is computed from a weight stays
+        if not kept.isdisjoint(values_read(node)):
+            kept.update(node.outputs)
+    wanted = [
+        value.name
+        for node in model.graph
+        for value in node.outputs
+        if value in constant and value not in kept and value.name and not value.is_graph_output()
+    ]
+    if wanted:
+        arrays = open_part(model, (), wanted, threads=0).run({})
+        _replace_by_constants_(model, {name: array for name, array in arrays.items() if array.nbytes <= FOLDED_BYTES})
+        fold_rounds(model, floats)
+
+
+def _complete_shapes_(model: ir.Model) -> None:
+    """Give values that shape inference knows nothing of, behind loops and other domains, the shape they have.
+
+    A shape counts as theirs where it is the same for two different inputs.
+    """
+    depends: set[ir.Value] = set()
+    for node in model.graph:
+        if node.op_type in SHAPED_BY_VALUES or not depends.isdisjoint(values_read(node)):
+            depends.update(node.outputs)
+    unknown = {
+        value.name: value
+        for node in model.graph
+        for value in node.outputs
+        if value not in depends and value.name and (value.shape is None or not value.shape.is_static())
+    }
+    if not unknown:
+        return
+    feeds, other = (
+        {
+            value.name or "": noise(value.shape.numpy(), value.dtype.numpy().name, seed)
+            for value in model.graph.inputs
+            if value.shape is not None and value.dtype is not None
+        }
+        for seed in (0, 1)
+    )
+    part = open_part(model, tuple(feeds), tuple(unknown), threads=0)
+    again = part.run(other)
+    for name, array in part.run(feeds).items():
+        if isinstance(array, np.ndarray) and np.shape(again[name]) == array.shape:
+            unknown[name].shape = ir.Shape(array.shape)
+            unknown[name].type = ir.TensorType(ir.DataType.from_numpy(array.dtype))
+
+
 def _runs(model: ir.Model, inputs: Sequence[ModelInput], shapes: Shapes) -> bool:
-    feeds = {item.name: noise(tuple(shapes[item.name]), _wide(item.dtype)) for item in inputs}
+    feeds = {item.name: noise(tuple(shapes[item.name]), item.dtype) for item in inputs}
     try:
         open_session(ir.to_proto(model).SerializeToString(), 0, severity=FATAL).run(None, feeds)
     except Exception:  # whatever it is, the network is not read at these sizes
         return False
     return True
-
-
-def _wide(dtype: str) -> str:
-    return "float32" if dtype in ("float16", "float64", "bfloat16") else dtype
 
 
 def _fold_fixed_sizes_(model: ir.Model, inputs: Sequence[ModelInput]) -> None:
@@ -252,14 +301,16 @@ def _fold_fixed_sizes_(model: ir.Model, inputs: Sequence[ModelInput]) -> None:
         return
     part = open_part(model, tuple(item.name for item in inputs), names, threads=0)
     first, second = (
-        part.run({item.name: noise(shape, _wide(item.dtype)) for item, shape in zip(inputs, shapes, strict=True)})
+        part.run({item.name: noise(shape, item.dtype) for item, shape in zip(inputs, shapes, strict=True)})
         for shapes in ([item.measured for item in inputs], [item.other for item in inputs])
     )
     _replace_by_constants_(model, {name: first[name] for name in names if _equal(first[name], second[name])})
 
 
 def _equal(first: np.ndarray, second: np.ndarray) -> bool:
-    return first.shape == second.shape and first.dtype == second.dtype and bool(np.array_equal(first, second))
+    """Return whether a value is the same at both sizes; a comparison of sizes may come out otherwise at a third one."""
+    same = first.shape == second.shape and first.dtype == second.dtype and first.dtype != np.bool_
+    return same and bool(np.array_equal(first, second))
 
 
 def _replace_by_constants_(model: ir.Model, arrays: Arrays) -> None:

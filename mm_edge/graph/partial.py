@@ -21,11 +21,31 @@ import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as ir_passes
 
-from mm_edge.arrays import Array, Arrays, Float32Array, IntArray
+from mm_edge.arrays import Array, Arrays, IntArray, by_input
 from mm_edge.runtime import in_order, open_session
 
 # Operators whose result is constant even where their operand is computed, because the shapes of a raw graph are static.
 SHAPE_READERS = frozenset({"Shape", "Size"})
+
+
+def values_read(node: ir.Node) -> list[ir.Value]:
+    """Return what a node reads: its operands, and what the graphs inside it (of If, Loop, Scan) read from outside."""
+    found = {value: None for value in node.inputs if value is not None}
+    for attribute in node.attributes.values():
+        for graph in inner_graphs(attribute):
+            own = {*graph.inputs, *graph.initializers.values()}
+            for inner in graph:
+                found.update((value, None) for value in values_read(inner) if value not in own)
+                own.update(inner.outputs)
+            found.update((value, None) for value in graph.outputs if value not in own)
+    return list(found)
+
+
+def inner_graphs(attribute: ir.Attr) -> list[ir.Graph]:
+    """Return the graphs that an attribute holds."""
+    if attribute.type == ir.AttributeType.GRAPH:
+        return [attribute.as_graph()]
+    return list(attribute.as_graphs()) if attribute.type == ir.AttributeType.GRAPHS else []
 
 
 def constant_values(graph: ir.Graph, *, static_shapes: bool = False) -> set[ir.Value]:
@@ -36,7 +56,7 @@ def constant_values(graph: ir.Graph, *, static_shapes: bool = False) -> set[ir.V
     """
     constant = set(graph.initializers.values())
     for node in graph:
-        operands = [value for value in node.inputs if value is not None]
+        operands = values_read(node)
         alone = all(value in constant for value in operands) if operands else node.op_type == "Constant"
         if alone or (static_shapes and node.op_type in SHAPE_READERS):
             constant.update(node.outputs)
@@ -190,13 +210,15 @@ class Frontier:
         numbers: the numbers of the images, in the order in which they are run.
     """
 
-    def __init__(self, network: RunnableGraph, images: Float32Array, numbers: Sequence[int]) -> None:
-        """Start at the network's input with some of `images` (N, C, H, W)."""
-        (name,) = network.inputs
+    def __init__(self, network: RunnableGraph, images: Array, numbers: Sequence[int]) -> None:
+        """Start at the network's inputs with some examples of the batch `images`, such as (N, C, H, W)."""
         self.position = 0
         self.numbers = tuple(numbers)
         self._rows = {number: row for row, number in enumerate(self.numbers)}
-        self._values: Arrays = {name: images[list(self.numbers)].reshape(len(self.numbers), *network.shapes[name])}
+        given = by_input(images[list(self.numbers)], network.inputs)
+        self._values: Arrays = {
+            name: array.reshape(len(self.numbers), *network.shapes[name]) for name, array in given.items()
+        }
 
     def advance_(self, network: RunnableGraph, position: int, threads: int = 1) -> None:
         """Run every image on to `position`."""

@@ -36,7 +36,6 @@ from mm_edge.load.weights import quiet_timm
 SMALLEST_SHARE = 0.7
 MOST_SIZES = 3
 OPTION = "--input-sizes"
-SHAPES = ("shape", "measured", "other")
 
 T = TypeVar("T")
 
@@ -98,6 +97,10 @@ def square_side(model: LoadedModel, asked: str) -> int:
         raise UsageError(
             f"{OPTION} {asked}: an .onnx has its input size built in; give the weights with --arch, or one .onnx a size"
         )
+    if len(model.inputs) > 1:
+        raise UsageError(
+            f"{OPTION} {asked}: the network has {len(model.inputs)} inputs; only one of images changes size"
+        )
     if model.family == "ExportedProgram":
         raise UsageError(f"{OPTION} {asked}: a .pt2 has its input size built in; give the state_dict with --arch")
     if height != width:
@@ -127,7 +130,9 @@ def remake(model: LoadedModel, side: int) -> LoadedModel:
         module=module,
         input=replace(model.input, shape=shape),
         info=replace(model.info, input_shape=shape),
-        inputs=tuple(replace(item, **dict.fromkeys(SHAPES, (1, *shape))) for item in model.inputs),
+        inputs=tuple(
+            replace(item, shape=(1, *shape), measured=(1, *shape), other=(1, *shape)) for item in model.inputs
+        ),
         warnings=(),
     )
 

@@ -11,6 +11,7 @@ For boxes, a picture of the photo's coordinates is resized in the same way. It s
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -60,6 +61,14 @@ class BoxLabels:
     photos: Mapping[str, PhotoBoxes]
     categories: Mapping[int, str]
 
+    @property
+    def identity(self) -> str:
+        """A digest of the labels."""
+        listed = [
+            (name, item.size, item.boxes.tolist(), item.categories.tolist()) for name, item in self.photos.items()
+        ]
+        return hashlib.sha256(repr((listed, list(self.categories))).encode()).hexdigest()
+
     @cached_property
     def _by_last_part(self) -> dict[str, PhotoBoxes]:
         return _by_last_part(self.photos)
@@ -88,6 +97,12 @@ class MaskLabels:
     """The PNG files of masks by their path inside the folder, without its ending."""
 
     masks: Mapping[str, Path]
+
+    @property
+    def identity(self) -> str:
+        """A digest that changes when the masks do: of their names, sizes and times."""
+        stamps = [(name, file.stat().st_size, file.stat().st_mtime_ns) for name, file in sorted(self.masks.items())]
+        return hashlib.sha256(repr(stamps).encode()).hexdigest()
 
     @cached_property
     def _by_last_part(self) -> dict[str, Path]:

@@ -7,6 +7,7 @@ timm's configuration of the architecture, ImageNet's mean and standard deviation
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -97,30 +98,41 @@ def load_model(source: str, options: LoadOptions) -> LoadedModel:
 
 def wrap_module(
     module: nn.Module,
-    example_input: torch.Tensor,
-    *,
+    *examples: torch.Tensor,
     name: str,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     photos: LoadOptions | None = None,
 ) -> LoadedModel:
-    """Wrap a user's module, copied so that theirs stays as it is. `example_input` is (N, C, H, W).
+    """Wrap a user's module, copied so that theirs stays as it is.
 
-    `photos` says how else a photo becomes an input.
+    `examples` are one for each input, at least one of them images (N, C, H, W). `photos` says how else a photo becomes
+    an input.
 
     Raises:
-        ModelError: the input is not a batch of images, or the module does not accept it or holds NaN.
+        ModelError: no input is a batch of images, or the module does not accept them or holds NaN.
     """
-    if example_input.dim() != 4:
-        raise ModelError(f"example_input has shape {tuple(example_input.shape)}; give a batch of images (N, C, H, W)")
-    channels, height, width = (int(size) for size in example_input.shape[1:])
+    images = next((example for example in examples if example.dim() == 4), None)
+    if images is None:
+        shapes = ", ".join(str(tuple(example.shape)) for example in examples)
+        raise ModelError(f"example_input has shape {shapes}; give a batch of images (N, C, H, W)")
+    channels, height, width = (int(size) for size in images.shape[1:])
+    arguments = list(inspect.signature(module.forward).parameters)
     options = replace(
         photos or LoadOptions(),
         input_size=(channels, height, width),
+        inputs=_named_shapes(arguments, examples) if len(examples) > 1 else (),
         mean=None if mean is None else tuple(mean),
         std=None if std is None else tuple(std),
     )
     return _finish(BuiltNetwork(copy.deepcopy(module).cpu(), name, "Python module", timm_config(module)), options)
+
+
+def _named_shapes(
+    arguments: Sequence[str], examples: Sequence[torch.Tensor]
+) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """Return the shape of each example, batch of one, by the argument of `forward` it is given to."""
+    return tuple((name, (1, *example.shape[1:])) for name, example in zip(arguments, examples, strict=False))
 
 
 def _build_from_weights(content: WeightsFile, options: LoadOptions) -> BuiltNetwork:
@@ -194,7 +206,9 @@ def _finish(network: BuiltNetwork, options: LoadOptions, family: str | None = No
     spec, spec_warnings = read_preprocessing(shape, options, network.config, timm_config(module))
     # Run on a copy: some networks keep tensors they computed, which a later export would take for constants. An
     # exported program keeps none, and a copy of it loses its shape checks.
-    output = output_shape(copy.deepcopy(module) if family is None else module, (1, *shape))
+    inputs = _inputs_of(module, shape, options)
+    shapes = [item.measured for item in inputs]
+    output = output_shape(copy.deepcopy(module) if family is None else module, *shapes)
     if len(output) != 2:
         warnings += (f"the first output has shape {output}, not (batch, classes): no accuracy can be measured",)
     info = ModelInfo(
@@ -207,14 +221,31 @@ def _finish(network: BuiltNetwork, options: LoadOptions, family: str | None = No
         num_classes=output[1] if len(output) == 2 else None,
     )
     kind = family or type(module).__name__
-    inputs = (ModelInput(IMAGES, (1, *shape), (1, *shape), (1, *shape)),)
     return LoadedModel(module, None, spec, info, kind, network.labels, warnings + spec_warnings, network.build, inputs)
+
+
+def _inputs_of(module: nn.Module, shape: ImageShape, options: LoadOptions) -> tuple[ModelInput, ...]:
+    """Return the inputs of a module: one of images, or those that --input names, in the order of its arguments.
+
+    Raises:
+        ModelError: a name is no argument of the module's `forward`.
+    """
+    if len(options.inputs) < 2:
+        return (ModelInput(IMAGES, (1, *shape), (1, *shape), (1, *shape)),)
+    arguments = list(inspect.signature(module.forward).parameters)
+    given = dict(options.inputs)
+    unknown = [name for name in given if name not in arguments]
+    if unknown:
+        raise ModelError(f"--input {unknown[0]} is no input of the network; it takes {', '.join(arguments)}")
+    ordered = sorted(given, key=arguments.index)
+    return tuple(ModelInput(name, given[name], given[name], given[name]) for name in ordered)
 
 
 def _resolve_shape(network: BuiltNetwork, options: LoadOptions) -> ImageShape:
     own_config = timm_config(network.module)
     side = network.config.get("img_size") or network.side
-    shape = options.input_size or parse_shape(network.config.get("input_size"))
+    images = next((size[1:] for _, size in options.inputs if len(size) == 4), None)
+    shape = options.input_size or parse_shape(images) or parse_shape(network.config.get("input_size"))
     if shape is None and isinstance(side, int):
         shape = (network.channels or 3, side, side)
     shape = shape or parse_shape(own_config.get("input_size"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -147,21 +147,27 @@ def as_module(value: Any) -> nn.Module:
     return value
 
 
-def output_shape(module: nn.Module, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the shape of the module's first output for zeros of `shape` (N, C, H, W).
+def output_shape(module: nn.Module, *shapes: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape of the module's first output for zeros of `shapes`, one for each input.
 
     Raises:
         ModelError: the module fails on them, or returns no tensor.
     """
     try:
         with torch.no_grad(), quiet_timm():
-            output = module(torch.zeros(shape))
+            output = module(*(torch.zeros(shape) for shape in shapes))
     except Exception as error:  # the network's own code may raise anything
         raise ModelError(
-            f"the network does not accept an input of shape {shape}: {first_line(error)}; set --input-size C,H,W"
+            f"the network does not accept {_describe(shapes)}: {first_line(error)}; set "
+            f"{'--input-size C,H,W' if len(shapes) == 1 else '--input NAME=SHAPE for each of its inputs'}"
         ) from error
     while isinstance(output, (tuple, list, Mapping)) and len(output):
         output = next(iter(output.values())) if isinstance(output, Mapping) else output[0]
     if not isinstance(output, torch.Tensor):
         raise ModelError(f"the network returns a {type(output).__name__}; it must return a tensor of class scores")
     return tuple(output.shape)
+
+
+def _describe(shapes: Sequence[tuple[int, ...]]) -> str:
+    words = "an input of shape" if len(shapes) == 1 else "inputs of the shapes"
+    return f"{words} {', '.join(map(str, shapes))}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,8 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from mm_edge.errors import ModelError, first_line
 from mm_edge.load.network import LoadOptions, ModelInput
-from mm_edge.load.onnx_sizes import Declared, resolve_inputs
+from mm_edge.load.onnx_precision import FLOATS, graphs, other_precisions, tensors, to_float32_
+from mm_edge.load.onnx_sizes import PROTOBUF_LIMIT, Declared, resolve_inputs
 from mm_edge.load.weights import check_file
 
 # Metadata entry in which mm-edge's own artifacts carry their InputSpec as JSON.
@@ -24,12 +24,6 @@ QUANTISED = frozenset(
     "QuantizeLinear DequantizeLinear DynamicQuantizeLinear ConvInteger MatMulInteger QGemm QAttention "
     "DynamicQuantizeMatMul MatMulNBits MatMulIntegerToFloat QOrderedMatMul QMoE".split()
 )
-FLOATS = {
-    onnx.TensorProto.FLOAT: "float32",
-    onnx.TensorProto.FLOAT16: "float16",
-    onnx.TensorProto.DOUBLE: "float64",
-    onnx.TensorProto.BFLOAT16: "bfloat16",
-}
 
 
 @dataclass(frozen=True)
@@ -68,10 +62,16 @@ def read_onnx(path: Path, options: LoadOptions) -> OnnxFile:
         _refuse_quantised(path, proto)
     params = _count_weights(path, proto)
     config = _own_metadata(proto)
-    inputs, size_warnings = resolve_inputs(path, proto, _declared(path, proto), options, config.get("shape"))
+    kinds = [] if options.only_run else other_precisions(proto)
+    if kinds:
+        to_float32_(proto)
+    inputs, size_warnings = resolve_inputs(
+        path, proto, _declared(path, proto), options, config.get("shape"), converted=bool(kinds)
+    )
     output = _sizes(proto.graph.output[0]) if proto.graph.output else None
     classes = output[1] if output is not None and len(output) == 2 else None
-    warnings = size_warnings if options.only_run else (*_precision_warnings(path, proto), *size_warnings)
+    said = f"{path.name} is in {' and '.join(kinds)}; it is worked on and written in float32"
+    warnings = (*([said] if kinds else []), *size_warnings)
     return OnnxFile(path, inputs, classes, params, config, warnings)
 
 
@@ -79,8 +79,8 @@ def _load(path: Path) -> onnx.ModelProto:
     try:
         proto = onnx.load(str(path), load_external_data=False)
         _check_external_data(path, proto)
-        onnx.checker.check_model(str(path))
         onnx.load_external_data_for_model(proto, str(path.parent))
+        onnx.checker.check_model(_with_ranks(proto) if proto.ByteSize() < PROTOBUF_LIMIT else str(path))
     except ModelError:
         raise
     except (DecodeError, onnx.checker.ValidationError, ValueError, TypeError, OSError, RuntimeError) as error:
@@ -88,32 +88,27 @@ def _load(path: Path) -> onnx.ModelProto:
     return proto
 
 
-def _graphs(proto: onnx.ModelProto) -> Iterator[onnx.GraphProto | onnx.FunctionProto]:
-    """Yield the graph, the functions, and the graphs inside their nodes."""
-    stack: list[onnx.GraphProto | onnx.FunctionProto] = [proto.graph, *proto.functions]
-    while stack:
-        graph = stack.pop()
-        yield graph
-        for node in graph.node:
-            for item in node.attribute:
-                stack += [item.g] if item.type == onnx.AttributeProto.GRAPH else []
-                stack += item.graphs
-
-
-def _tensors(proto: onnx.ModelProto) -> Iterator[tuple[str, onnx.TensorProto]]:
-    """Yield every tensor of the file with its name: initialisers, and attributes of nodes under their result's name."""
-    for graph in _graphs(proto):
-        if isinstance(graph, onnx.GraphProto):
-            yield from ((tensor.name, tensor) for tensor in graph.initializer)
-        for node in graph.node:
-            for item in node.attribute:
-                held = [item.t] if item.type == onnx.AttributeProto.TENSOR else list(item.tensors)
-                yield from ((node.output[0] if node.output else node.name, tensor) for tensor in held)
+def _with_ranks(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """Return the model with a shape for every input and output: the checker asks for one, ONNX Runtime does not."""
+    values = [
+        value
+        for value in (*proto.graph.input, *proto.graph.output)
+        if value.type.WhichOneof("value") == "tensor_type" and not value.type.tensor_type.HasField("shape")
+    ]
+    if not values:
+        return proto
+    twin = onnx.ModelProto()
+    twin.CopyFrom(proto)
+    names = {value.name for value in values}
+    for value in (*twin.graph.input, *twin.graph.output):
+        if value.name in names:
+            value.type.tensor_type.shape.SetInParent()
+    return twin
 
 
 def _check_external_data(path: Path, proto: onnx.ModelProto) -> None:
     folder = path.parent.resolve()
-    for _, tensor in _tensors(proto):
+    for _, tensor in tensors(proto):
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
             continue
         entries = {entry.key: entry.value for entry in tensor.external_data}
@@ -132,7 +127,7 @@ def _check_external_data(path: Path, proto: onnx.ModelProto) -> None:
 
 
 def _refuse_quantised(path: Path, proto: onnx.ModelProto) -> None:
-    for graph in _graphs(proto):
+    for graph in graphs(proto):
         for node in graph.node:
             if node.op_type in QUANTISED or node.op_type.startswith("QLinear"):
                 raise ModelError(
@@ -141,16 +136,9 @@ def _refuse_quantised(path: Path, proto: onnx.ModelProto) -> None:
                 )
 
 
-def _precision_warnings(path: Path, proto: onnx.ModelProto) -> tuple[str, ...]:
-    kinds = {FLOATS.get(tensor.data_type) for _, tensor in _tensors(proto) if tensor.dims}
-    kinds |= {FLOATS.get(value.type.tensor_type.elem_type) for value in proto.graph.input}
-    found = sorted(kind for kind in kinds if kind not in (None, "float32"))
-    return (f"{path.name} is in {' and '.join(map(str, found))}; it is worked on and written in float32",) * bool(found)
-
-
 def _count_weights(path: Path, proto: onnx.ModelProto) -> int:
     params = 0
-    for name, tensor in _tensors(proto):
+    for name, tensor in tensors(proto):
         # Single values may be limits such as -inf for a mask; they are constants, not weights.
         if tensor.data_type not in FLOATS or not tensor.dims:
             continue

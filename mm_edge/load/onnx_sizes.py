@@ -1,7 +1,7 @@
 """Decides at which sizes the inputs of an .onnx are read and measured.
 
-A size comes from the first of these that states it: --input, --input-size, mm-edge's metadata, another dimension of
-the same symbol, the file. An open batch is 1. Every other open size is refused, or guessed where only the structure is
+A size comes from the first of these that states it: --input, --input-size, mm-edge's metadata, another dimension of the
+same symbol, the file. An open batch is 1. Every other open size is refused, or guessed where only the structure is
 wanted. The network is run once at these sizes, and at other ones if it leaves some open: what ONNX Runtime does not
 accept is refused here, before anything is written.
 """
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from mm_edge.errors import ModelError, first_line
+from mm_edge.errors import ModelError, cause_line, first_line
 from mm_edge.load.network import COLOURS, LoadOptions, ModelInput, parse_shape
 from mm_edge.runtime import FATAL, open_session
 
@@ -49,18 +49,25 @@ class Declared:
 
 
 def resolve_inputs(
-    path: Path, proto: onnx.ModelProto, declared: Sequence[Declared], options: LoadOptions, own: Any = None
+    path: Path,
+    proto: onnx.ModelProto,
+    declared: Sequence[Declared],
+    options: LoadOptions,
+    own: Any = None,
+    *,
+    converted: bool = False,
 ) -> tuple[tuple[ModelInput, ...], tuple[str, ...]]:
     """Return the inputs with the sizes they are measured at, and warnings for the user.
 
-    `own` is the shape of the images that mm-edge wrote into an artifact of its own.
+    `own` is the shape of the images that mm-edge wrote into an artifact of its own. `converted` says that `proto` is
+    not what the file holds.
 
     Raises:
         ModelError: a size is open and nothing states it, an option does not fit, or ONNX Runtime refuses the network.
     """
     given = {**_own_shape(path, declared, own), **_given(path, declared, options)}
     declared, replaced = _replace_baked(declared, given)
-    run = _open(path, proto, declared if replaced else ())
+    run = _open(path, proto if converted or replaced else None, declared if replaced else ())
     found = _bind(declared, given)
     missing = [item for item, shape in zip(declared, found, strict=True) if shape is None or None in shape]
     if missing and not options.guess_sizes:
@@ -200,23 +207,25 @@ def noise(shape: Shape, dtype: str, seed: int = 0) -> np.ndarray:
     return np.asarray(np.random.default_rng(seed).standard_normal(shape), dtype=dtype)
 
 
-def _open(path: Path, proto: onnx.ModelProto, replaced: Sequence[Declared]) -> _Runner:
-    """Open the file; with `replaced` inputs its own shapes are forgotten and theirs put in.
+def _open(path: Path, proto: onnx.ModelProto | None, replaced: Sequence[Declared]) -> _Runner:
+    """Open the file, or `proto`; with `replaced` inputs its own shapes are forgotten and theirs put in.
 
     Raises:
         ModelError: ONNX Runtime cannot run it.
     """
     source: Path | bytes = path
-    if replaced:
+    if proto is not None and proto.ByteSize() < PROTOBUF_LIMIT:
         twin = onnx.ModelProto()
         twin.CopyFrom(proto)
-        set_input_shapes_(twin, {item.name: item.shape for item in replaced if item.shape is not None})
-        if twin.ByteSize() < PROTOBUF_LIMIT:
-            source = twin.SerializeToString()
+        if replaced:
+            set_input_shapes_(twin, {item.name: item.shape for item in replaced if item.shape is not None})
+        source = twin.SerializeToString()
     try:
         return _Runner(open_session(source, 0, severity=FATAL))
     except ModelError as error:
-        raise ModelError(f"ONNX Runtime cannot run '{path}': {first_line(error.__cause__ or error)}") from error
+        shown = " ".join(f"{item.name}={_text(item.shape)}" for item in replaced if item.shape is not None)
+        where = f"'{path}' with the shapes {shown}" if replaced else f"'{path}'"
+        raise ModelError(f"ONNX Runtime cannot run {where}: {cause_line(error)}") from error
 
 
 def set_input_shapes_(proto: onnx.ModelProto, shapes: Mapping[str, Sequence[int | None]]) -> None:
@@ -278,14 +287,20 @@ def _others(declared: Sequence[Declared], inputs: Sequence[ModelInput]) -> Itera
         for item, own in zip(declared, inputs, strict=True)
     ]
     batches = {names[0] for names in keys if names}
-    rest = list(dict.fromkeys(name for names in keys for name in names if name not in batches))
+    open_names = [
+        name
+        for names, item in zip(keys, inputs, strict=True)
+        for name, size in zip(names, item.shape, strict=True)
+        if size is None
+    ]
+    rest = [name for name in dict.fromkeys(open_names) if name not in batches]
     for sizes, batch in ((True, True), (True, False), (False, True)):
         for step in STEPS if sizes else STEPS[:1]:
             more = {**dict.fromkeys(batches, int(batch))}
             more |= {name: sizes * step * (1 + rest.index(name) % 2) for name in rest}
             yield [
                 tuple(
-                    size + more[name] if fixed is None else size
+                    size if fixed is not None else size + more[name]
                     for fixed, size, name in zip(item.shape, item.measured, names, strict=True)
                 )
                 for item, names in zip(inputs, keys, strict=True)
@@ -319,5 +334,5 @@ def _show_all(declared: Sequence[Declared]) -> str:
     return ", ".join(f"{item.name} {_show(item)}" for item in declared)
 
 
-def _text(shape: Sequence[int]) -> str:
-    return ",".join(map(str, shape))
+def _text(shape: Sequence[int | None]) -> str:
+    return ",".join("?" if size is None else str(size) for size in shape)

@@ -59,7 +59,7 @@ def read_preprocessing(
         scale=float(options.scale or _first(sources, "scale", lambda value: _is_number(value) and value > 0) or BYTE),
         resize=options.resize or _first(sources, "resize", lambda value: value in RESIZES) or "crop",
         pad=int(_first(sources, "pad", lambda value: isinstance(value, int) and 0 <= value <= 255) or 0),
-        assumed=_assumed(options, sources),
+        assumed=_assumed(channels, options, sources),
     )
     notes = tuple(dict.fromkeys(text for text in (mean_note, std_note) if text))
     crop_mode = own_config.get("crop_mode") if config.get("crop_mode") is None else config["crop_mode"]
@@ -78,16 +78,25 @@ def _read_in(shape: ImageShape, layout: str, wanted: str) -> ImageShape:
 
 def _without_assumed(config: _Config) -> dict[str, Any]:
     """Return what the file states, without the fields that an earlier run only assumed."""
-    assumed = config.get("assumed")
-    names = assumed if isinstance(assumed, (list, tuple)) else ()
+    names = _assumed_by(config)
     return {key: value for key, value in config.items() if value is not None and key not in names}
 
 
-def _assumed(options: LoadOptions, sources: Sequence[_Config]) -> tuple[str, ...]:
-    normalised = any(_numbers(source.get(key)) for source in sources for key in ("mean", "std"))
+def _assumed_by(config: _Config) -> tuple[str, ...]:
+    """Return the fields that an artifact of mm-edge says were assumed."""
+    names = config.get("assumed")
+    return tuple(name for name in names if isinstance(name, str)) if isinstance(names, (list, tuple)) else ()
+
+
+def _assumed(channels: int, options: LoadOptions, sources: Sequence[_Config]) -> tuple[str, ...]:
     stated = {name for name in STATED_BY_OPTION if getattr(options, name) is not None}
     stated |= {key for source in sources for key, value in source.items() if value is not None}
-    implied = {"scale", "colours", "resize"} if normalised else set()
+    implied: set[str] = set()
+    for source in sources:
+        if any(_numbers(source.get(key)) for key in ("mean", "std")):
+            implied |= {"scale", "colours", "resize"} - set(_assumed_by(source))
+    implied |= {"scale"} if stated >= {"mean", "std"} else set()  # they are of pixels / 255
+    implied |= {"colours"} if channels != 3 else set()
     return tuple(name for name in STATED_BY_OPTION if name not in stated | implied)
 
 

@@ -108,7 +108,7 @@ PRESETS: dict[str, Preset] = {
         pad=114,
     ),
     "yolox": Preset(
-        "YOLOX of Megvii",
+        "YOLOX of Megvii, not its legacy models",
         "YOLOX's data_augment.preproc: BGR, pixels as they are, border of 114 below and right",
         NO_MEAN,
         NO_STD,
@@ -119,7 +119,7 @@ PRESETS: dict[str, Preset] = {
     ),
     "paddle-det": Preset(
         "text detectors of PaddleOCR",
-        "PaddleOCR's DetResizeForTest and NormalizeImage: BGR, ImageNet's mean and std in that order",
+        "PaddleOCR's predict_det.py: BGR, ImageNet's mean and std in the order they are printed",
         IMAGENET_MEAN,
         IMAGENET_STD,
         colours="BGR",
@@ -142,9 +142,16 @@ PRESETS: dict[str, Preset] = {
         resize="fit-height",
         pad=128,
     ),
-    "paddle-detection": Preset(
-        "PP-YOLOE, PicoDet and RT-DETR of PaddleDetection",
-        "PaddleDetection's Resize without keep_ratio and NormalizeImage: RGB, ImageNet's mean and std",
+    "rapidocr-det": Preset(
+        "text detectors of PaddleOCR as RapidOCR feeds them",
+        "RapidOCR's config.yaml: BGR, mean and std 0.5",
+        HALF,
+        HALF,
+        colours="BGR",
+    ),
+    "picodet": Preset(
+        "PicoDet of PaddleDetection",
+        "PaddleDetection's picodet_320_reader.yml: bicubic without keep_ratio, ImageNet's mean and std",
         IMAGENET_MEAN,
         IMAGENET_STD,
         interpolation="bicubic",
@@ -156,7 +163,7 @@ PRESETS: dict[str, Preset] = {
         HALF,
     ),
     "zero-to-one": Preset(
-        "networks that take [0, 1]",
+        "networks that take [0, 1], such as RT-DETR",
         "pixels / 255, both sides fitted",
         NO_MEAN,
         NO_STD,

@@ -27,6 +27,8 @@ from mm_edge.bench.target import Target, pattern_options
 from mm_edge.errors import ParityError, UsageError
 from mm_edge.graph.export import constant_array
 from mm_edge.graph.onnx_graph import raw_from_onnx
+from mm_edge.load.network import LoadOptions
+from mm_edge.load.onnx_file import read_onnx
 from mm_edge.records import Layer
 
 # The pattern halves a layer: a strategy that wants to lose less than half of that leaves the layer dense.
@@ -228,7 +230,7 @@ def pattern_layers(path: Path, pattern: Pattern) -> list[PatternLayer]:
     Raises:
         ModelError: the file is not an ONNX model.
     """
-    model = raw_from_onnx(path).model
+    model = raw_from_onnx(path, read_onnx(path, LoadOptions(guess_sizes=True, only_run=True)).inputs).model
     found = []
     for node, operand, axis in _products(model):
         value, result = node.inputs[operand], node.outputs[0]

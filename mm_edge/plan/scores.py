@@ -47,11 +47,15 @@ LEAST_SPREAD = 1e-6
 
 Scores = dict[str, Float32Arrays]
 Progress = Callable[[int, int], None]
-Batch = tuple[Tensor, Tensor | None]
+# Inputs and labels; a module with several inputs has a tuple of them.
+Batch = tuple[Tensor | tuple[Tensor, ...], Tensor | None]
 
 
 class Batches(Protocol):
-    """Batches of (images N x C x H x W, labels N or None), as many as `len` says; iterated more than once."""
+    """Batches of (inputs, labels N or None), as many as `len` says; iterated more than once.
+
+    Inputs are images (N, C, H, W), or a tuple with an array for each of a module's inputs.
+    """
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield the batches, in the same order each time."""
@@ -139,11 +143,11 @@ def projected_gradients(
         images = 0
         for done, (inputs, _) in enumerate(batches, start=1):
             _clear_caches_(module)
-            grads = torch.autograd.grad(_project(module(inputs)), chosen, allow_unused=True)
+            grads = torch.autograd.grad(_project(_call(module, inputs)), chosen, allow_unused=True)
             for total, grad in zip(squares, grads, strict=True):
                 if grad is not None:
                     total.add_(grad.square())
-            images += len(inputs)
+            images += _count(inputs)
             if progress is not None:
                 progress(done, len(batches))
     if images == 0:
@@ -259,14 +263,22 @@ def _gradient_sums(
         for total, grad in zip(sums, grads, strict=True):
             if grad is not None:
                 total.add_(grad)
-        images += len(inputs)
+        images += _count(inputs)
         if progress is not None:
             progress(done, len(batches))
     return sums, images, labelled
 
 
-def _logits(module: nn.Module, inputs: Tensor) -> Tensor:
-    output = module(inputs)
+def _call(module: nn.Module, inputs: Tensor | tuple[Tensor, ...]) -> object:
+    return module(*inputs) if isinstance(inputs, tuple) else module(inputs)
+
+
+def _count(inputs: Tensor | tuple[Tensor, ...]) -> int:
+    return len(inputs[0] if isinstance(inputs, tuple) else inputs)
+
+
+def _logits(module: nn.Module, inputs: Tensor | tuple[Tensor, ...]) -> Tensor:
+    output = _call(module, inputs)
     if isinstance(output, (tuple, list)) and output:
         output = output[0]
     if not isinstance(output, Tensor) or output.ndim != 2:
@@ -289,8 +301,9 @@ def _targets(logits: Tensor, labels: Tensor | None) -> Tensor:
 def _first_images(batches: Batches, count: int) -> list[Batch]:
     few: list[Batch] = []
     for inputs, labels in batches:
-        few.append((inputs[:count], None if labels is None else labels[:count]))
-        count -= len(inputs)
+        taken = tuple(item[:count] for item in inputs) if isinstance(inputs, tuple) else inputs[:count]
+        few.append((taken, None if labels is None else labels[:count]))
+        count -= _count(inputs)
         if count <= 0:
             break
     return few

@@ -16,11 +16,12 @@ from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 
-from mm_edge.arrays import Float32Array, IntArray
+from mm_edge.arrays import Float32Array, IntArray, by_input
 from mm_edge.errors import JobError, first_line
+from mm_edge.quality.answers import AnswerReader, Answers, compare_answers, find_reader
 from mm_edge.quality.divergences import divergence_per_image, error_per_image
 from mm_edge.quality.intervals import accuracy_interval, compare_right, drop_interval
-from mm_edge.records import Fidelity, OutputFidelity
+from mm_edge.records import Fidelity, MetricValue, OutputFidelity
 from mm_edge.runtime import in_order, model_name, open_session
 
 __all__ = [
@@ -58,12 +59,20 @@ class Reference:
         logits: its answers (n, classes); None where there are none to compare with.
         accuracy: its own top-1 accuracy.
         outputs: the outputs of a network that is no classifier by name, images first; None for a classifier.
+        reader: how boxes or classes are read from them; None where they are neither.
+        answers: the boxes or classes; None without a reader.
+        score: scores boxes or classes by the user's labels; None without these.
+        metric: what it gives for the dense network.
     """
 
     labels: IntArray | None = None
     logits: Float32Array | None = None
     accuracy: float | None = None
     outputs: Mapping[str, Float32Array] | None = None
+    reader: AnswerReader | None = None
+    answers: Answers | None = None
+    score: Callable[[Answers], MetricValue | None] | None = None
+    metric: MetricValue | None = None
 
 
 class Judgement(TypedDict):
@@ -74,6 +83,7 @@ class Judgement(TypedDict):
     agreement_top1: float | None
     kl_to_dense: float | None
     fidelity: Fidelity | None
+    metric: NotRequired[MetricValue | None]
     accuracy_ci: NotRequired[tuple[float, float] | None]
     drop_ci: NotRequired[tuple[float, float] | None]
 
@@ -93,17 +103,33 @@ def judge_model(
     """Run a candidate on the validation images and compare its answers with the labels and the dense network's."""
     if reference.outputs is None:
         return judge_logits(run_onnx(model, batches, threads), reference)
-    return judge_outputs(run_outputs(model, batches, threads), reference.outputs)
+    outputs = run_outputs(model, batches, threads)
+    judged: Judgement = {**NOT_JUDGED, "fidelity": compare_outputs(outputs, reference)}
+    if reference.score is not None and reference.reader is not None:
+        judged["metric"] = reference.score(reference.reader.read(outputs))
+    return judged
 
 
-def judge_outputs(found: Mapping[str, Float32Array], dense: Mapping[str, Float32Array]) -> Judgement:
+def refer_to_outputs(outputs: Mapping[str, Float32Array], size: tuple[int, int]) -> Reference:
+    """Return the reference of a dense network that is no classifier, from its outputs for images of `size` (H, W)."""
+    reader = find_reader(outputs, size)
+    return Reference(outputs=outputs, reader=reader, answers=None if reader is None else reader.read(outputs))
+
+
+def compare_outputs(found: Mapping[str, Float32Array], reference: Reference) -> Fidelity | None:
     """Compare the outputs of a network that is no classifier, by name, with the dense network's.
 
     Nothing is compared of outputs whose shapes differ, as at another input size.
     """
+    dense = reference.outputs or {}
     pairs = {name: (own, found[name]) for name, own in dense.items() if name in found}
     same = {name: _fidelity(own, other) for name, (own, other) in pairs.items() if own.shape == other.shape}
-    return {**NOT_JUDGED, "fidelity": Fidelity(same) if same else None}
+    if len(same) < len(dense) or not same:
+        return None
+    if reference.reader is None or reference.answers is None:
+        return Fidelity(same)
+    likeness = compare_answers(reference.reader.read(found), reference.answers)
+    return Fidelity(same, likeness.map50_to_dense, likeness.map_to_dense, likeness.miou_to_dense)
 
 
 def _fidelity(dense: Float32Array, found: Float32Array) -> OutputFidelity:
@@ -205,14 +231,16 @@ def _run(
     on_images: Callable[[int], None] | None,
 ) -> Iterator[dict[str, Float32Array]]:
     """Yield the outputs called `names` for some images after the others; `on_images` is told of each batch done."""
-    feed = session.get_inputs()[0]
-    fixed = feed.shape[0] if isinstance(feed.shape[0], int) else None
-    dtype = np.float16 if feed.type == "tensor(float16)" else np.float32
+    inputs = session.get_inputs()
+    fixed = inputs[0].shape[0] if inputs[0].shape and isinstance(inputs[0].shape[0], int) else None
+    halves = {item.name for item in inputs if item.type == "tensor(float16)"}
 
     def run_one(piece: tuple[Float32Array, int]) -> dict[str, Float32Array]:
         images, used = piece
         try:
-            found = session.run(names, {feed.name: images.astype(dtype, copy=False)})
+            given = by_input(images, [item.name for item in inputs])
+            feed = {name: array.astype(np.float16) if name in halves else array for name, array in given.items()}
+            found = session.run(names, feed)
         except Exception as error:  # ONNX Runtime's own exception types have no common base
             raise JobError(f"ONNX Runtime failed on {model_name(model)}: {first_line(error)}") from error
         return {name: np.asarray(rows, np.float32)[:used] for name, rows in zip(names, found, strict=True)}

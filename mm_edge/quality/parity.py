@@ -16,7 +16,7 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
-from mm_edge.arrays import Float32Array
+from mm_edge.arrays import Float32Array, by_input, in_order_of_fields
 from mm_edge.errors import ParityError
 from mm_edge.graph.export import output_tensors
 from mm_edge.records import Parity, ParityInputs
@@ -28,15 +28,16 @@ Run = Callable[[Float32Array], list[Float32Array]]
 
 
 def compare(run: Run, reference: Run, inputs: Float32Array, kind: str) -> Parity:
-    """Compare two models on `inputs` (N, C, H, W), one at a time, over all of their outputs.
+    """Compare two models on `inputs`, such as (N, C, H, W), one at a time, over all of their outputs.
 
     Raises:
         ParityError: the number or the shapes of the outputs differ.
     """
     abs_err = scale = rel_err = 0.0
     agreed = 0
-    for image in inputs:
-        outputs, expected = run(image[None]), reference(image[None])
+    for number in range(len(inputs)):
+        example = inputs[number : number + 1]
+        outputs, expected = run(example), reference(example)
         shapes, wanted = [item.shape for item in outputs], [item.shape for item in expected]
         if shapes != wanted:
             raise ParityError(f"outputs have the shapes {shapes}, the masked model's {wanted}")
@@ -73,10 +74,10 @@ def require(parity: Parity, what: str) -> None:
 
 
 def onnx_runner(model: ir.Model | Path, threads: int = 1) -> Run:
-    """Return a function that runs `model` on one input with ONNX Runtime's CPU provider."""
+    """Return a function that runs `model` on a batch of inputs with ONNX Runtime's CPU provider."""
     session = open_session(model if isinstance(model, Path) else ir.to_proto(model).SerializeToString(), threads)
-    name = session.get_inputs()[0].name
-    return lambda inputs: session.run(None, {name: inputs})
+    names = [item.name for item in session.get_inputs()]
+    return lambda inputs: session.run(None, by_input(inputs, names))
 
 
 def torch_runner(module: nn.Module) -> Run:
@@ -84,7 +85,8 @@ def torch_runner(module: nn.Module) -> Run:
 
     def run(inputs: Float32Array) -> list[Float32Array]:
         with torch.inference_mode():
-            return [tensor.numpy() for tensor in output_tensors(module(torch.from_numpy(inputs)))]
+            given = (torch.from_numpy(array) for array in in_order_of_fields(inputs))
+            return [tensor.numpy() for tensor in output_tensors(module(*given))]
 
     return run
 

@@ -1,4 +1,4 @@
-"""report.json and report.md in a run directory."""
+"""report.json, report.md and report.html in a run directory."""
 
 from __future__ import annotations
 
@@ -10,11 +10,15 @@ from typing import Any
 from mm_edge.errors import UsageError
 from mm_edge.records import SCHEMA_VERSION, Report, from_json, to_json
 from mm_edge.report.markdown import write_markdown
+from mm_edge.report.page import write_page
 from mm_edge.store import write_atomically
+
+PAGE = "report.html"
+REPORT_FILES = ("report.json", "report.md", PAGE)
 
 
 def write_report(report: Report, folder: Path) -> None:
-    """Write report.json and report.md in `folder`.
+    """Write report.json, report.md and report.html in `folder`, whose samples the page shows.
 
     Raises:
         ValueError: the report is not the same after it is read back (a defect: NaN, or a value of the wrong type).
@@ -29,6 +33,7 @@ def write_report(report: Report, folder: Path) -> None:
         raise ValueError("the report does not come back from JSON as it went")
     write_atomically(folder / "report.json", text.encode())
     write_atomically(folder / "report.md", write_markdown(report).encode())
+    write_atomically(folder / PAGE, write_page(report, folder).encode())
 
 
 def read_report(path: Path) -> Report:

@@ -17,6 +17,7 @@ from mm_edge.report.values import (
     show_loss,
     show_ms,
     show_percent,
+    show_ratio,
     show_shape,
     show_speedup,
 )
@@ -54,6 +55,7 @@ def write_markdown(report: Report) -> str:
         "report.json, and the dense row has the median of these.",
         _write_choice(report),
         _write_budgets(report),
+        _write_sustained(report),
         _write_training(report),
         _write_skipped(report),
         "## How this was made",
@@ -130,6 +132,30 @@ def _write_budgets(report: Report) -> str:
         return ""
     sections = ["## Budgets", "\n".join(lines)]
     return "\n\n".join([*sections, "Planned by:", "\n".join(planned)] if planned else sections)
+
+
+def _write_sustained(report: Report) -> str:
+    """Write the first and the last point of a sustained run, and the slowest."""
+    found = report.sustained
+    if found is None or not found.points:
+        return ""
+    slowest = max(found.points, key=lambda point: point.candidate_ms)
+    header = ("", "minutes", "dense", "candidate", "speed-up", "clock", "temperature")
+    rows = [
+        (
+            name,
+            f"{point.seconds / 60:.1f}",
+            show_ms(point.dense_ms),
+            show_ms(point.candidate_ms),
+            show_ratio(point.dense_ms / point.candidate_ms),
+            NOT_MEASURED if point.clock_mhz is None else f"{point.clock_mhz:.0f} MHz",
+            NOT_MEASURED if point.temperature_c is None else f"{point.temperature_c:.0f} C",
+        )
+        for name, point in (("first", found.points[0]), ("slowest", slowest), ("last", found.points[-1]))
+    ]
+    lines = [_join(cells) for cells in (header, ["---"] + ["---:"] * (len(header) - 1), *rows)]
+    text = f"{_escape(found.id)} and the dense network ran in turn for {found.minutes:g} minutes without pause."
+    return "\n\n".join(["## Sustained", text, "\n".join(lines)])
 
 
 def _write_warnings(report: Report) -> str:

@@ -125,6 +125,19 @@ def _augmentation(given: Circumstances) -> None:
             )
 
 
+def _ready_inputs(given: Circumstances) -> None:
+    sizes = isinstance(given.request.input_sizes, tuple)
+    trains = RECOVERIES[given.request.recover].least_images > 0
+    if given.data is None or not (sizes or trains) or given.data.holds_photos:
+        return
+    if trains:
+        raise UsageError(
+            f"--recover {given.request.recover} augments photos, and {given.request.data} holds inputs that are ready; "
+            "use --recover tune"
+        )
+    raise UsageError(f"--input-sizes needs photos, and {given.request.data} holds inputs for one size")
+
+
 def _baking(given: Circumstances) -> None:
     if given.spec is not None and "bake-preprocess" in given.request.formats:
         require_bakeable(given.spec)
@@ -133,8 +146,6 @@ def _baking(given: Circumstances) -> None:
 def _largest_drop(given: Circumstances) -> None:
     if given.request.max_drop is not None and not given.has_validation_images:
         raise UsageError("--max-drop needs accuracy, and there are no validation images; give --data PATH")
-    if given.request.max_drop is not None and not given.has_labels:
-        raise UsageError(f"--max-drop needs accuracy, and {_NO_LABELS}")
 
 
 def _times(given: Circumstances) -> None:
@@ -151,6 +162,7 @@ CHECKS: tuple[Callable[[Circumstances], None], ...] = (
     _kinds,
     _accuracy_on_device,
     _training_images,
+    _ready_inputs,
     _augmentation,
     _baking,
     _largest_drop,

@@ -8,16 +8,32 @@ from pathlib import Path
 from typing import Any
 
 from mm_edge.errors import ConstraintError
-from mm_edge.formats.bundle import write_bundle
+from mm_edge.formats.bundle import ARCHIVE, write_bundle
+from mm_edge.formats.bundle import FOLDER as BUNDLE
+from mm_edge.formats.bundle.contents import Facts, names_of, write_archive, write_contents
 from mm_edge.formats.context import FormatContext
 from mm_edge.graph.groups import Structure
-from mm_edge.quality.evaluation import compare_logits, run_onnx
-from mm_edge.records import Candidate, Chosen, DenseFigures, Report, SkippedGroup, candidate_id, from_json, to_json
-from mm_edge.report import write_report
+from mm_edge.quality.evaluation import compare_logits, compare_outputs, refer_to_outputs, run_onnx, run_outputs
+from mm_edge.records import (
+    Candidate,
+    Chosen,
+    DenseFigures,
+    Fidelity,
+    LayerPicture,
+    Report,
+    SkippedGroup,
+    Sustained,
+    candidate_id,
+    from_json,
+    to_json,
+)
+from mm_edge.report import REPORT_FILES, write_report
+from mm_edge.run.describe import describe_layers, write_command
 from mm_edge.run.job import IMAGES_PER_BATCH, Job
 from mm_edge.run.make import MakeSettings
 from mm_edge.run.measure import how_to_measure
-from mm_edge.run.networks import Network, Networks
+from mm_edge.run.networks import Network, Networks, labels_of, provenance_of
+from mm_edge.run.sustain import sustain
 from mm_edge.select import UNCOMPARED, choose, judge_budget, mark_pareto
 
 
@@ -37,7 +53,9 @@ def finish(
     listed = mark_pareto(_list_all_names(networks, candidates), dense)
     job.note(*notes_of_shared_names(candidates))
     missed: ConstraintError | None = None
+    layers: tuple[LayerPicture, ...] = ()
     chosen: Chosen | None = None
+    sustained: Sustained | None = None
     try:
         chosen = choose(dense, listed, job.request.constraints)
     except ConstraintError as error:
@@ -48,12 +66,10 @@ def finish(
     if chosen is not None:
         candidate = next(item for item in listed if item.id == chosen.id)
         network = networks.at(candidate.input_shape[-1])
-        chosen = replace(
-            chosen,
-            accuracy_top1_test=_test_accuracy(job, network, settings, job.artifact(candidate)),
-            dense_accuracy_top1_test=_test_accuracy(job, networks.dense, settings, job.dense_file),
-        )
-        _write_bundle(job, network, candidate)
+        chosen = _with_test(job, networks, settings, candidate, chosen)
+        sustained = sustain(job, candidate, environment)
+        layers = describe_layers(job, networks.dense, candidate)
+        _write_bundle(job, network, candidate, chosen, dense)
     if job.data is not None:
         job.note(*job.data.warnings)
     if job.transport is None:
@@ -71,10 +87,13 @@ def finish(
         warnings=tuple(dict.fromkeys(job.notes)),
         seconds=dict(job.stages.seconds),
         budgets=tuple(judge_budget(dense, listed, budget) for budget in job.budgets),
+        sustained=sustained,
+        layers=layers,
+        command=write_command(job.request, "MODEL"),
     )
     # Return the same types as read_report: lists become tuples, and whole numbers floats.
     report = from_json(Report, to_json(report))
-    job.store.claim("report.json", "report.md")
+    job.store.claim(*REPORT_FILES)
     write_report(report, job.folder)
     if missed is not None:
         raise missed
@@ -110,6 +129,30 @@ def notes_of_shared_names(candidates: Sequence[Candidate]) -> list[str]:
     ]
 
 
+def _with_test(job: Job, networks: Networks, settings: MakeSettings, candidate: Candidate, chosen: Chosen) -> Chosen:
+    """Return the choice with what the test images, which are read here alone, say about it."""
+    network = networks.at(candidate.input_shape[-1])
+    if job.model.info.num_classes is None:
+        return replace(chosen, fidelity_test=_test_fidelity(job, network, networks.dense, settings, candidate))
+    return replace(
+        chosen,
+        accuracy_top1_test=_test_accuracy(job, network, settings, job.artifact(candidate)),
+        dense_accuracy_top1_test=_test_accuracy(job, networks.dense, settings, job.dense_file),
+    )
+
+
+def _test_fidelity(
+    job: Job, network: Network, dense: Network, settings: MakeSettings, candidate: Candidate
+) -> Fidelity | None:
+    if network.data is None or dense.data is None or not len(network.data.test):
+        return None
+    with job.stages.stage("test"):
+        outputs = run_outputs(job.dense_file, dense.data.test.batches(IMAGES_PER_BATCH), settings.threads)
+        reference = refer_to_outputs(outputs, dense.spec.shape[1:])
+        found = run_outputs(job.artifact(candidate), network.data.test.batches(IMAGES_PER_BATCH), settings.threads)
+        return compare_outputs(found, reference)
+
+
 def _test_accuracy(job: Job, network: Network, settings: MakeSettings, model: Path) -> float | None:
     if network.data is None or not len(network.data.test):
         return None
@@ -118,14 +161,23 @@ def _test_accuracy(job: Job, network: Network, settings: MakeSettings, model: Pa
         return compare_logits(logits, network.data.test.labels, None).accuracy_top1
 
 
-def _write_bundle(job: Job, network: Network, candidate: Candidate) -> None:
-    if not job.request.formats and candidate.kind != "n:m":
-        return
+def _write_bundle(job: Job, network: Network, candidate: Candidate, chosen: Chosen, dense: DenseFigures) -> None:
+    """Write DIR/bundle, and DIR/bundle.tar.gz where it was asked for; what an earlier run wrote there goes first."""
     images = network.images
-    with job.stages.stage("files for the device"):
-        write_bundle(
-            job.folder,
-            candidate,
-            FormatContext(network.spec, job.target, images.parity, images.parity_kind),
-            job.request.formats,
-        )
+    context = FormatContext(network.spec, job.target, images.parity, images.parity_kind)
+    facts = Facts(
+        model=job.model.info,
+        dense=dense,
+        labels=labels_of(job),
+        reason=chosen.reason,
+        accuracy_top1_test=chosen.accuracy_top1_test,
+        provenance=provenance_of(job, network.model),
+    )
+    job.store.remove_owned(BUNDLE)
+    job.store.claim(*(f"{BUNDLE}/{name}" for name in names_of(candidate)))
+    with job.stages.stage("bundle"):
+        formats = write_bundle(job.folder, candidate, context, job.request.formats)
+        made = write_contents(job.folder, job.folder / BUNDLE, candidate, context, facts, formats)
+        if job.request.archive:
+            job.store.claim(ARCHIVE)
+            write_archive(job.folder / BUNDLE, job.folder / ARCHIVE, [path.name for path in (*made, *formats)])

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from mm_edge import __version__
 from mm_edge.bench.target import Target
 from mm_edge.bench.transport import Transport
+from mm_edge.load.annotations import Labels
 from mm_edge.load.data import DataSplits
 from mm_edge.load.models import LoadedModel
 from mm_edge.progress import Stages
@@ -19,6 +20,9 @@ from mm_edge.records import Budget, Candidate, asked_budgets
 from mm_edge.run.recoveries import RECOVERIES, Recovery
 from mm_edge.run.request import Request
 from mm_edge.store import RunStore
+
+if TYPE_CHECKING:  # metric.py reads the job
+    from mm_edge.run.metric import UserMetric
 
 LIBRARIES = ("torch", "timm", "onnxruntime", "onnxscript")
 IMAGES_PER_BATCH = 32
@@ -38,6 +42,8 @@ class Job:
         folder: the run directory.
         store: the stages stored in that directory.
         stages: shows and times the current stage.
+        labels: boxes or masks of the photos; None without --labels.
+        metric: the user's figure of merit; None without --metric.
         notes: the warnings of the report, in the order they were found.
     """
 
@@ -49,6 +55,8 @@ class Job:
     folder: Path
     store: RunStore
     stages: Stages
+    labels: Labels | None = None
+    metric: UserMetric | None = None
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -98,8 +106,10 @@ class Job:
 
     @property
     def data_key(self) -> Any:
-        """The identity of the images in keys; reading them does not change it."""
-        return None if self.data is None else self.data.identity
+        """The identity of the images and of --labels in keys; reading them does not change it."""
+        if self.data is None:
+            return None
+        return self.data.identity if self.labels is None else [self.data.identity, self.labels.identity]
 
 
 def _module_digest(module: torch.nn.Module | None) -> str | None:

@@ -223,7 +223,8 @@ def _check_and_store_masks(network: Network, plan: WeightPlan, settings: MakeSet
 
 def compact_model(network: Network, plan: Plan, tensors: Arrays) -> ir.Model:
     """Return the deployable model of masked, dense-shaped `tensors`."""
-    return deploy(materialise_artifact(network.raw, network.structure, _keep(plan), tensors))
+    model = materialise_artifact(network.raw, network.structure, _keep(plan), tensors)
+    return deploy(model, keep_names=network.raw.keeps_names)
 
 
 def _keep(plan: Plan) -> Keep:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -24,16 +25,18 @@ from mm_edge.graph.layers import read_layers
 from mm_edge.graph.onnx_graph import read_raw
 from mm_edge.graph.sizes import auto_sizes, export_at, match_groups, remake, square_side, total_stride
 from mm_edge.graph.widths import AllowedWidths
-from mm_edge.load.data import DataSplits, noise_batches
+from mm_edge.load.data import DataSplits, noise_of
 from mm_edge.load.models import LoadedModel
 from mm_edge.plan.n_m import reduced_axes
 from mm_edge.plan.target_widths import allowed_widths_on
-from mm_edge.quality.evaluation import Reference, compare_logits, run_onnx, run_outputs
+from mm_edge.quality.answers import Answers
+from mm_edge.quality.evaluation import Reference, compare_logits, refer_to_outputs, run_onnx, run_outputs
 from mm_edge.records import InputSpec, Layer
 from mm_edge.recover.closed_form.branches import MeasuredBranch, measure_branches
 from mm_edge.recover.closed_form.context import RecoveryContext, build_context
 from mm_edge.recover.closed_form.sensitivity import Sensitivity, from_arrays, measure_sensitivities, to_arrays
 from mm_edge.run.job import IMAGES_PER_BATCH, Job
+from mm_edge.run.labels import expect, score
 from mm_edge.runtime import cores
 
 CLOSED_FORM_IMAGES = 500
@@ -197,7 +200,7 @@ def _read_network(job: Job, model: LoadedModel, raw: RawGraph, data: DataSplits 
         raw=raw,
         structure=read_structure(raw, job.request.keep, prune_norms=job.request.prune_norms),
         layers=tuple(layer for layer in read_layers(raw) if layer.fqn in raw.weights),
-        images=_images(job, model.input, data),
+        images=_images(job, model, data),
     )
 
 
@@ -244,8 +247,8 @@ def _export_at(job: Job, dense: Network, side: int) -> Network:
     )
 
 
-def _images(job: Job, spec: InputSpec, data: DataSplits | None) -> Images:
-    noise = np.concatenate(list(noise_batches(spec, PARITY_IMAGES, job.request.seed)))
+def _images(job: Job, model: LoadedModel, data: DataSplits | None) -> Images:
+    noise = noise_of(model.input, model.inputs, PARITY_IMAGES, job.request.seed)
     if data is None:
         return Images(noise, "noise")
     calibration, validation = data.calibration, data.validation
@@ -361,7 +364,8 @@ def _write_dense(job: Job, dense: Network) -> Reference:
     """Write dense.onnx and return what it answers on the validation images."""
     file = job.dense_file
     with job.stages.stage("dense model") as advance:
-        proto = ir.to_proto(deploy((dense.raw.given or dense.raw.model).clone()))
+        model = (dense.raw.given or dense.raw.model).clone()
+        proto = ir.to_proto(deploy(model, keep_names=dense.raw.keeps_names))
         provenance = {**provenance_of(job, dense.model), "candidate": "dense"}
         add_metadata_(proto, dense.spec, labels_of(job), provenance)
         job.store.claim("dense.onnx", "dense.onnx.data")
@@ -377,8 +381,26 @@ def _write_dense(job: Job, dense: Network) -> Reference:
             advance(done, total)
 
         if dense.model.info.num_classes is None:
-            return Reference(outputs=run_outputs(file, dense.images.validation(), cores(), count))
+            outputs = run_outputs(file, dense.images.validation(), cores(), count)
+            return _with_labels(job, refer_to_outputs(outputs, dense.spec.shape[1:]))
         logits = run_onnx(file, dense.images.validation(), cores(), count)
         # The labels are read after the images, because images that cannot be decoded are left out.
         labels = job.data.validation.labels
         return Reference(labels, logits, compare_logits(logits, labels, None).accuracy_top1)
+
+
+def _with_labels(job: Job, reference: Reference) -> Reference:
+    """Return the reference with what the user's boxes or masks say about the validation images.
+
+    Raises:
+        UsageError: the labels are boxes and the network is no detector, or masks and it is no segmenter.
+    """
+    if job.labels is None or job.data is None:
+        return reference
+    count = len(next(iter((reference.outputs or {}).values()), ()))
+    photos = job.data.validation.names[:count]
+    answers = reference.answers or Answers()
+    expected = expect(job.labels, reference.reader, photos, job.model.input, answers)
+    assert reference.reader is not None
+    found = partial(score, expected=expected, reader=reference.reader)
+    return replace(reference, score=found, metric=found(answers))

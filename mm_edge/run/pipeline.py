@@ -16,12 +16,13 @@ from mm_edge.errors import ParityError
 from mm_edge.plan.counts import count_parameters
 from mm_edge.plan.plans import Plan
 from mm_edge.quality.evaluation import interval_of
-from mm_edge.records import Candidate, DenseFigures, Latency, Report
+from mm_edge.records import Candidate, DenseFigures, Latency, MetricValue, Report
 from mm_edge.run.convert import convert_front
 from mm_edge.run.finish import finish
 from mm_edge.run.job import Job
 from mm_edge.run.make import MakeSettings, control_file_name, make_candidate, make_control
 from mm_edge.run.measure import measure
+from mm_edge.run.metric import load_or_measure
 from mm_edge.run.networks import RECOVERY_IMAGES, Networks, build_networks, labels_of, provenance_of
 from mm_edge.run.plan import make_plans
 from mm_edge.run.recover import drop_repeated_controls, improve_front, walk_front
@@ -39,10 +40,10 @@ def run_stages(job: Job) -> Report:
     """
     job.note(*job.model.warnings)
     networks = build_networks(job)
+    dense = _dense_figures(job, networks)
     plans = make_plans(job, networks)
     by_id = {plan.id: plan for plan in plans}
     settings = _settings(job, networks)
-    dense = _dense_figures(job, networks)
     controls = _make_controls(job, networks, settings)
     candidates = _make_all(job, networks, settings, plans)
     candidates = walk_front(job, networks, settings, by_id, candidates, dense)
@@ -79,7 +80,19 @@ def _dense_figures(job: Job, networks: Networks) -> DenseFigures:
         macs=round(networks.dense.structure.macs()),
         accuracy_ci=None if labels is None else interval_of(networks.reference.accuracy, len(labels)),
         accuracy_images=None if labels is None else len(labels),
+        metric=_dense_metric(job, networks),
     )
+
+
+def _dense_metric(job: Job, networks: Networks) -> MetricValue | None:
+    """Return the dense network's figure of merit, the user's own or by the user's labels; None without either.
+
+    Raises:
+        UsageError: the user's metric fails; nothing was made yet.
+    """
+    if job.metric is None:
+        return networks.reference.metric
+    return load_or_measure(job, job.metric, job.dense_file, "the dense network")
 
 
 def _make_controls(job: Job, networks: Networks, settings: MakeSettings) -> list[Candidate]:

@@ -94,9 +94,9 @@ def worth_training(candidates: Sequence[Candidate], dense: DenseFigures) -> list
 
     For a budget, the unpruned network at a smaller size is not compared with pruned candidates, because it is the same
     as the control until it is trained. Structured candidates are compared by accuracy against MACs; masks change no
-    MACs and are compared by sparsity. If an accuracy was not measured, all are returned.
+    MACs and are compared by sparsity. If one was not compared with labels or the dense network, all are returned.
     """
-    if any(item.accuracy_top1 is None for item in candidates):
+    if any(item.merit is None for item in candidates):
         return list(candidates)
     budgets: dict[tuple[str, bool], list[Candidate]] = {}
     for item in candidates:

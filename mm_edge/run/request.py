@@ -355,6 +355,14 @@ class Request(ModelOptions):
         spelled="--no-bench",
         shown="off",
     )
+    sustained: float | None = option(
+        None,
+        Number("10"),
+        help="Also run the chosen model and dense in turn without pause, and show how times change with heat.",
+        section=MEASURING,
+        metavar="MINUTES",
+        check=_check_limit,
+    )
     accuracy_on: str = option(
         "host", Name(ACCURACY_ON), help="Where accuracy is measured:", section=MEASURING, metavar="NAME"
     )
@@ -368,6 +376,7 @@ class Request(ModelOptions):
     formats: tuple[str, ...] = option(
         (), Flags(FORMATS, noun="format"), help="Files written beside the chosen model:", section=FILES
     )
+    archive: bool = option(False, Flag(), help="Also write the bundle as bundle.tar.gz.", section=FILES)
     seed: int = option(0, Whole(0, 2**63 - 1), help="Seed of every random choice.", section=FILES, metavar="N")
     resume: bool = option(
         True,
@@ -435,6 +444,13 @@ def host_is_for_measuring(request: Request, given: Collection[str]) -> str | Non
     return None
 
 
+def sustained_is_for_measuring(request: Request, given: Collection[str]) -> str | None:
+    """Refuse a sustained run where nothing is measured."""
+    if request.sustained is not None and not request.bench:
+        return "--sustained measures for minutes and --no-bench measures nothing; leave one out"
+    return None
+
+
 RULES: tuple[Rule, ...] = (
     recovery_needs_images,
     labels_need_photos,
@@ -442,6 +458,7 @@ RULES: tuple[Rule, ...] = (
     selection_needs_moments,
     latency_table_needs_a_budget_of_time,
     host_is_for_measuring,
+    sustained_is_for_measuring,
 )
 
 

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 
-from mm_edge.arrays import Float32Array, Float32Arrays
+from mm_edge.arrays import Float32Array, Float32Arrays, in_order_of_fields
 from mm_edge.graph.layers import read_layer_weights
 from mm_edge.load.models import LoadedModel
 from mm_edge.plan.ranges import observed_ranges, rule_ranges
 from mm_edge.plan.scores import (
     GRASP_IMAGES,
+    Batch,
     Scores,
     gradients,
     hessian_gradient_products,
@@ -104,9 +105,11 @@ class _Batches:
         self._images = images
         self._size = size
 
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+    def __iter__(self) -> Iterator[Batch]:
         for images, labels in self._images.batches(self._size):
-            yield torch.from_numpy(images), torch.from_numpy(labels) if self._images.labels is not None else None
+            given = tuple(torch.from_numpy(array) for array in in_order_of_fields(images))
+            known = torch.from_numpy(labels) if self._images.labels is not None else None
+            yield given if len(given) > 1 else given[0], known
 
     def __len__(self) -> int:
         return -(-len(self._images) // self._size)

@@ -10,13 +10,15 @@ from collections.abc import Callable
 from mm_edge.bench.connect import open_transport
 from mm_edge.bench.target import load_target, matches_this_machine, resolve_host
 from mm_edge.graph.sizes import remake
-from mm_edge.load.data import open_data
+from mm_edge.load.annotations import Labels, open_labels, require_photos
+from mm_edge.load.data import DataSplits, open_data
 from mm_edge.load.models import LoadedModel
 from mm_edge.progress import Stages
 from mm_edge.records import Report
 from mm_edge.run.checks import check_request, require_trainable
 from mm_edge.run.job import Job
 from mm_edge.run.measure import SAMPLES_FOLDER
+from mm_edge.run.metric import open_metric
 from mm_edge.run.pipeline import run_stages
 from mm_edge.run.request import Request
 from mm_edge.store import RunStore, check_folder
@@ -38,17 +40,27 @@ def start(load: Callable[[], LoadedModel], request: Request, stages: Stages) -> 
             remake(model, side)  # refuses what the network cannot take
         data = None
         if request.data is not None:
-            data = open_data(request.data, model.input, model.info.num_classes, request.split, request.seed)
+            classes, inputs = model.info.num_classes, () if model.onnx_path is None else model.inputs
+            data = open_data(request.data, model.input, classes, request.split, request.seed, inputs)
     measured = request.bench and (request.host is not None or matches_this_machine(target))
     check_request(request, data, target, measured, model.input)
+    metric = None if request.metric is None else open_metric(request.metric)
+    labels = None if request.labels is None or data is None else _open_labels(request.labels, data)
     transport = open_transport(target, request.host, stages.tell) if measured else None
     store = RunStore(request.out)
     with store.lock():
         if not request.resume:
             store.clear()
             store.remove_owned(SAMPLES_FOLDER)
-        job = Job(request, model, data, target, transport, store.folder, store, stages)
+        job = Job(request, model, data, target, transport, store.folder, store, stages, labels, metric)
         if transport is None:
             return run_stages(job)
         with transport:
             return run_stages(job)
+
+
+def _open_labels(path: str, data: DataSplits) -> Labels:
+    """Read boxes or masks, and refuse those of other photos."""
+    labels = open_labels(path)
+    require_photos(labels, path, data.validation.names)
+    return labels

@@ -57,7 +57,8 @@ def test_ratios_of_sittings_by_hand() -> None:
     assert [piece.tolist() for piece in used] == [[True, True, True, False], [True, True]]
     ratios = stats.sitting_ratios(dense, candidate, [4, 2], used)
     assert ratios.tolist() == [2.0, 2.0]
-    assert stats.mean_ratio(ratios) == (pytest.approx(2), pytest.approx((2, 2)))
+    ratio, interval = stats.mean_ratio(ratios)
+    assert ratio == pytest.approx(2) and interval == pytest.approx((2, 2))
 
 
 def test_a_sitting_with_too_few_undisturbed_pairs_uses_all() -> None:
@@ -71,6 +72,9 @@ def test_the_interval_of_sittings_is_students() -> None:
     ratio, interval = stats.mean_ratio(np.exp([-0.1, 0.0, 0.1]))
     half = 4.303 * 0.1 / 3**0.5
     assert ratio == pytest.approx(1) and interval == pytest.approx((np.exp(-half), np.exp(half)))
+    _, wider = stats.mean_ratio(np.exp([-0.1, 0.0, 0.1]), busy=0.5)
+    half = (half**2 + (stats.BUSY_SHIFT / 2) ** 2) ** 0.5
+    assert wider == pytest.approx((np.exp(-half), np.exp(half)))
     assert stats.half_width(2.0, (1.9, 2.1)) == pytest.approx(0.05)
     assert stats.mean_ratio(np.array([2.0]))[1] is None
     assert stats.half_width(2.0, None) == float("inf")

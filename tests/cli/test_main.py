@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 import torch
@@ -330,6 +331,24 @@ def save_colour_model(path: Path) -> None:
     onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10), path)
 
 
+def test_evaluate_runs_photos_without_labels_and_inputs_that_are_ready(files: Path) -> None:
+    save_colour_model(Path("colour.onnx"))
+    np.savez("x.npz", x=np.eye(3, dtype=np.float32)[[0, 1, 2, 2]][:, :, None, None].repeat(32, 2).repeat(32, 3))
+    unlabelled = "its inputs count as unlabelled, so no accuracy is measured"
+    for data, count, text in (
+        (files / "images" / "class0", 16, "has no class folders: its images count"),
+        ("x.npz", 4, f"has no labels: {unlabelled}"),
+    ):
+        result = run("evaluate", "colour.onnx", "--data", data, "--preprocess", "zero-to-one")
+        assert result.exit_code == 0
+        assert result.stdout == f"no accuracy: the images have no labels; the model ran on {count} of them\n"
+        assert f"warning: '{data}' {text}" in result.stderr
+    labels = np.array([0, 1, 2, 1])
+    np.savez("x.npz", x=np.load("x.npz")["x"], labels=labels)
+    result = run("evaluate", "colour.onnx", "--data", "x.npz", "--preprocess", "zero-to-one", "--json")
+    assert json.loads(result.stdout) == {"model": "colour.onnx", "accuracy_top1": 0.75, "images": 4}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["inspect", "evaluate"])
 def test_json_is_all_there_is_on_standard_output(files: Path, tmp_path: Path, command: str) -> None:
@@ -484,7 +503,9 @@ def complete(*words: str) -> list[str]:
         (("prune-export", "net.pt", "--recover", ""), list(RECOVERIES)),
         (("prune-export", "net.pt", "--precision", "fp32,i"), ["fp32,int8"]),
         (("prune-export", "net.pt", "--input-sizes", "a"), ["auto"]),
-        (("prune-export", "net.pt", "--pre"), ["--precision"]),
+        (("prune-export", "net.pt", "--prec"), ["--precision"]),
+        (("prune-export", "net.pt", "--preprocess", "yolo"), ["yolo", "yolox"]),
+        (("prune-export", "net.pt", "--colours", ""), ["RGB", "BGR"]),
         (("prune-export", "net.pt", "--bake"), ["--bake-preprocess"]),
     ],
 )

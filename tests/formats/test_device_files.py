@@ -27,6 +27,7 @@ from mm_edge.formats.device_files import (
 from mm_edge.formats.ort_file import convert_to_ort
 from mm_edge.formats.preprocess import bake_preprocess
 from mm_edge.formats.sparse_file import read_stored, store_smallest
+from mm_edge.load.photos import normalise, pixels_of
 from mm_edge.quality.parity import onnx_runner
 from mm_edge.records import InputSpec, to_json
 
@@ -199,6 +200,22 @@ def test_baked_preprocessing_is_the_pipelines(
     assert answer.argmax() == reference.argmax()
 
 
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+def test_baked_stretching_in_other_colours_scale_and_layout(tmp_path: Path, layout: str) -> None:
+    plain = InputSpec((3, 16, SIDE), (100.0, 110.0, 120.0), (50.0, 50.0, 50.0), "bilinear", layout=layout)
+    spec = dataclasses.replace(plain, resize="stretch", colours="BGR", scale=1.0)
+    given = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, *spec.array_shape])
+    seen = helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, *spec.array_shape])
+    graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "same", [given], [seen])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    image = photograph(40, 30)
+    (made,) = run_images(saved(tmp_path / "b.onnx", bake_preprocess(model, spec)))(image)
+    expected = normalise(pixels_of(spec)(Image.fromarray(image))[None], spec)
+    levels = np.abs(made - expected) * 50
+    # The sides are reduced by different factors, one after the other and rounded in between.
+    assert levels.max() < 1.5 and levels.mean() < 0.3
+
+
 def test_one_channel_images(tmp_path: Path) -> None:
     spec = InputSpec((1, SIDE, SIDE), (0.3,), (0.35,))
     path = saved(tmp_path / "b.onnx", bake_preprocess(network(channels=1), spec))
@@ -221,6 +238,7 @@ def test_the_model_given_is_not_changed(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"interpolation": "lanczos"}, "knows bicubic and bilinear; this network was trained with lanczos"),
+        ({"resize": "letterbox"}, "writes the resizings crop and stretch; this network's is letterbox"),
         ({"shape": (3, 32, 32)}, r"needs an fp32 input of shape \[1, 3, 32, 32\]; this model has \[1, 3, 24, 24\]"),
     ],
 )

@@ -9,18 +9,18 @@ import pytest
 from tiny_graphs import tiny
 
 from mm_edge.errors import UsageError
-from mm_edge.graph.answers import POSITIONS_MOST, AnswerKind, AnswerPart, Answers, find_answers, outputs_of
+from mm_edge.graph.answers import POSITIONS_MOST, AnswerKind, AnswerPart, AnswerViews, find_answers, outputs_of
 from mm_edge.graph.export import RawGraph
 from mm_edge.graph.groups import read_structure
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def found(raw: RawGraph, judge: tuple[str, ...] = ()) -> Answers:
+def found(raw: RawGraph, judge: tuple[str, ...] = ()) -> AnswerViews:
     return find_answers(raw, read_structure(raw), judge)
 
 
-def described(answers: Answers) -> list[list[list[tuple[str, int, int]]]]:
+def described(answers: AnswerViews) -> list[list[list[tuple[str, int, int]]]]:
     """Return per view and kind the name of each part's value, its first channel and the one after its last."""
     return [[[(p.value, p.start, p.stop) for p in kind.parts] for kind in view] for view in answers.views]
 

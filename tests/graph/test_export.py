@@ -193,9 +193,7 @@ def test_another_symbolic_size_is_refused(tmp_path: Path) -> None:
     save(tmp_path / "a.onnx", "1,3,H,4")
     with pytest.raises(ModelError) as caught:
         raw_from_onnx(tmp_path / "a.onnx")
-    assert str(caught.value) == (
-        f"{tmp_path}/a.onnx: input 'x' has the shape [1,3,H,4]; export it with a fixed height and width"
-    )
+    assert str(caught.value) == (f"'{tmp_path}/a.onnx': input 'x' has the shape [1,3,H,4]; state the open sizes")
 
 
 @pytest.mark.parametrize("content", [b"not a protobuf at all", None])

@@ -23,7 +23,7 @@ from mm_edge.graph.deploy import deploy
 from mm_edge.graph.groups import read_structure
 from mm_edge.graph.onnx_graph import read_raw
 from mm_edge.graph.sizes import auto_sizes, export_at, match_groups, remake, total_stride
-from mm_edge.load.data import open_data
+from mm_edge.load.data import _PhotoPool, open_data
 from mm_edge.load.models import LoadedModel, LoadOptions, load_model, wrap_module
 from mm_edge.progress import Stages
 from mm_edge.quality.evaluation import run_onnx
@@ -184,11 +184,14 @@ def test_images_of_another_size_are_the_same_images_and_share_what_is_known_of_t
     small = data.prepared_for(remake(load("test_resnet", 32), 16).input)
     assert small.identity == data.identity
     for own, other in ((data.calibration, small.calibration), (data.validation, small.validation)):
+        assert own.labels is not None and other.labels is not None
         assert own.labels.tolist() == other.labels.tolist()
         (images, _), (smaller, _) = next(own.batches(4)), next(other.batches(4))
         assert images.shape[1:] == (3, 32, 32) and smaller.shape[1:] == (3, 16, 16)
         assert np.abs(images.mean((2, 3)) - smaller.mean((2, 3))).max() < 0.2
-    data.validation._pool._leave_out(int(data.validation._indices[0]))
+    pool = data.validation._pool
+    assert isinstance(pool, _PhotoPool)
+    pool._leave_out(int(data.validation._indices[0]))
     assert len(small.validation) == len(data.validation) == 11
     assert len(data.warnings) == 1
 

@@ -21,8 +21,9 @@ from timm.data import create_transform
 
 from mm_edge.arrays import IntArray
 from mm_edge.errors import DataError
-from mm_edge.load import data
-from mm_edge.load.data import ImageSet, noise_batches, open_data
+from mm_edge.load import data, sources
+from mm_edge.load.data import ImageSet, noise_of, open_data
+from mm_edge.load.network import ModelInput
 from mm_edge.records import InputSpec, to_json
 
 SPEC = InputSpec((3, 16, 16), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), "bilinear", 0.8)
@@ -93,6 +94,7 @@ def test_one_pool_is_split_by_seed_into_disjoint_sets(folder: Path) -> None:
         "split": "0.5,0.25,0.25 of one pool by seed",
         "seed": 7,
         "unreadable": 0,
+        "kind": "photos",
         "preprocessing": to_json(SPEC),
     }
     assert splits.warnings == ()
@@ -134,13 +136,13 @@ def test_batches_are_of_the_size_asked_and_repeatable(folder: Path) -> None:
 
 def test_images_are_decoded_once_and_again_only_beyond_the_cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded: list[int] = []
-    decode = data._ReaderSource.decode
+    decode = sources._ReaderSource.decode
 
-    def counted(source: data._ReaderSource, index: int) -> Image.Image:
+    def counted(source: sources._ReaderSource, index: int) -> Image.Image:
         decoded.append(index)
         return decode(source, index)
 
-    monkeypatch.setattr(data._ReaderSource, "decode", counted)
+    monkeypatch.setattr(sources._ReaderSource, "decode", counted)
     monkeypatch.setattr(data, "CACHE_BYTES", 3 * 16 * 16 * 10)  # ten of the twelve images
     images = open_data(str(folder), SPEC, 3).calibration
     first = np.concatenate([batch for batch, _ in images.batches(4)])
@@ -296,12 +298,12 @@ def test_nothing_readable(tmp_path: Path) -> None:
 def test_paths_and_formats_that_cannot_be_used(tmp_path: Path) -> None:
     path = tmp_path / "absent"
     assert refuse(path) == (
-        f"data '{path}' does not exist; give a folder or tar of photos or class folders, or a data set as timm names "
-        "them (hfds/NAME, wds/NAME, torch/NAME:ROOT)"
+        f"data '{path}' does not exist; give a folder or tar of photos or class folders, an .npz of inputs, "
+        "FILE.py:CALLABLE, or a data set as timm names them (hfds/NAME, wds/NAME, torch/NAME:ROOT)"
     )
     (tmp_path / "x.tar.gz").write_bytes(b"x")
     assert refuse(tmp_path / "x.tar.gz") == (
-        f"'{tmp_path / 'x.tar.gz'}' is neither a folder nor a .tar; unpack it, or give a folder of photos"
+        f"'{tmp_path / 'x.tar.gz'}' is no folder, .tar, .npz or .npy; unpack it, or give a folder of photos"
     )
     (tmp_path / "x.tar").write_bytes(b"no tar at all")
     assert refuse(tmp_path / "x.tar").startswith(f"'{tmp_path / 'x.tar'}' is not a tar, or it is cut short: ")
@@ -356,7 +358,7 @@ class Stream(torch.utils.data.IterableDataset[tuple[Image.Image, int]]):
 
 
 def test_a_stream_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "create_dataset", lambda name, root, split: Stream() if split == "train" else 1 / 0)
+    monkeypatch.setattr(sources, "create_dataset", lambda name, root, split: Stream() if split == "train" else 1 / 0)
     splits = open_data("wds/some", SPEC, 2)
     assert splits.classes == ("0", "1")
     assert [len(s) for s in (splits.calibration, splits.validation, splits.test)] == [4, 2, 2]
@@ -388,13 +390,20 @@ def test_every_cut_is_exact_disjoint_and_stratified(counts: list[int], cuts: lis
 
 
 def test_noise_is_the_same_for_the_same_seed() -> None:
-    first, second = list(noise_batches(SPEC, 8, 3)), list(noise_batches(SPEC, 8, 3))
-    assert len(first) == 8
-    assert first[0].shape == (1, 3, 16, 16)
-    assert first[0].dtype == np.float32
-    assert all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
+    first, second = noise_of(SPEC, (), 8, 3), noise_of(SPEC, (), 8, 3)
+    assert first.shape == (8, 3, 16, 16)
+    assert first.dtype == np.float32
+    np.testing.assert_array_equal(first, second)
     assert not np.array_equal(first[0], first[1])
-    assert not np.array_equal(first[0], next(noise_batches(SPEC, 1, 4)))
+    assert not np.array_equal(first[0], noise_of(SPEC, (), 1, 4)[0])
+
+
+def test_noise_of_several_inputs_has_a_field_for_each() -> None:
+    picture = ModelInput("picture", (1, 3, 4, 6), (1, 3, 4, 6), (1, 3, 4, 6))
+    words = ModelInput("words", (1, 5), (1, 5), (1, 5), "int64")
+    noise = noise_of(SPEC, (picture, words), 2, 0)
+    assert noise.dtype.names == ("picture", "words") and noise["picture"].shape == (2, 3, 4, 6)
+    assert noise["words"].dtype == np.int64 and set(noise["words"].ravel().tolist()) <= {0, 1}
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -58,11 +58,7 @@ def test_a_divergence_is_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_judgement_has_the_drop_in_points() -> None:
     logits = np.array([[2, 0], [0, 2]], np.float32)
     labels = np.array([0, 0])
-    assert judge_logits(logits, Reference(labels, logits, 0.75)) == {
-        "accuracy_top1": 0.5,
-        "accuracy_drop": 25.0,
-        "agreement_top1": 1.0,
-        "kl_to_dense": 0.0,
-        "fidelity": None,
-    }
+    found = judge_logits(logits, Reference(labels, logits, 0.75))
+    assert (found["accuracy_top1"], found["accuracy_drop"]) == (0.5, 25.0)
+    assert (found["agreement_top1"], found["kl_to_dense"], found["fidelity"]) == (1.0, 0.0, None)
     assert judge_logits(logits, Reference(labels))["accuracy_drop"] is None

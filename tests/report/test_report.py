@@ -9,24 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from reports import FAST, UNMEASURED, candidate, make_report
 from rich.console import Console
 
 from mm_edge.errors import JobError, UsageError
 from mm_edge.records import (
     BudgetOutcome,
     Candidate,
-    Chosen,
-    Constraints,
-    DenseFigures,
     Fidelity,
     Latency,
     MetricValue,
-    ModelInfo,
     OutputFidelity,
-    Parity,
-    ParityInputs,
     Report,
-    SkippedGroup,
     to_json,
 )
 from mm_edge.report import print_report, read_report, write_report
@@ -41,60 +35,6 @@ from mm_edge.report.values import (
     show_percent,
     show_speedup,
 )
-
-
-def candidate(strategy: str, p50: float | None, drop: float | None = 0.5, pareto: bool = False) -> Candidate:
-    return Candidate(
-        id=f"product/{strategy}/structured/fp32",
-        signal="product",
-        strategy=strategy,
-        kind="structured",
-        precision="fp32",
-        sparsity=0.5,
-        params=500_000,
-        macs=50_000_000,
-        input_shape=(1, 3, 32, 32),
-        accuracy_top1=None if drop is None else 0.9 - drop / 100,
-        accuracy_drop=drop,
-        latency_ms=Latency(p50=p50, p90=p50, p99=p50, samples=200, threads=1, source="host") if p50 else Latency(),
-        speedup=2.0 / p50 if p50 else None,
-        speedup_ci=(2.0 / p50 - 0.05, 2.0 / p50 + 0.05) if p50 else None,
-        file_bytes=2_000_000,
-        parity=Parity(1e-6, 2.5e-7, 1.0, ParityInputs(8, "images")),
-        pareto=pareto,
-        artifact=f"models/{strategy}.onnx",
-    )
-
-
-def make_report(*candidates: Candidate, chosen: int | None = 0, **changes: object) -> Report:
-    report = Report(
-        model=ModelInfo("net", "checkpoint", "ab" * 32, 1_000_000, 100_000_000, (1, 3, 32, 32), 10),
-        target={"name": "host", "threads": 1},
-        environment={"python": "3.11"},
-        data={"splits": {"calibration": 4, "validation": 2, "test": 2}},
-        dense=DenseFigures(
-            accuracy_top1=0.9,
-            latency_ms=Latency(p50=2.0, p90=2.1, p99=2.5, samples=200, threads=1, source="host"),
-            peak_memory_bytes=None,
-            file_bytes=4_000_000,
-            params=1_000_000,
-            macs=100_000_000,
-        ),
-        candidates=candidates,
-        chosen=None if chosen is None else Chosen(candidates[chosen].id, "the fastest", 0.885),
-        constraints=Constraints(),
-        skipped_groups=(
-            SkippedGroup("g0", ("a.weight", "b.weight"), "an axis of the input"),
-            SkippedGroup("g1", ("b.weight",), "an axis of the input"),
-        ),
-        warnings=("two images were skipped",),
-        seconds={"score": 1.25},
-    )
-    return dataclasses.replace(report, **changes)  # type: ignore[arg-type]
-
-
-FAST = candidate("balanced", 1.0, pareto=True)
-UNMEASURED = candidate("uniform", None, None)
 
 
 def render(report: Report, width: int = 120) -> str:
@@ -124,13 +64,17 @@ def test_the_report_comes_back_as_written(tmp_path: Path) -> None:
     write_report(report, tmp_path / "run")
     assert read_report(tmp_path / "run") == report
     assert read_report(tmp_path / "run" / "report.json") == report
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["report.json", "report.md"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        "report.html",
+        "report.json",
+        "report.md",
+    ]
 
 
 CONTRACT = {
     "": (
         "schema_version model target environment data dense candidates chosen constraints skipped_groups warnings "
-        "seconds budgets"
+        "seconds budgets sustained layers command"
     ),
     "model": "name source sha256 params macs input_shape num_classes",
     "dense": (
@@ -147,7 +91,7 @@ CONTRACT = {
     "candidates.0.fidelity.outputs.boxes": "nmse cosine",
     "candidates.0.metric": "name value higher_is_better is_fraction others",
     "candidates.0.parity": "max_abs_err max_rel_err top1_agreement inputs",
-    "chosen": "id reason accuracy_top1_test dense_accuracy_top1_test",
+    "chosen": "id reason accuracy_top1_test dense_accuracy_top1_test fidelity_test",
     "skipped_groups.0": "group layers reason",
 }
 

@@ -152,6 +152,7 @@ def test_the_masked_state_dict_is_timms_and_says_what_the_artifact_says(done: Fi
 def test_accuracy_is_that_of_the_artifact_on_validation_images(done: Finished) -> None:
     images = images_of(done.files)
     labels = open_data(str(done.files / "images"), load(done.files).input, CLASSES).validation.labels
+    assert labels is not None
     dense = run_onnx(done.out / "dense.onnx", [(images, labels)], 1)
     assert done.report.dense.accuracy_top1 == (dense.argmax(1) == labels).mean()
     for candidate in done.report.candidates:
@@ -227,9 +228,10 @@ def test_test_images_are_read_once_for_the_chosen_one(
 
     monkeypatch.setattr("mm_edge.run.networks.run_onnx", spy)
     monkeypatch.setattr("mm_edge.run.finish.run_onnx", spy)
-    monkeypatch.setattr("mm_edge.run.make.run_onnx", spy)
+    monkeypatch.setattr("mm_edge.quality.evaluation.run_onnx", spy)
     report = run(load_small, files / "images", tmp_path / "run", strategies=("balanced", "min_conservative"))
     splits = open_data(str(files / "images"), load_small().input, CLASSES)
+    assert splits.validation.labels is not None and splits.test.labels is not None
     validation, test = splits.validation.labels.tolist(), splits.test.labels.tolist()
     assert validation != test
     assert report.chosen is not None
@@ -256,7 +258,8 @@ def test_the_same_seed_gives_the_same_records(done: Finished, tmp_path: Path) ->
         "macs": (BUDGET,),
     }
     again = run(lambda: load(done.files), done.files / "images", tmp_path / "again", **fields)
-    assert replace(again, seconds={}) == replace(done.report, seconds={})
+    # The command names the run directory.
+    assert replace(again, seconds={}, command=None) == replace(done.report, seconds={}, command=None)
     for candidate in again.candidates:
         for name in (candidate.artifact, candidate.masked_state_dict):
             assert name is not None

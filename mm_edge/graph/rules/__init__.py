@@ -16,6 +16,7 @@ from collections.abc import Callable
 import onnx_ir as ir
 
 from mm_edge.deferred import Deferred  # noqa: F401  for entries whose function lies in another module
+from mm_edge.graph.partial import values_read
 from mm_edge.graph.reading import Reading, StructureMismatch, is_static
 from mm_edge.graph.rules.elementwise import BROADCAST, UNARY, elementwise, first_operand, unary
 from mm_edge.graph.rules.indexing import SIZE_DEPENDENT, gather, gather_nd, positions
@@ -28,6 +29,7 @@ from mm_edge.graph.rules.normalization import (
     layer_normalization,
 )
 from mm_edge.graph.rules.products import convolution, einsum, gemm, matmul
+from mm_edge.graph.rules.recurrent import BRANCHING, branching, recurrent
 from mm_edge.graph.rules.reduction import POOLINGS, REDUCTIONS, pool, reduce
 from mm_edge.graph.rules.shaping import depth_space, reshape, squeeze, transpose
 
@@ -75,6 +77,8 @@ OPERATOR_RULES: dict[str, OperatorRule] = {
     "Gather": gather,
     "GatherND": gather_nd,
     **dict.fromkeys(SIZE_DEPENDENT, positions),
+    **dict.fromkeys(("LSTM", "GRU", "RNN"), recurrent),
+    **dict.fromkeys(BRANCHING, branching),
 }
 
 
@@ -91,8 +95,8 @@ def apply_rule(reading: Reading, node: ir.Node) -> None:
 
 def pin_node(reading: Reading, node: ir.Node, reason: str) -> None:
     """Pin every axis of every operand and result of `node`."""
-    for value in node.inputs:
-        if value is not None and is_static(value):
+    for value in values_read(node):
+        if is_static(value):
             reading.pin(reading.axes_of(value), reason)
     for value in node.outputs:
         assert value.name is not None

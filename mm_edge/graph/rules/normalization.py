@@ -5,7 +5,10 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from mm_edge.graph.reading import AttributeEdit, Contraction, NormEdit, Reading
-from mm_edge.graph.rules.operands import attribute, constant_ints, name_of, operand_axes, operand_names
+from mm_edge.graph.rules.operands import attribute, constant_ints, name_of, operand_axes, operand_names, opset_of
+
+# From this opset on Softmax and its kind work along one axis, the last one by default.
+ONE_AXIS = 13
 
 
 def batch_normalization(reading: Reading, node: ir.Node) -> None:
@@ -58,8 +61,13 @@ def group_normalization(reading: Reading, node: ir.Node) -> None:
 def along_axis(reading: Reading, node: ir.Node) -> None:
     """Every index of one axis takes part in each result, so that it is pinned."""
     axes = operand_axes(reading, node, 0)
-    along = attribute(node, "axis", -1)
+    reason = f"{node.op_type} mixes every index of this axis"
     if node.op_type == "CumSum":
         (along,) = constant_ints(reading, node, 1) or [0]
-    reading.pin([axes[along]], f"{node.op_type} mixes every index of this axis")
+        reading.pin([axes[along]], reason)
+    elif node.op_type != "LpNormalization" and opset_of(reading) < ONE_AXIS:
+        # It works on a matrix made of the axes before and of those from this one on.
+        reading.pin(axes[attribute(node, "axis", 1) % len(axes) :], reason)
+    else:
+        reading.pin([axes[attribute(node, "axis", -1)]], reason)
     reading.set_axes(node.outputs[0], axes)

@@ -10,6 +10,9 @@ import onnx_ir as ir
 from mm_edge.graph.axes import Axis
 from mm_edge.graph.reading import Axes, OperandEdit, Reading, SizeTerm, StructureMismatch
 
+# What a graph is taken to be written in if it does not say.
+NEWEST_OPSET = 20
+
 
 def attribute(node: ir.Node, name: str, default: int) -> int:
     """Return an integer attribute."""
@@ -70,3 +73,9 @@ def resize_operand(reading: Reading, node: ir.Node, operand: int, axes: Sequence
     """Record that integer operand `operand` lists the sizes of `axes`."""
     sizes = tuple(SizeTerm(0, (axis,)) for axis in axes)
     reading.edits.append(OperandEdit(name_of(node), operand, sizes))
+
+
+def opset_of(reading: Reading) -> int:
+    """Return the version of ONNX's own operators that the graph is written in."""
+    versions = reading.raw.model.opset_imports
+    return versions.get("") or versions.get("ai.onnx") or NEWEST_OPSET

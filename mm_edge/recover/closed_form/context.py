@@ -9,7 +9,7 @@ import numpy as np
 from torch import nn
 
 from mm_edge.arrays import Array, Arrays, Float32Array, Float64Array, IntArray
-from mm_edge.graph.answers import Answers, find_answers
+from mm_edge.graph.answers import AnswerViews, find_answers
 from mm_edge.graph.axes import Axis, Keep
 from mm_edge.graph.compact import compact_arrays, materialise
 from mm_edge.graph.export import RawGraph
@@ -67,7 +67,7 @@ class RecoveryContext:
     fitted: tuple[int, ...]
     held_back: tuple[int, ...]
     dense: DenseMoments
-    judged: Answers
+    judged: AnswerViews
     answers: AnswerArrays
     answering: tuple[str, ...] = ()
     threads: int = 1
@@ -181,7 +181,7 @@ def can_lose_columns(structure: Structure, consumer: Consumer) -> bool:
 
 
 def answers(
-    graph: RunnableGraph, judged: Answers, frontier: Frontier, images: Iterable[int], threads: int = 1
+    graph: RunnableGraph, judged: AnswerViews, frontier: Frontier, images: Iterable[int], threads: int = 1
 ) -> AnswerArrays:
     """Return the graph's answers to the images numbered `images`, by kind of `judged`."""
     rows: list[list[Float32Array]] = [[] for _ in judged.kinds]

@@ -13,6 +13,7 @@ from mm_edge.records import Candidate, to_json
 from mm_edge.store import write_atomically
 
 FOLDER = "bundle"
+ARCHIVE = "bundle.tar.gz"
 
 
 def write_bundle(folder: Path, chosen: Candidate, context: FormatContext, formats: Sequence[str]) -> list[Path]:
