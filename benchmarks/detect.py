@@ -38,7 +38,6 @@ from mm_edge.load.photos import normalise, pixels_of
 from mm_edge.quality.answers import AnswerReader, Answers, compare_answers, find_reader
 from mm_edge.quality.detections import above
 from mm_edge.records import Candidate, InputSpec, Report, from_json
-from mm_edge.report import read_report
 from mm_edge.run.metric import Runner
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -83,7 +82,7 @@ def prune(args: argparse.Namespace, seen: Path, out: Path) -> tuple[Report, floa
     command += ["--out", str(out), "--macs", ",".join(map(str, args.macs)), "--recover", args.recover]
     command += ["--signals", "magnitude", "--strategies", args.strategies, *args.rest]
     subprocess.run(command if args.bench else [*command, "--no-bench"], check=True)
-    return read_report(out), time.monotonic() - started
+    return from_json(Report, json.loads((out / "report.json").read_text())), time.monotonic() - started
 
 
 def answer(model: Path, photos: list[Path], spec: InputSpec) -> Iterator[dict[str, np.ndarray]]:

@@ -13,7 +13,9 @@ from mm_edge.bench import MINIMUM_PAIRS
 from mm_edge.errors import UsageError
 
 if TYPE_CHECKING:
-    from mm_edge.arrays import Float32Array
+    import numpy as np
+    import numpy.typing as npt
+
     from mm_edge.bench.pattern import PatternLayer
     from mm_edge.records import Parity
 
@@ -75,7 +77,7 @@ def bench(
         print_comparison(document)
 
 
-def _compare(model: Path, outputs: Float32Array, inputs: Float32Array, kind: str) -> Parity:
+def _compare(model: Path, outputs: npt.NDArray[np.float32], inputs: npt.NDArray[np.float32], kind: str) -> Parity:
     from mm_edge.quality.parity import compare_with_outputs
 
     return compare_with_outputs(model, outputs, inputs, kind)

@@ -26,7 +26,6 @@ from mm_edge.graph.axes import Axis, Keep
 from mm_edge.graph.costs import Cost
 from mm_edge.graph.groups import Structure
 from mm_edge.graph.widths import AllowedWidths, lead
-from mm_edge.progress import Advance
 
 # The widths each group is timed at.
 PARTS = (0.5, 0.25)
@@ -49,7 +48,7 @@ def measure_table(
     structure: Structure,
     allowed: Sequence[AllowedWidths],
     time: Callable[[Keep], float],
-    progress: Advance | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> tuple[TimedWidth, ...]:
     """Time every group that has a width to give at a few of its widths; `time` returns the share of what is kept."""
     wanted = [(item.leaf, count) for item in allowed for count in _counts(item)]

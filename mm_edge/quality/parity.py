@@ -27,17 +27,17 @@ TOLERANCE = 1e-4
 Run = Callable[[Float32Array], list[Float32Array]]
 
 
-def compare(run: Run, reference: Run, inputs: Float32Array, kind: str) -> Parity:
-    """Compare two models on `inputs`, such as (N, C, H, W), one at a time, over all of their outputs.
+def compare(run: Run, reference: Run, inputs: Float32Array, kind: str, batch: int = 1) -> Parity:
+    """Compare two models on `inputs`, such as (N, C, H, W), `batch` at a time, over all of their outputs.
 
     Raises:
         ParityError: the number or the shapes of the outputs differ.
     """
     abs_err = scale = rel_err = 0.0
     agreed = 0
-    for number in range(len(inputs)):
-        example = inputs[number : number + 1]
-        outputs, expected = run(example), reference(example)
+    for number in range(0, len(inputs), batch):
+        examples = inputs[number : number + batch]
+        outputs, expected = run(examples), reference(examples)
         shapes, wanted = [item.shape for item in outputs], [item.shape for item in expected]
         if shapes != wanted:
             raise ParityError(f"outputs have the shapes {shapes}, the masked model's {wanted}")
@@ -46,7 +46,7 @@ def compare(run: Run, reference: Run, inputs: Float32Array, kind: str) -> Parity
             # np.maximum keeps NaN, which must fail the check; max would drop it.
             abs_err = float(np.maximum(abs_err, error))
             rel_err = float(np.maximum(rel_err, error / max(scale, 1e-30)))
-        agreed += _same_answer(outputs[0], expected[0])
+        agreed += len(examples) * _same_answer(outputs[0], expected[0])
     return Parity(abs_err, rel_err, agreed / len(inputs), ParityInputs(len(inputs), kind))
 
 
@@ -74,10 +74,22 @@ def require(parity: Parity, what: str) -> None:
 
 
 def onnx_runner(model: ir.Model | Path, threads: int = 1) -> Run:
-    """Return a function that runs `model` on a batch of inputs with ONNX Runtime's CPU provider."""
+    """Return a function that runs `model` on a batch of inputs with ONNX Runtime's CPU provider.
+
+    A model made for a fixed batch is fed the examples again and again until the batch is full.
+    """
     session = open_session(model if isinstance(model, Path) else ir.to_proto(model).SerializeToString(), threads)
     names = [item.name for item in session.get_inputs()]
-    return lambda inputs: session.run(None, by_input(inputs, names))
+    first = session.get_inputs()[0].shape
+    fixed = first[0] if first and isinstance(first[0], int) else None
+
+    def run(inputs: Float32Array) -> list[Float32Array]:
+        filled = inputs if fixed is None else np.resize(np.arange(len(inputs)), fixed)
+        found = session.run(None, by_input(inputs if fixed is None else inputs[filled], names))
+        cut = fixed is not None and fixed > len(inputs)
+        return [item[: len(inputs)] if cut and item.ndim and len(item) == fixed else item for item in found]
+
+    return run
 
 
 def torch_runner(module: nn.Module) -> Run:

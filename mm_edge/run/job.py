@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -17,12 +17,10 @@ from mm_edge.load.data import DataSplits
 from mm_edge.load.models import LoadedModel
 from mm_edge.progress import Stages
 from mm_edge.records import Budget, Candidate, asked_budgets
+from mm_edge.run.metric import UserMetric
 from mm_edge.run.recoveries import RECOVERIES, Recovery
 from mm_edge.run.request import Request
 from mm_edge.store import RunStore
-
-if TYPE_CHECKING:  # metric.py reads the job
-    from mm_edge.run.metric import UserMetric
 
 LIBRARIES = ("torch", "timm", "onnxruntime", "onnxscript")
 IMAGES_PER_BATCH = 32

@@ -243,8 +243,12 @@ def _check(network: Network, settings: MakeSettings, artifact: Path, reference: 
     """Compare an artifact with the model it stands for; remove it and raise ParityError where they differ."""
     images = network.images
     try:
-        parity = compare(onnx_runner(artifact, settings.threads), reference, images.parity, images.parity_kind)
+        run = onnx_runner(artifact, settings.threads)
+        parity = compare(run, reference, images.parity, images.parity_kind)
         require(parity, what)
+        if images.other_sizes is not None:
+            other = images.other_sizes
+            require(compare(run, reference, other, "noise", batch=len(other)), f"{what} at other input sizes")
     except ParityError:
         artifact.unlink()
         raise

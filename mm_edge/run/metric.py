@@ -20,10 +20,9 @@ from typing import Any
 import numpy as np
 
 from mm_edge.arrays import Array
-from mm_edge.errors import JobError, UsageError, first_line
+from mm_edge.errors import UsageError, first_line
 from mm_edge.load.user_code import USER_CODE, import_callable
 from mm_edge.records import MetricValue
-from mm_edge.run.job import Job
 from mm_edge.runtime import open_session
 from mm_edge.store import hash_file
 
@@ -112,33 +111,6 @@ def open_metric(code: str) -> UserMetric:
     if not isinstance(higher, bool):
         raise UsageError(f"--metric {code}: its higher_is_better is {_shown(higher)}; give True or False")
     return UserMetric(code, function, higher, hash_file(Path(match["file"])))
-
-
-def load_or_measure(job: Job, metric: UserMetric, artifact: Path, what: str) -> MetricValue:
-    """Return the figure of an artifact in the run directory, stored under the hashes of the artifact and the metric.
-
-    Data that the metric reads is not part of the key.
-
-    Raises:
-        ModelError: ONNX Runtime cannot load the artifact.
-        UsageError: the callable raises, or returns no finite number.
-    """
-    name = f"metric/{artifact.stem}"
-    key = {"artifact": hash_file(artifact), "metric": metric.digest, "callable": metric.name}
-    found = job.store.load_record(name, key, MetricValue)
-    if found is None:
-        found = metric.measure(artifact, what)
-        job.store.save_json(name, key, found)
-    return found
-
-
-def measure_candidate(job: Job, metric: UserMetric, artifact: Path, what: str) -> MetricValue | None:
-    """Return the figure of a candidate; None, with a note in the report, where the metric fails for it."""
-    try:
-        return load_or_measure(job, metric, artifact, what)
-    except (UsageError, JobError) as error:
-        job.note(f"{what} has no figure of merit: {error}")
-        return None
 
 
 def _read_figures(name: str, found: Any) -> dict[str, float] | None:

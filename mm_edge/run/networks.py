@@ -53,12 +53,14 @@ class Images:
     Attributes:
         parity: inputs of the parity check (N, C, H, W).
         parity_kind: what they are, "images" or "noise".
+        other_sizes: one batch of noise at other sizes, for a network that leaves sizes open; None for any other.
         recovery: yields batches of calibration images; None without data.
         validation: (images, labels) read in batches; None without data.
     """
 
     parity: Float32Array
     parity_kind: str
+    other_sizes: Float32Array | None = None
     recovery: Callable[[], Iterator[Float32Array]] | None = None
     validation: Callable[[], Iterator[tuple[Float32Array, IntArray]]] | None = None
 
@@ -249,8 +251,9 @@ def _export_at(job: Job, dense: Network, side: int) -> Network:
 
 def _images(job: Job, model: LoadedModel, data: DataSplits | None) -> Images:
     noise = noise_of(model.input, model.inputs, PARITY_IMAGES, job.request.seed)
+    other = _noise_at_other_sizes(model, job.request.seed)
     if data is None:
-        return Images(noise, "noise")
+        return Images(noise, "noise", other)
     calibration, validation = data.calibration, data.validation
     source = calibration if len(calibration) else validation
     parity = next(iter(source.batches(PARITY_IMAGES)))[0] if len(source) else noise
@@ -258,9 +261,21 @@ def _images(job: Job, model: LoadedModel, data: DataSplits | None) -> Images:
     return Images(
         parity=parity,
         parity_kind="images" if len(source) else "noise",
+        other_sizes=other,
         recovery=(lambda: (images for images, _ in recovery.batches(IMAGES_PER_BATCH))) if len(recovery) else None,
         validation=(lambda: validation.batches(IMAGES_PER_BATCH)) if len(validation) else None,
     )
+
+
+def _noise_at_other_sizes(model: LoadedModel, seed: int) -> Float32Array | None:
+    """Return one batch of noise at other sizes than the measured ones; None where no size is open."""
+    if model.onnx_path is None or all(item.other == item.measured for item in model.inputs):
+        return None
+    inputs = [replace(item, measured=item.other) for item in model.inputs]
+    spec = model.input
+    if len(inputs) == 1 and inputs[0].is_image:
+        spec = replace(spec, shape=inputs[0].image_shape)
+    return noise_of(spec, inputs, inputs[0].other[0], seed)
 
 
 # ---- what recovery measures

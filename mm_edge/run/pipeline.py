@@ -22,11 +22,10 @@ from mm_edge.run.finish import finish
 from mm_edge.run.job import Job
 from mm_edge.run.make import MakeSettings, control_file_name, make_candidate, make_control
 from mm_edge.run.measure import measure
-from mm_edge.run.metric import load_or_measure
 from mm_edge.run.networks import RECOVERY_IMAGES, Networks, build_networks, labels_of, provenance_of
 from mm_edge.run.plan import make_plans
 from mm_edge.run.recover import drop_repeated_controls, improve_front, walk_front
-from mm_edge.run.reuse import load_or_make
+from mm_edge.run.reuse import load_or_make, load_or_measure
 from mm_edge.runtime import cores
 
 

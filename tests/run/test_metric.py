@@ -12,7 +12,8 @@ from onnx import TensorProto, helper
 
 from mm_edge.errors import UsageError
 from mm_edge.records import MetricValue
-from mm_edge.run.metric import Runner, load_or_measure, measure_candidate, open_metric
+from mm_edge.run.metric import Runner, open_metric
+from mm_edge.run.reuse import load_or_measure, measure_candidate
 from mm_edge.store import RunStore
 
 CODE = """
