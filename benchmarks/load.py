@@ -150,6 +150,7 @@ def estimate(result: Mapping[str, Any], asked: int) -> dict[str, float]:
 
 def compare_estimators(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
     """Return for each estimator its mean and root mean square error in percent, by load."""
+    rows = [row for row in rows if "estimates" in row]
     found: dict[str, dict[str, float]] = {}
     for name in rows[0]["estimates"]:
         quiet = {
@@ -220,8 +221,11 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
             "verdicts right": sum(row["right"] for row in under_load),
         },
         "loads": loads,
-        "estimators": compare_estimators(rows),
-        "rows": [{key: value for key, value in row.items() if key != "estimates"} for row in judged],
+        "estimators": {
+            "measurements": sum("estimates" in row for row in rows),
+            "errors": compare_estimators(rows),
+        },
+        "rows": judged,
     }
 
 
@@ -241,12 +245,12 @@ def describe(found: Measurement, samples: Path, asked: int) -> dict[str, Any]:
         "undisturbed": round(1 - float(np.mean(result["disturbed"])), 3),
         "pairs": len(result["disturbed"]),
         "loadavg": os.getloadavg()[0],
-        "estimates": estimate(result, asked),
+        "estimates": {name: round(value, 4) for name, value in estimate(result, asked).items()},
     }
 
 
-def measure_all(arguments: argparse.Namespace, target: Target) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
+def measure_all(arguments: argparse.Namespace, target: Target, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Add measurements to `rows` until there are as many under load as were asked for, or the time is over."""
     deadline = time.monotonic() + 60 * arguments.minutes
     with tempfile.TemporaryDirectory() as folder, LocalTransport() as here:
         pairs = find_pairs(arguments.demo, Path(folder))
@@ -272,17 +276,19 @@ def main() -> None:
     parser.add_argument("--loaded", type=int, default=100, help="measurements under load")
     parser.add_argument("--pairs", type=int, default=120)
     parser.add_argument("--minutes", type=float, default=14.0, help="start no new round after this")
+    parser.add_argument("--extend", action="store_true", help="add to the measurements in --out")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "load.json")
     arguments = parser.parse_args()
     target = replace(resolve_host(load_target("host")), threads=1)
     start = time.monotonic()
-    rows = measure_all(arguments, target)
+    kept = json.loads(arguments.out.read_text()) if arguments.extend else {"rows": [], "minutes": 0.0}
+    rows = measure_all(arguments, target, kept["rows"])
     document = {
         "what": "speed-ups, intervals and verdicts under load; see benchmarks/load.py",
         "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "system": platform.platform()},
         "versions": {name: version(name) for name in ("onnxruntime", "numpy")},
         "pairs asked for": arguments.pairs,
-        "minutes": round((time.monotonic() - start) / 60, 1),
+        "minutes": round(kept["minutes"] + (time.monotonic() - start) / 60, 1),
         **summarise(rows),
     }
     write_atomically(arguments.out, (json.dumps(document, indent=1) + "\n").encode())
