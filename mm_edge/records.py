@@ -11,6 +11,9 @@ SCHEMA_VERSION history (fields are added under a raised version, never renamed):
     3  Candidate: removed_blocks. An id may end in @SIDE, an input size other than the dense model's; candidates of kind
        "dense" at another input size are controls (dense@SIDE).
     4  Candidate: planned_by. Report: budgets.
+    5  Candidate and dense: fidelity, metric, accuracy_ci; Candidate: drop_ci, dense_latency_ms. dense: accuracy_images.
+       Latencies: verdict. chosen: dense_accuracy_top1_test, fidelity_test; null where nothing was compared. Report:
+       sustained, layers, command. data: labelled, kind, preprocessing.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 
 T = TypeVar("T")
 
