@@ -155,7 +155,7 @@ def test_reading_refuses_in_one_line(tmp_path: Path) -> None:
     assert message() == f"'{file}' is not a report of mm-edge: Report: expected an object"
     data = to_json(make_report(FAST))
     file.write_text(json.dumps({**data, "schema_version": 6}))
-    assert message() == f"'{file}' has schema_version 5 and this mm-edge reads up to 4; update mm-edge"
+    assert message() == f"'{file}' has schema_version 6 and this mm-edge reads up to 5; update mm-edge"
     file.write_text(json.dumps({**data, "dense": {**data["dense"], "macs": "many"}}))
     assert message() == f"'{file}' is not a report of mm-edge: Report.dense.macs: expected int"
     file.write_text(json.dumps({**data, "seconds": {"score": float("inf")}}))
