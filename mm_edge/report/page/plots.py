@@ -254,6 +254,52 @@ def latency_curves(curves: Mapping[str, Sequence[float]]) -> Spec:
     }
 
 
+def runs_plot(points: Sequence[Mapping[str, Any]], runs: Sequence[str]) -> Spec:
+    """Return quality against speed-up of several runs; `points` are of `plot_values`, with the name of their run."""
+    scale = {"domain": list(runs)}
+    palette = [f"var(--{role})" for role in (FRONT, CHOSEN, CONTROL, "limit", OTHER)]
+    colours = [palette[index % len(palette)] for index in range(len(runs))]
+    tooltip = [
+        {"field": "run", "type": "nominal"},
+        {"field": "id", "type": "nominal", "title": "candidate"},
+        {"field": "role", "type": "nominal"},
+        {"field": "quality", "type": "quantitative", "format": ".2f"},
+        {"field": "speedup", "type": "quantitative", "title": "speed-up", "format": ".2f"},
+    ]
+    return {
+        "$schema": SCHEMA,
+        "description": "quality against speed-up of several runs",
+        "data": {"values": list(points)},
+        "width": "container",
+        "height": 320,
+        "mark": {"type": "point", "filled": True, "opacity": 1, "tooltip": True},
+        "encoding": {
+            "x": {
+                "field": "speedup",
+                "type": "quantitative",
+                "title": "speed-up",
+                "scale": {"zero": False, "padding": 14},
+            },
+            "y": {
+                "field": "quality",
+                "type": "quantitative",
+                "title": "quality",
+                "scale": {"zero": False, "padding": 14},
+            },
+            "color": {
+                "field": "run",
+                "type": "nominal",
+                "scale": {**scale, "range": colours},
+                "legend": {"title": None, "labelLimit": 260},
+            },
+            "shape": {"field": "run", "type": "nominal", "scale": scale, "legend": {"title": None, "labelLimit": 260}},
+            "size": {"condition": {"test": f"datum.role === '{CHOSEN}'", "value": 190}, "value": 60},
+            "tooltip": tooltip,
+            "description": {"field": "description"},
+        },
+    }
+
+
 def plot_values(overview: Overview) -> list[dict[str, Any]]:
     """Return the rows as plots and filters read them."""
     # What is drawn last lies on top.
