@@ -137,10 +137,15 @@ def test_the_page_of_an_empty_report_leaves_out_what_is_unknown(tmp_path: Path) 
     assert titles == ["All candidates", "How this was measured"]
 
 
-def test_samples_become_a_curve_and_damaged_ones_are_left_out(tmp_path: Path) -> None:
-    samples = tmp_path / "samples" / "balanced.json"
+def write_samples(folder: Path) -> Path:
+    samples = folder / "samples" / "balanced.json"
     samples.parent.mkdir()
     samples.write_text(json.dumps({"result": {"dense_ns": [3_000_000, 2_000_000], "candidate_ns": [1_000_000] * 200}}))
+    return samples
+
+
+def test_samples_become_a_curve_and_damaged_ones_are_left_out(tmp_path: Path) -> None:
+    samples = write_samples(tmp_path)
     values = read_data(write_page(full_report(), tmp_path))["plots"]["samples"]["data"]["values"]
     assert [value["ms"] for value in values if value["network"] == "dense"] == [2.0, 3.0]
     assert len(values) == 82
@@ -187,6 +192,7 @@ def test_the_page_is_one_file_of_at_most_three_megabytes(tmp_path: Path) -> None
 @pytest.mark.parametrize("width", [360, 1280])
 def test_a_browser_draws_the_page_and_asks_for_nothing(tmp_path: Path, width: int, scheme: str) -> None:
     file = tmp_path / "report.html"
+    write_samples(tmp_path)
     file.write_text(write_page(full_report(), tmp_path))
     with open_page(file, width, scheme) as opened:
         assert opened.said == [] and opened.asked == [file.as_uri()]

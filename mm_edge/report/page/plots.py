@@ -176,6 +176,7 @@ def speed_by_dimension(values: Sequence[Mapping[str, Any]], steps: Sequence[str]
                 "field": "within",
                 "type": "nominal",
                 "sort": list(steps),
+                "legend": {"title": "loses at most"},
                 "scale": {"domain": list(steps), "range": colours},
             },
         },
@@ -248,7 +249,7 @@ def latency_curves(curves: Mapping[str, Sequence[float]]) -> Spec:
                 "field": "network",
                 "type": "nominal",
                 "scale": {"domain": names, "range": [[4, 2], [1, 0]]},
-                "legend": None,
+                "legend": {"title": None, "labelLimit": 260},
             },
         },
     }
