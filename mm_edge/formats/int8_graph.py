@@ -18,6 +18,8 @@ from onnx import TensorProto, helper, numpy_helper
 from mm_edge.errors import ModelError
 
 WEIGHTED_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+# Operators that only move values.
+MOVING_OPS = frozenset({"Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Slice", "Split", "Identity"})
 BIASED_OPS = ("Conv", "ConvTranspose", "Gemm")  # their third operand is a bias, and ONNX Runtime requantises them
 OLDEST_OPSET = 13  # the first with one scale per channel
 INT8_OPSET = 17
@@ -56,6 +58,36 @@ def weighted_layers(proto: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
         for node in proto.graph.node
         if node.op_type in WEIGHTED_OPS and len(node.input) > 1 and constants & set(node.input[:2])
     }
+
+
+def is_classifier(proto: onnx.ModelProto) -> bool:
+    """Return whether the only output is (batch, classes)."""
+    shapes = [output.type.tensor_type.shape.dim for output in proto.graph.output]
+    return len(shapes) == 1 and len(shapes[0]) == 2
+
+
+def decoding_nodes(proto: onnx.ModelProto) -> tuple[str, ...]:
+    """Return the names of the nodes after the last layers, which decode their results, in graph order.
+
+    A layer that reads a softmax belongs to them: it decodes a distribution over distances into one.
+    """
+    made_by = {name: node for node in proto.graph.node for name in node.output}
+    layers = [node for node in weighted_layers(proto).values() if not _reads_softmax(node, made_by)]
+    before: set[str] = set()
+    pending = list(layers)
+    while pending:
+        node = pending.pop()
+        if node.name not in before:
+            before.add(node.name)
+            pending += [made_by[name] for name in node.input if name in made_by]
+    return tuple(node.name for node in proto.graph.node if node.name not in before)
+
+
+def _reads_softmax(node: onnx.NodeProto, made_by: Mapping[str, onnx.NodeProto]) -> bool:
+    made = made_by.get(node.input[0])
+    while made is not None and made.op_type in MOVING_OPS:
+        made = made_by.get(made.input[0])
+    return made is not None and made.op_type == "Softmax"
 
 
 def is_mostly_linear(proto: onnx.ModelProto) -> bool:

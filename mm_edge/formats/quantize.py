@@ -6,8 +6,10 @@ activations with one scale per tensor. Static scales come from calibration image
     minmax   [min over images of the image's minimum, max over images of its maximum]
     mean     the means of those: clips what only few images reach
 
-Both are tried, and the one of smaller KL(fp32 || int8) on images held back from calibration is taken. Layers that
-lower this divergence most when they alone stay in fp32 are then left in fp32, one after the other.
+Both ranges are tried, and the one of smaller KL(fp32 || int8) on images held back from calibration is taken. Layers
+that lower this divergence most when they alone stay in fp32 are then left in fp32, one after the other. The outputs of
+a network that is no classifier are compared by squared error over variance (divergences.py) instead of KL, and what
+decodes the results of its last layers stays in fp32.
 
 Which types the 8-bit numbers have depends on the target (schemes.py).
 """
@@ -32,15 +34,18 @@ from mm_edge.formats.int8_graph import (
     EXTREMES,
     WEIGHTED_OPS,
     add_extremes_,
+    decoding_nodes,
     free_outputs_,
     hold_in_fp32_,
+    is_classifier,
     is_mostly_linear,
     read_ready,
     weighted_layers,
 )
 from mm_edge.formats.schemes import Scheme, scheme_for
 from mm_edge.progress import Advance
-from mm_edge.quality.evaluation import compare_logits, run_onnx
+from mm_edge.quality.divergences import error_per_image
+from mm_edge.quality.evaluation import Evaluation, compare_logits, run_onnx, run_outputs
 from mm_edge.runtime import open_session
 from mm_edge.store import refuse_link, write_atomically
 
@@ -262,15 +267,32 @@ class _Comparison:
             raise UsageError("int8 needs images held back from calibration to judge it; give more images with --data")
         self._batches = [(images, np.zeros(len(images), dtype=np.int64))]
         self._threads = threads
-        self._reference = run_onnx(model, self._batches, threads)
+        self._scores = is_classifier(read_ready(model))
+        if self._scores:
+            self._reference = run_onnx(model, self._batches, threads)
+        else:
+            self._outputs = run_outputs(model, self._batches, threads)
 
     def kl(self, content: bytes) -> float:
-        found = compare_logits(run_onnx(content, self._batches, self._threads), None, self._reference).kl_to_dense
+        found = self._classify(content).kl_to_dense if self._scores else self._error(content)
         return float("inf") if found is None else found
 
     def complete(self, report: QuantReport, path: Path) -> QuantReport:
-        found = compare_logits(run_onnx(path, self._batches, self._threads), None, self._reference)
+        if not self._scores:
+            return replace(report, kl_to_fp32=self._error(path))
+        found = self._classify(path)
         return replace(report, kl_to_fp32=found.kl_to_dense, agreement_top1=found.agreement_top1)
+
+    def _classify(self, model: Path | bytes) -> Evaluation:
+        return compare_logits(run_onnx(model, self._batches, self._threads), None, self._reference)
+
+    def _error(self, model: Path | bytes) -> float | None:
+        """Return the mean over outputs of squared error over variance; None where an output is not finite."""
+        found = run_outputs(model, self._batches, self._threads)
+        pairs = [(own, found[name]) for name, own in self._outputs.items()]
+        if not all(np.isfinite(other).all() for _, other in pairs):
+            return None
+        return float(np.mean([error_per_image(own, other).mean() for own, other in pairs]))
 
 
 def _dynamic_if_nearer(model: Path, out: Path, scheme: Scheme, fp32: _Comparison, static: QuantReport) -> QuantReport:
@@ -296,6 +318,8 @@ def _quantised(
         raise UsageError(f"no layer of the model is called '{unknown[0]}'; quantize.layer_names lists them")
     copy = onnx.ModelProto()
     copy.CopyFrom(proto)
+    # Eight bits for a whole decoded output cannot hold scores beside pixels.
+    decoding = () if is_classifier(proto) else decoding_nodes(proto)
     values = {name: (np.float32(low), np.float32(high)) for name, (low, high) in ranges.items()}
     try:
         quantiser = QDQQuantizer(
@@ -306,7 +330,7 @@ def _quantised(
             QuantType.QInt8 if scheme.signed else QuantType.QUInt8,
             TensorsData(CalibrationMethod.MinMax, values),
             [],
-            list(exclude),
+            [*exclude, *decoding],
             [*WEIGHTED_OPS, *CARRYING_OPS],
             {
                 "ActivationSymmetric": scheme.symmetric,
@@ -319,7 +343,7 @@ def _quantised(
     except Exception as error:  # the quantiser's exceptions have no common base
         raise JobError(f"ONNX Runtime cannot quantise the model: {first_line(error)}") from error
     made: onnx.ModelProto = quantiser.model.model
-    hold_in_fp32_(made, exclude)
+    hold_in_fp32_(made, [*exclude, *(name for name in weighted_layers(proto) if name in decoding)])
     free_outputs_(made)
     content: bytes = made.SerializeToString(deterministic=True)
     return content

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx.parser
 import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
@@ -15,6 +16,7 @@ from mm_edge.arrays import Array, Float32Array
 from mm_edge.bench.target import load_target, resolve_host
 from mm_edge.errors import JobError, ModelError, UsageError
 from mm_edge.formats.fp16 import convert_fp16
+from mm_edge.formats.int8_graph import decoding_nodes, read_ready
 from mm_edge.formats.quantize import (
     Extremes,
     calibrate,
@@ -25,7 +27,8 @@ from mm_edge.formats.quantize import (
     quantise_static,
 )
 from mm_edge.formats.schemes import scheme_for
-from mm_edge.quality.evaluation import compare_logits, run_onnx
+from mm_edge.quality.divergences import error_per_image
+from mm_edge.quality.evaluation import compare_logits, run_onnx, run_outputs
 
 CHANNELS, CLASSES = 8, 5
 
@@ -359,3 +362,47 @@ def test_a_file_that_is_no_model_is_named(tmp_path: Path) -> None:
     (tmp_path / "m.onnx").write_bytes(b"no")
     with pytest.raises(ModelError, match=r"m\.onnx is not an ONNX model"):
         layer_names(tmp_path / "m.onnx")
+
+
+# ---- networks that are no classifiers
+
+
+def detector(path: Path) -> Path:
+    """Boxes of pixel size beside scores below 1, decoded by a distribution over distances, as in the YOLO family."""
+    text = """<ir_version: 10, opset_import: ["" : 20]> g (float[N,3,8,8] x) => (float[N,2,64] y) {
+        h = Conv<pads=[1,1,1,1]>(x, w) r = Relu(h)
+        b = Conv(r, wb) c = Conv(r, wc)
+        flat = Reshape(b, bins) t = Transpose<perm=[0,2,1,3]>(flat) soft = Softmax<axis=1>(t) d = Conv(soft, dfl)
+        box = Reshape(d, row) pixels = Mul(box, stride)
+        score = Reshape(c, row) probability = Sigmoid(score)
+        y = Concat<axis=1>(pixels, probability)
+    }"""
+    proto = onnx.parser.parse_model(text)
+    draw = np.random.default_rng(0).standard_normal
+    weights: dict[str, Array] = {
+        "w": draw((16, 3, 3, 3)).astype(np.float32),
+        "wb": draw((4, 16, 1, 1)).astype(np.float32),
+        "wc": (0.2 * draw((1, 16, 1, 1))).astype(np.float32),
+        "dfl": np.arange(4, dtype=np.float32).reshape(1, 4, 1, 1),
+        "bins": np.array([0, 1, 4, 64]),
+        "row": np.array([0, 1, 64]),
+        "stride": np.array(100, np.float32),
+    }
+    proto.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in weights.items())
+    onnx.save(onnx.shape_inference.infer_shapes(proto), path)
+    return path
+
+
+def test_what_decodes_a_detector_stays_in_fp32(tmp_path: Path) -> None:
+    model = detector(tmp_path / "m.onnx")
+    decoding = [node.op_type for node in read_ready(model).graph.node if node.name in decoding_nodes(read_ready(model))]
+    assert decoding == "Reshape Transpose Softmax Conv Reshape Mul Reshape Sigmoid Concat".split()
+    report = quantise(model, tmp_path / "q.onnx", resolve_host(load_target("host")), [images(16)], images(16, 1))
+    assert report.kl_to_fp32 is not None and report.kl_to_fp32 < 0.05 and report.agreement_top1 is None
+    found = run_outputs(tmp_path / "q.onnx", [(images(8, 2), np.zeros(8, np.int64))], 1)["y"]
+    dense = run_outputs(model, [(images(8, 2), np.zeros(8, np.int64))], 1)["y"]
+    # One scale for the whole output would leave the scores, all below 1, two or three values.
+    assert len(np.unique(found[:, 1].round(6))) > 100
+    assert float(error_per_image(dense, found).mean()) < 0.05
+    made = {node.op_type for node in onnx.load(tmp_path / "q.onnx").graph.node}
+    assert "QuantizeLinear" in made
