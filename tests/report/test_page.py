@@ -237,7 +237,7 @@ def test_hostile_names_run_nothing_in_a_browser(tmp_path: Path) -> None:
 def test_axe_finds_no_serious_fault(tmp_path: Path) -> None:
     if importlib.util.find_spec("axe_playwright_python") is None:
         pytest.skip("axe-core is missing: pip install axe-playwright-python")
-    import axe_playwright_python  # type: ignore[import-untyped]
+    import axe_playwright_python
 
     script = (Path(axe_playwright_python.__file__).parent / "axe.min.js").read_text()
     file = tmp_path / "report.html"
