@@ -18,6 +18,7 @@ from mm_edge.records import Candidate, Constraints, LayerPicture, Report
 from mm_edge.report.decision import decide
 from mm_edge.report.figures import CHOSEN, CONTROL, DENSE, OTHER, read_overview
 from mm_edge.report.page import write_page
+from mm_edge.report.page.inspection import write_inspection_page
 from mm_edge.report.page.plots import quality_against_speed
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'&</style>\x1b[2J"
@@ -246,3 +247,44 @@ def test_axe_finds_no_serious_fault(tmp_path: Path) -> None:
         opened.page.evaluate(script)
         found = opened.page.evaluate("axe.run()")["violations"]
     assert [(item["impact"], item["id"]) for item in found if item["impact"] in ("serious", "critical")] == []
+
+
+DOCUMENT: dict[str, Any] = {
+    "model": {"name": "net/" + HOSTILE, "params": 1_000_000, "macs": 2_000_000},
+    "inputs": [],
+    "warnings": [HOSTILE],
+    "layers": [
+        {
+            "fqn": "a.weight",
+            "role": "stem",
+            "shape": [8, 3, 3, 3],
+            "macs": 1_500_000,
+            "lo": 0,
+            "hi": 0.3,
+            "range": "stem",
+        }
+    ],
+    "groups": [{"id": "a.weight:0", "size": 8, "tensors": ["a.weight", "b.bias"]}],
+    "pinned": [{"id": HOSTILE, "size": 3, "tensors": [HOSTILE], "reason": "input of the model"}],
+}
+
+
+def test_the_page_of_a_network_has_its_totals_layers_and_groups() -> None:
+    page = write_inspection_page(DOCUMENT)
+    assert (
+        "1 M parameters, 2 M multiply-adds; 1 prunable layers hold 1.5 M of them; 1 coupled groups can lose channels, "
+        "1 keep their width."
+    ) in page
+    assert Elements(page).names.count("script") == 3 and "img" not in Elements(page).names
+    assert read_data(page)["plots"]["groups"]["data"]["values"] == [
+        {"layer": "a.weight", "number": 1, "group": "a.weight:0", "width": 8}
+    ]
+
+
+@pytest.mark.slow
+def test_a_browser_draws_the_page_of_a_network(tmp_path: Path) -> None:
+    file = tmp_path / "page.html"
+    file.write_text(write_inspection_page(DOCUMENT))
+    with open_page(file) as opened:
+        assert opened.page.locator(".plot svg").count() == 2
+        assert opened.said == [] and opened.asked == [file.as_uri()]

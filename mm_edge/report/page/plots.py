@@ -219,6 +219,65 @@ def layer_widths(layers: Sequence[LayerPicture]) -> Spec:
     }
 
 
+def layer_work(layers: Sequence[Mapping[str, Any]]) -> Spec:
+    """Return the multiply-adds of every layer, coloured by its largest sparsity; layers are as `inspect` has them."""
+    values = [{"layer": item["fqn"], "role": item["role"], "macs": item["macs"], "most": item["hi"]} for item in layers]
+    colours = [f"var(--heat-{step})" for step in (1, 2, 3, 4, 5)]
+    return {
+        "$schema": SCHEMA,
+        "description": "multiply-adds of every layer",
+        "data": {"values": values},
+        **_height(15, len(layers)),
+        "mark": {"type": "bar", "tooltip": True, "stroke": "var(--muted)", "strokeWidth": 0.5},
+        "encoding": {
+            "y": {"field": "layer", "type": "nominal", "sort": None, "title": None, "axis": {"labelLimit": 150}},
+            "x": {"field": "macs", "type": "quantitative", "title": "multiply-adds", "axis": {"format": "~s"}},
+            "color": {
+                "field": "most",
+                "type": "quantitative",
+                "scale": {"type": "threshold", "domain": [0.2, 0.4, 0.6, 0.8], "range": colours},
+                "legend": {"title": "largest sparsity", "format": ".0%"},
+            },
+            "tooltip": [
+                {"field": "layer", "type": "nominal"},
+                {"field": "role", "type": "nominal"},
+                {"field": "macs", "type": "quantitative", "title": "multiply-adds", "format": ","},
+                {"field": "most", "type": "quantitative", "title": "largest sparsity", "format": ".0%"},
+            ],
+        },
+    }
+
+
+def layers_and_groups(layers: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]]) -> Spec:
+    """Return a mark for every layer that is part of a coupled group; groups are numbered in their order."""
+    names = [item["fqn"] for item in layers]
+    known = set(names)
+    values = [
+        {"layer": tensor, "number": number, "group": group["id"], "width": group["size"]}
+        for number, group in enumerate(groups, 1)
+        for tensor in group["tensors"]
+        if tensor in known
+    ]
+    return {
+        "$schema": SCHEMA,
+        "description": "layers and the coupled groups that they are part of",
+        "data": {"values": values},
+        **_height(15, len(names)),
+        "mark": {"type": "square", "size": 60, "opacity": 1, "color": "var(--front)", "tooltip": True},
+        "encoding": {
+            "y": {
+                "field": "layer",
+                "type": "nominal",
+                "scale": {"domain": names},
+                "title": None,
+                "axis": {"labelLimit": 150, "grid": True},
+            },
+            "x": {"field": "number", "type": "quantitative", "title": "group, by number", "axis": {"tickMinStep": 1}},
+            "tooltip": [{"field": name, "type": "nominal"} for name in ("layer", "group", "width")],
+        },
+    }
+
+
 def latency_curves(curves: Mapping[str, Sequence[float]]) -> Spec:
     """Return for each network the share of samples that took at most a time; `curves` holds sorted milliseconds."""
     values = [
