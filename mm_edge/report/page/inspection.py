@@ -46,9 +46,10 @@ def summarize(document: Document) -> str:
     model, layers = document["model"], document["layers"]
     work = sum(layer["macs"] for layer in layers)
     parameters = "" if model["params"] is None else f"{show_count(model['params'])} parameters, "
+    groups, pinned = len(document["groups"]), len(document["pinned"])
     return (
         f"{parameters}{show_count(model['macs'])} multiply-adds; {len(layers)} prunable layers hold {show_count(work)} "
-        f"of them; {len(document['groups'])} coupled groups can lose channels, {len(document['pinned'])} keep their width."
+        f"of them; {groups} coupled groups can lose channels, {pinned} keep their width."
     )
 
 
