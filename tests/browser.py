@@ -50,7 +50,7 @@ def open_page(path: Path, width: int = 1280, scheme: str = "light") -> Iterator[
 
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)  # type: ignore[arg-type]
+        page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
         opened = OpenPage(page)
         opened.open(path)
         yield opened

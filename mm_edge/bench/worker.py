@@ -77,6 +77,9 @@ NULL_MODEL = bytes.fromhex(
 )
 
 _DARWIN_FLAGS = {"FEAT_DotProd": "asimddp", "FEAT_I8MM": "i8mm", "FEAT_BF16": "bf16", "FEAT_SME": "sme"}
+# Bounds of the shapes that a model states for its open sizes: characters, and numbers in one input.
+LONGEST_SHAPES = 10_000
+MOST_ELEMENTS = 1 << 28
 _NUMPY_TYPES = {
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
@@ -312,20 +315,50 @@ def thread_count(options: Dict[str, Any]) -> int:
 
 
 def make_inputs(session: Any, options: Dict[str, Any]) -> Dict[str, Any]:
-    """Return {input name: array}: the request's .npy file for a one-input model, else seeded noise of its shapes."""
+    """Return {input name: array}: the request's .npy file for a one-input model, else seeded noise of its shapes.
+
+    A size that the model leaves open is what the request's "shapes" say, else the shape that mm-edge wrote into the
+    model, else 1.
+    """
     import numpy as np
 
     generator = np.random.RandomState(int(options.get("seed", 0)))
     if options.get("input"):
         return {session.get_inputs()[0].name: np.load(options["input"], allow_pickle=False)}
     feeds = {}
+    stated = dict(_stated_shapes(session), **(options.get("shapes") or {}))
     for value in session.get_inputs():
         dtype = _NUMPY_TYPES.get(value.type)
         if dtype is None:
             raise WorkerError("model", "input %r has type %s, which the worker cannot make" % (value.name, value.type))
-        shape = [size if isinstance(size, int) else 1 for size in value.shape]
+        own = stated.get(value.name) or []
+        open_sizes = own if len(own) == len(value.shape) else [1] * len(value.shape)
+        shape = [size if isinstance(size, int) else other for size, other in zip(value.shape, open_sizes)]
         feeds[value.name] = generator.standard_normal(shape).astype(dtype)
     return feeds
+
+
+def _stated_shapes(session: Any) -> Dict[str, List[int]]:
+    """Return the shapes that mm-edge wrote into a model that leaves sizes open; what is not written so is ignored."""
+    text = session.get_modelmeta().custom_metadata_map.get("mm_edge.measured", "")
+    if not text or len(text) > LONGEST_SHAPES:
+        return {}
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    shapes = found.items() if isinstance(found, dict) else []
+    return {name: shape for name, shape in shapes if isinstance(shape, list) and _is_shape(shape)}
+
+
+def _is_shape(sizes: List[Any]) -> bool:
+    """Return whether these are sizes of an array of at most MOST_ELEMENTS."""
+    total = 1
+    for size in sizes:
+        if type(size) is not int or not 0 < size <= MOST_ELEMENTS:
+            return False
+        total *= size
+    return total <= MOST_ELEMENTS
 
 
 def _one_line(error: BaseException) -> str:

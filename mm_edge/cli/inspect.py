@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mm_edge.cli.options import RecordCommand, load
 from mm_edge.run.request import ModelOptions, make_model_options
 
+if TYPE_CHECKING:
+    from rich.table import Table
+
 
 @click.command("inspect", cls=RecordCommand, record=ModelOptions)
 @click.argument("model", type=click.Path(readable=False))
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
-def inspect(model: str, as_json: bool, **given: Any) -> None:
+@click.option(
+    "--html", type=click.Path(path_type=Path), metavar="FILE", help="Write a page with pictures to this file."
+)
+def inspect(model: str, as_json: bool, html: Path | None, **given: Any) -> None:
     """Show layers, roles, ranges and coupled groups, and what is pinned and why."""
     options = make_model_options(**given)
 
@@ -24,6 +31,11 @@ def inspect(model: str, as_json: bool, **given: Any) -> None:
 
     with Console(stderr=True).status("exporting"):
         document = describe_model(load(model, options, guess_sizes=True), options.keep)
+    if html is not None:
+        from mm_edge.report.page.inspection import write_inspection_page
+        from mm_edge.store import write_atomically
+
+        write_atomically(html, write_inspection_page(document).encode())
     if as_json:
         click.echo(json.dumps(document, indent=2))
     else:
@@ -32,32 +44,46 @@ def inspect(model: str, as_json: bool, **given: Any) -> None:
 
 def _print(document: dict[str, Any]) -> None:
     from rich.console import Console
-    from rich.table import Table
+
+    from mm_edge.report.page.inspection import summarize
 
     console = Console()
     for item in document["inputs"]:
         console.print(_describe_input(item), markup=False, highlight=False)
     for warning in document["warnings"]:
         console.print(f"warning: {warning}", markup=False, highlight=False)
-    layers = Table(
-        "layer", "role", "shape", "MACs", "sparsity range", title=f"{len(document['layers'])} prunable layers"
-    )
+    console.print(summarize(document), markup=False, highlight=False)
+    layers = _table(f"{len(document['layers'])} prunable layers", "layer", "role", "shape", "MACs", "sparsity range")
     for layer in document["layers"]:
         bounds = f"{layer['lo']:.0%} - {layer['hi']:.0%}"
         shape = "x".join(map(str, layer["shape"]))
-        layers.add_row(layer["fqn"], layer["role"], shape, f"{layer['macs']:,}", bounds)
+        _add_row_(layers, layer["fqn"], layer["role"], shape, f"{layer['macs']:,}", bounds)
     console.print(layers)
-    groups = Table(
-        "group", "width", "tensors", title=f"{len(document['groups'])} coupled groups that can lose channels"
-    )
+    title = f"{len(document['groups'])} coupled groups that can lose channels"
+    groups = _table(title, "group", "width", "tensors")
     for group in document["groups"]:
-        tensors = group["tensors"]
-        groups.add_row(group["id"], str(group["size"]), f"{len(tensors)}: {', '.join(tensors[:3])}")
+        _add_row_(groups, group["id"], str(group["size"]), f"{len(group['tensors'])}: {', '.join(group['tensors'])}")
     console.print(groups)
-    pinned = Table("group", "width", "why it keeps its width", title=f"{len(document['pinned'])} pinned")
+    pinned = _table(f"{len(document['pinned'])} pinned", "group", "width", "why it keeps its width")
     for group in document["pinned"]:
-        pinned.add_row(group["id"], str(group["size"]), group["reason"])
+        _add_row_(pinned, group["id"], str(group["size"]), group["reason"])
     console.print(pinned)
+
+
+def _table(title: str, *columns: str) -> Table:
+    """Return a table whose cells are folded, so that every name stands there in full."""
+    from rich.table import Table
+
+    table = Table(title=title)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def _add_row_(table: Table, *cells: str) -> None:
+    from rich.text import Text
+
+    table.add_row(*map(Text, cells))
 
 
 def _describe_input(item: dict[str, Any]) -> str:

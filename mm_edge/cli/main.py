@@ -45,7 +45,7 @@ SUBCOMMANDS = {
     "evaluate": Entry(
         "mm_edge.cli.evaluate", "evaluate", "Measure the top-1 accuracy of an ONNX model on every image of a data set."
     ),
-    "report": Entry("mm_edge.cli.report", "report", "Print the report of a run directory."),
+    "report": Entry("mm_edge.cli.report", "report", "Print the report of a run directory, or compare several."),
     "targets": Entry(
         "mm_edge.cli.targets",
         "targets",

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from mm_edge.cli.options import RecordCommand, load
 from mm_edge.errors import UsageError
 from mm_edge.run.request import Request, make_request
-
-if TYPE_CHECKING:
-    from mm_edge.api import Result
 
 EXAMPLES = """\b
 Examples:
@@ -43,17 +40,8 @@ def run(model: str, request: Request) -> None:
 
     from mm_edge.api import run_job
     from mm_edge.progress import Stages
-    from mm_edge.report import print_report
+    from mm_edge.report import print_paths, print_report
 
     result = run_job(lambda: load(model, request), request, Stages(Console(stderr=True)))
     print_report(result, Console())
-    _print_files(result)
-
-
-def _print_files(result: Result) -> None:
-    if result.chosen is not None:
-        if result.chosen_path is not None:
-            click.echo(f"chosen model: {result.chosen_path}")
-        for path in sorted((result.folder / "bundle").glob("[!.]*")):
-            click.echo(f"for the device: {path}")
-    click.echo(f"full report:  {result.folder / 'report.md'}")
+    print_paths(result, result.folder, Console())

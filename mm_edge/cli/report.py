@@ -1,4 +1,4 @@
-"""`mm-edge report`: print the report of a run directory."""
+"""`mm-edge report`: print the report of a run directory, or compare several."""
 
 from __future__ import annotations
 
@@ -6,19 +6,100 @@ from pathlib import Path
 
 import click
 
-from mm_edge.errors import UsageError
+from mm_edge.errors import JobError, UsageError
+
+PATH = click.Path(path_type=Path)
 
 
 @click.command("report")
-@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("folders", metavar="DIR...", nargs=-1, required=True, type=PATH)
 @click.option("--open", "open_page", is_flag=True, help="Open the page in a browser.")
-def report(folder: Path, open_page: bool) -> None:
-    """Print the report of a run directory."""
+@click.option("--html", type=PATH, metavar="FILE", help="Write the page to this file.  [default: DIR/report.html]")
+@click.option(
+    "--fail-if-slower",
+    type=click.FloatRange(min=0),
+    metavar="PERCENT",
+    help="End with 1 where a run is slower than the first by more than this.",
+)
+@click.option(
+    "--fail-if-worse",
+    type=click.FloatRange(min=0),
+    metavar="POINTS",
+    help="End with 1 where the quality of a run is below that of the first by more than this.",
+)
+def report(
+    folders: tuple[Path, ...],
+    open_page: bool,
+    html: Path | None,
+    fail_if_slower: float | None,
+    fail_if_worse: float | None,
+) -> None:
+    """Print the report of a run directory, or compare several.
+
+    Of several runs the later ones are compared with the first.
+    """
+    if len(folders) > 1:
+        _compare(folders, open_page, html, fail_if_slower, fail_if_worse)
+        return
+    if fail_if_slower is not None or fail_if_worse is not None:
+        raise UsageError("--fail-if-slower and --fail-if-worse compare runs; give at least two run directories")
+    _show(folders[0], open_page, html)
+
+
+def _show(folder: Path, open_page: bool, html: Path | None) -> None:
+    from rich.console import Console
+
+    from mm_edge.report import PAGE, print_paths, print_report, read_report
+
+    found = read_report(folder)
+    place = folder if folder.is_dir() else folder.parent
+    page = place / PAGE if html is None else html
+    if html is not None or (open_page and not page.exists()):
+        from mm_edge.report.page import write_page
+
+        _write(page, write_page(found, place))
+    print_report(found, Console())
+    print_paths(found, place, Console())
     if open_page:
-        raise UsageError("--open is not available yet; the report is in report.md beside report.json")
+        click.launch(str(page))
+
+
+def _compare(
+    folders: tuple[Path, ...],
+    open_page: bool,
+    html: Path | None,
+    fail_if_slower: float | None,
+    fail_if_worse: float | None,
+) -> None:
+    """Print the comparison.
+
+    Raises:
+        JobError: a run is slower or worse than allowed.
+    """
+    if open_page and html is None:
+        raise UsageError("--open shows a page and a comparison has none yet; give --html FILE with it")
 
     from rich.console import Console
 
-    from mm_edge.report import print_report, read_report
+    from mm_edge.report import read_report
+    from mm_edge.report.compare import compare_runs, find_regressions
+    from mm_edge.report.terminal import print_comparison
 
-    print_report(read_report(folder), Console())
+    comparison = compare_runs([(folder, read_report(folder)) for folder in folders])
+    regressions = find_regressions(comparison, fail_if_slower, fail_if_worse)
+    print_comparison(comparison, Console())
+    if html is not None:
+        from mm_edge.report.page.comparison import write_comparison_page
+
+        _write(html, write_comparison_page(comparison))
+        click.echo(f"page:         {html}")
+    if open_page:
+        click.launch(str(html))
+    if regressions:
+        raise JobError("; ".join(regressions))
+
+
+def _write(path: Path, page: str) -> None:
+    from mm_edge.store import write_atomically
+
+    write_atomically(path, page.encode())

@@ -27,14 +27,25 @@ EXTERNAL_TENSOR_BYTES = 1024
 
 
 def add_metadata_(
-    model: onnx.ModelProto, spec: InputSpec, labels: Sequence[str], provenance: Mapping[str, Any]
+    model: onnx.ModelProto,
+    spec: InputSpec,
+    labels: Sequence[str],
+    provenance: Mapping[str, Any],
+    measured: Mapping[str, Sequence[int]] | None = None,
 ) -> None:
     """Write labels, preprocessing, opset and provenance into `model`; what was there under these keys is replaced.
 
-    `provenance` holds JSON values: where the weights came from, what was pruned, versions.
+    Args:
+        model: the model, changed in place.
+        spec: what it expects of its input.
+        labels: names of the classes.
+        provenance: JSON values: where the weights came from, what was pruned, versions.
+        measured: the shape that each input is measured at, for a model that leaves sizes open.
     """
     opset = max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=None)
     values = {"labels": list(labels), "input": to_json(spec), "opset": opset, "provenance": to_json(dict(provenance))}
+    if measured:
+        values["measured"] = {name: list(shape) for name, shape in measured.items()}
     kept = [(entry.key, entry.value) for entry in model.metadata_props if not entry.key.startswith(KEY_PREFIX)]
     del model.metadata_props[:]
     for key, value in kept:

@@ -70,6 +70,13 @@ class LoadedModel:
     build: TimmBuild | None = None
     inputs: tuple[ModelInput, ...] = ()
 
+    @property
+    def open_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape that each input is measured at, where the model leaves sizes open; else empty."""
+        if not any(None in item.shape for item in self.inputs):
+            return {}
+        return {item.name: item.measured for item in self.inputs}
+
 
 def load_model(source: str, options: LoadOptions) -> LoadedModel:
     """Load a path or timm:NAME; the network is never downloaded and no code of a file is run unasked.

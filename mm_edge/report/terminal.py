@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from mm_edge.records import Candidate, Report
+from mm_edge.report.compare import Comparison, show_change
+from mm_edge.report.files import PAGE
 from mm_edge.report.summary import count_skipped, find_chosen, name_candidates, pick_candidates, write_headline
 from mm_edge.report.values import (
     NOT_MEASURED,
@@ -14,6 +18,7 @@ from mm_edge.report.values import (
     show_count,
     show_drop,
     show_ms,
+    show_number,
     show_percent,
     show_ratio,
 )
@@ -82,7 +87,7 @@ def _list_dense_figures(report: Report) -> dict[str, str]:
 def _list_figures(c: Candidate) -> dict[str, str]:
     return {
         "top-1": show_percent(c.accuracy_top1),
-        "points": show_drop(c.accuracy_drop),
+        "points": show_drop(c.accuracy_drop) + ("~" if _is_by_chance(c) else ""),
         "p50": show_ms(c.latency_ms.p50),
         "speed-up": show_ratio(c.speedup),
         "MACs": show_count(c.macs),
@@ -91,8 +96,52 @@ def _list_figures(c: Candidate) -> dict[str, str]:
     }
 
 
+def _is_by_chance(c: Candidate) -> bool:
+    """Return whether the interval of the loss holds 0: too few images tell the candidate from dense."""
+    return c.drop_ci is not None and c.drop_ci[0] <= 0 <= c.drop_ci[1]
+
+
+def print_paths(report: Report, folder: Path, console: Console) -> None:
+    """Print where the model, the reports and the bundle of the run in `folder` are, as far as they are there."""
+    chosen = find_chosen(report)
+    places = {
+        "chosen model": None if chosen is None or chosen.artifact is None else folder / chosen.artifact,
+        "full report": folder / "report.md",
+        "page": folder / PAGE,
+        "bundle": folder / "bundle",
+    }
+    for label, path in places.items():
+        if path is not None and path.exists():
+            # A path may be longer than the terminal is wide; broken into lines it could not be copied.
+            console.print(f"{label + ':':13} {_one_line(str(path))}", soft_wrap=True, highlight=False, markup=False)
+
+
+def print_comparison(comparison: Comparison, console: Console) -> None:
+    """Print several runs side by side, and their changes against the first."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for title in ("run", "network"):
+        table.add_column(title, overflow="fold")
+    for title in ("quality", "speed-up", "p50", "file"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for run in comparison.runs:
+        row, quality = run.row, run.overview.quality
+        shown = show_percent(row.quality) if quality is None or quality.is_fraction else show_number(row.quality)
+        cells = [run.name, row.id, shown, show_ratio(row.speedup), show_ms(row.p50), show_bytes(row.file_bytes)]
+        table.add_row(*(Text(_one_line(cell)) for cell in cells))
+    console.print(table)
+    for run, changes, differences in zip(comparison.runs[1:], comparison.changes, comparison.differences, strict=True):
+        console.print()
+        _print_line(console, run.name, f"against {comparison.runs[0].name}")
+        for change in changes:
+            _print_line(console, f"  {change.what}", show_change(change))
+        for difference in differences:
+            _print_line(console, "  different", difference)
+
+
 def _write_legend(report: Report, candidates: tuple[Candidate, ...], unmeasured: list[str]) -> str:
     lines = ["* Pareto front   > chosen   points: top-1 against dense, validation images"]
+    if any(_is_by_chance(c) for c in candidates):
+        lines.append("~ the validation images cannot tell it from dense: the 95 % interval of the loss holds 0")
     if unmeasured:
         lines.append(f"{NOT_MEASURED}: {', '.join(unmeasured)}")
     if len(candidates) < len(report.candidates):

@@ -23,6 +23,11 @@ def show_percent(fraction: float | None) -> str:
     return _or_not_measured(fraction, lambda f: f"{100 * f:.2f} %")
 
 
+def show_number(value: float | None) -> str:
+    """Return a figure without a unit, with four significant digits."""
+    return _or_not_measured(value, lambda number: f"{number:.4g}")
+
+
 def show_drop(points: float | None) -> str:
     """Return a drop of 1.5 points as "-1.50" (a loss reads as negative) and a gain as "+0.20"."""
     return _or_not_measured(points, lambda p: f"{0.0 - p:+.2f}")

@@ -80,7 +80,8 @@ def write_command(request: Request, source: str) -> str:
     words = ["mm-edge", "prune-export", source]
     for name, item in list_options(Request).items():
         value = getattr(request, name)
-        if value is not None and value != item.default:
+        default = item.default if item.default_by is None else item.default_by(vars(request))
+        if value is not None and value != default:
             words += _words(item, value)
     return shlex.join(words)
 

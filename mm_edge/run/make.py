@@ -235,7 +235,7 @@ def _write(network: Network, settings: MakeSettings, model: ir.Model, artifact: 
     """Write a model with its metadata."""
     proto: onnx.ModelProto = ir.to_proto(model)
     whole = {**settings.provenance, "model": network.model.info, **provenance}
-    add_metadata_(proto, network.spec, settings.labels, whole)
+    add_metadata_(proto, network.spec, settings.labels, whole, network.model.open_shapes)
     write_model(proto, artifact)
 
 

@@ -382,7 +382,7 @@ def _write_dense(job: Job, dense: Network) -> Reference:
         model = (dense.raw.given or dense.raw.model).clone()
         proto = ir.to_proto(deploy(model, keep_names=dense.raw.keeps_names))
         provenance = {**provenance_of(job, dense.model), "candidate": "dense"}
-        add_metadata_(proto, dense.spec, labels_of(job), provenance)
+        add_metadata_(proto, dense.spec, labels_of(job), provenance, dense.model.open_shapes)
         job.store.claim("dense.onnx", "dense.onnx.data")
         write_model(proto, file)
         if dense.images.validation is None or job.data is None:

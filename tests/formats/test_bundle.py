@@ -168,7 +168,7 @@ def test_photos_are_prepared_as_they_were_for_the_measurement(resize: str, shape
         mean, std = ((0.5,), (0.2,)) if one else (SPEC.mean, SPEC.std)
         spec = dataclasses.replace(SPEC, shape=shape, mean=mean, std=std, resize=resize, pad=114, **change)
         expected = normalise(pixels_of(spec)(photo)[None], spec)
-        found, _ = script.prepare(photo, to_json(spec))
+        found, _ = script.prepare(photo, to_json(spec))  # type: ignore[no-untyped-call]
         np.testing.assert_array_equal(found, expected)
 
 

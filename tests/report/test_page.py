@@ -18,6 +18,7 @@ from mm_edge.records import Candidate, Constraints, LayerPicture, Report
 from mm_edge.report.decision import decide
 from mm_edge.report.figures import CHOSEN, CONTROL, DENSE, OTHER, read_overview
 from mm_edge.report.page import write_page
+from mm_edge.report.page.inspection import write_inspection_page
 from mm_edge.report.page.plots import quality_against_speed
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'&</style>\x1b[2J"
@@ -137,10 +138,15 @@ def test_the_page_of_an_empty_report_leaves_out_what_is_unknown(tmp_path: Path) 
     assert titles == ["All candidates", "How this was measured"]
 
 
-def test_samples_become_a_curve_and_damaged_ones_are_left_out(tmp_path: Path) -> None:
-    samples = tmp_path / "samples" / "balanced.json"
+def write_samples(folder: Path) -> Path:
+    samples = folder / "samples" / "balanced.json"
     samples.parent.mkdir()
     samples.write_text(json.dumps({"result": {"dense_ns": [3_000_000, 2_000_000], "candidate_ns": [1_000_000] * 200}}))
+    return samples
+
+
+def test_samples_become_a_curve_and_damaged_ones_are_left_out(tmp_path: Path) -> None:
+    samples = write_samples(tmp_path)
     values = read_data(write_page(full_report(), tmp_path))["plots"]["samples"]["data"]["values"]
     assert [value["ms"] for value in values if value["network"] == "dense"] == [2.0, 3.0]
     assert len(values) == 82
@@ -187,6 +193,7 @@ def test_the_page_is_one_file_of_at_most_three_megabytes(tmp_path: Path) -> None
 @pytest.mark.parametrize("width", [360, 1280])
 def test_a_browser_draws_the_page_and_asks_for_nothing(tmp_path: Path, width: int, scheme: str) -> None:
     file = tmp_path / "report.html"
+    write_samples(tmp_path)
     file.write_text(write_page(full_report(), tmp_path))
     with open_page(file, width, scheme) as opened:
         assert opened.said == [] and opened.asked == [file.as_uri()]
@@ -231,7 +238,7 @@ def test_hostile_names_run_nothing_in_a_browser(tmp_path: Path) -> None:
 def test_axe_finds_no_serious_fault(tmp_path: Path) -> None:
     if importlib.util.find_spec("axe_playwright_python") is None:
         pytest.skip("axe-core is missing: pip install axe-playwright-python")
-    import axe_playwright_python  # type: ignore[import-untyped]
+    import axe_playwright_python
 
     script = (Path(axe_playwright_python.__file__).parent / "axe.min.js").read_text()
     file = tmp_path / "report.html"
@@ -240,3 +247,44 @@ def test_axe_finds_no_serious_fault(tmp_path: Path) -> None:
         opened.page.evaluate(script)
         found = opened.page.evaluate("axe.run()")["violations"]
     assert [(item["impact"], item["id"]) for item in found if item["impact"] in ("serious", "critical")] == []
+
+
+DOCUMENT: dict[str, Any] = {
+    "model": {"name": "net/" + HOSTILE, "params": 1_000_000, "macs": 2_000_000},
+    "inputs": [],
+    "warnings": [HOSTILE],
+    "layers": [
+        {
+            "fqn": "a.weight",
+            "role": "stem",
+            "shape": [8, 3, 3, 3],
+            "macs": 1_500_000,
+            "lo": 0,
+            "hi": 0.3,
+            "range": "stem",
+        }
+    ],
+    "groups": [{"id": "a.weight:0", "size": 8, "tensors": ["a.weight", "b.bias"]}],
+    "pinned": [{"id": HOSTILE, "size": 3, "tensors": [HOSTILE], "reason": "input of the model"}],
+}
+
+
+def test_the_page_of_a_network_has_its_totals_layers_and_groups() -> None:
+    page = write_inspection_page(DOCUMENT)
+    assert (
+        "1 M parameters, 2 M multiply-adds; 1 prunable layers hold 1.5 M of them; 1 coupled groups can lose channels, "
+        "1 keep their width."
+    ) in page
+    assert Elements(page).names.count("script") == 3 and "img" not in Elements(page).names
+    assert read_data(page)["plots"]["groups"]["data"]["values"] == [
+        {"layer": "a.weight", "number": 1, "group": "a.weight:0", "width": 8}
+    ]
+
+
+@pytest.mark.slow
+def test_a_browser_draws_the_page_of_a_network(tmp_path: Path) -> None:
+    file = tmp_path / "page.html"
+    file.write_text(write_inspection_page(DOCUMENT))
+    with open_page(file) as opened:
+        assert opened.page.locator(".plot svg").count() == 2
+        assert opened.said == [] and opened.asked == [file.as_uri()]

@@ -23,7 +23,7 @@ from mm_edge.records import (
     Report,
     to_json,
 )
-from mm_edge.report import print_report, read_report, write_report
+from mm_edge.report import print_paths, print_report, read_report, write_report
 from mm_edge.report.markdown import write_markdown
 from mm_edge.report.summary import control_sentence, write_headline
 from mm_edge.report.values import (
@@ -406,3 +406,28 @@ def test_who_won_under_a_budget_stands_in_the_report() -> None:
     print_report(make_report(planned, budgets=(outcome,)), console)
     assert isinstance(console.file, io.StringIO)
     assert f"budget: {outcome.reason}" in console.file.getvalue()
+
+
+def test_rows_that_chance_explains_are_marked_and_the_table_fits_eighty_columns() -> None:
+    unsure = dataclasses.replace(FAST, drop_ci=(-1.0, 2.0))
+    sure = dataclasses.replace(candidate("uniform", 1.5, drop=2.0), drop_ci=(1.0, 3.0))
+    text = render(make_report(unsure, sure), width=80)
+    assert "-0.50~" in text and "-2.00~" not in text
+    assert "~ the validation images cannot tell it from dense: the 95 % interval of the loss holds 0" in " ".join(
+        text.split()
+    )
+    assert max(map(len, text.splitlines())) <= 80
+    assert "~" not in render(make_report(FAST))
+
+
+def test_paths_come_last_as_far_as_they_are_there(tmp_path: Path) -> None:
+    folder = tmp_path / ("long" * 30)
+    write_report(make_report(FAST), folder)
+    (folder / "bundle").mkdir()
+    console = Console(width=80, file=io.StringIO(), record=True)
+    print_paths(make_report(FAST), folder, console)
+    assert console.export_text().splitlines() == [
+        f"full report:  {folder / 'report.md'}",
+        f"page:         {folder / 'report.html'}",
+        f"bundle:       {folder / 'bundle'}",
+    ]

@@ -46,7 +46,7 @@ def main():
     names = [item.name for item in session.get_outputs()]
     feed = session.get_inputs()[0]
     outputs = dict(zip(names, session.run(None, {feed.name: pixels.astype(element_type(feed.type))})))
-    found = find_boxes(outputs, spec["shape"][1:], manifest.get("head"))
+    found = find_boxes(outputs, spec["shape"][1:], manifest["head"], len(labels))
     if found is not None:
         answer_boxes(photo, found, placed, labels, given)
     else:
@@ -170,19 +170,21 @@ def name_of(index, labels):
 # ---- boxes
 
 
-def find_boxes(outputs, size, head):
+def find_boxes(outputs, size, head, count):
     """Return boxes (N, 4), scores and classes; None for no detector, or one of a layout that this script does not read.
 
-    Boxes are left, top, right and bottom in pixels of the input. `head` is the layout that manifest.json names.
+    Boxes are left, top, right and bottom in pixels of the input. `head` is the layout that manifest.json names, `count`
+    the number of classes, or 0 where nobody named them: what comes after the classes (masks, key points) is left out.
     """
     if head is None:
         return None
     arrays = [np.asarray(outputs[name], dtype=np.float64) for name in head["outputs"]]
     layout, rows = head["layout"], arrays[0][0]
+    last = count or None
     if layout == "yolo":
-        return suppressed(in_pixels(corners(rows.T[:, :4]), size), rows.T[:, 4:])
+        return suppressed(in_pixels(corners(rows.T[:, :4]), size), rows.T[:, 4:][:, :last])
     if layout == "yolo-anchors":
-        return suppressed(in_pixels(corners(rows[:, :4]), size), rows[:, 5:] * rows[:, 4:5])
+        return suppressed(in_pixels(corners(rows[:, :4]), size), rows[:, 5:][:, :last] * rows[:, 4:5])
     if layout == "rows":
         return in_pixels(rows[:, :4], size), rows[:, 4], rows[:, 5].astype(int)
     if layout == "post-processed":

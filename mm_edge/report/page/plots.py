@@ -176,6 +176,7 @@ def speed_by_dimension(values: Sequence[Mapping[str, Any]], steps: Sequence[str]
                 "field": "within",
                 "type": "nominal",
                 "sort": list(steps),
+                "legend": {"title": "loses at most"},
                 "scale": {"domain": list(steps), "range": colours},
             },
         },
@@ -218,6 +219,65 @@ def layer_widths(layers: Sequence[LayerPicture]) -> Spec:
     }
 
 
+def layer_work(layers: Sequence[Mapping[str, Any]]) -> Spec:
+    """Return the multiply-adds of every layer, coloured by its largest sparsity; layers are as `inspect` has them."""
+    values = [{"layer": item["fqn"], "role": item["role"], "macs": item["macs"], "most": item["hi"]} for item in layers]
+    colours = [f"var(--heat-{step})" for step in (1, 2, 3, 4, 5)]
+    return {
+        "$schema": SCHEMA,
+        "description": "multiply-adds of every layer",
+        "data": {"values": values},
+        **_height(15, len(layers)),
+        "mark": {"type": "bar", "tooltip": True, "stroke": "var(--muted)", "strokeWidth": 0.5},
+        "encoding": {
+            "y": {"field": "layer", "type": "nominal", "sort": None, "title": None, "axis": {"labelLimit": 150}},
+            "x": {"field": "macs", "type": "quantitative", "title": "multiply-adds", "axis": {"format": "~s"}},
+            "color": {
+                "field": "most",
+                "type": "quantitative",
+                "scale": {"type": "threshold", "domain": [0.2, 0.4, 0.6, 0.8], "range": colours},
+                "legend": {"title": "largest sparsity", "format": ".0%"},
+            },
+            "tooltip": [
+                {"field": "layer", "type": "nominal"},
+                {"field": "role", "type": "nominal"},
+                {"field": "macs", "type": "quantitative", "title": "multiply-adds", "format": ","},
+                {"field": "most", "type": "quantitative", "title": "largest sparsity", "format": ".0%"},
+            ],
+        },
+    }
+
+
+def layers_and_groups(layers: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]]) -> Spec:
+    """Return a mark for every layer that is part of a coupled group; groups are numbered in their order."""
+    names = [item["fqn"] for item in layers]
+    known = set(names)
+    values = [
+        {"layer": tensor, "number": number, "group": group["id"], "width": group["size"]}
+        for number, group in enumerate(groups, 1)
+        for tensor in group["tensors"]
+        if tensor in known
+    ]
+    return {
+        "$schema": SCHEMA,
+        "description": "layers and the coupled groups that they are part of",
+        "data": {"values": values},
+        **_height(15, len(names)),
+        "mark": {"type": "square", "size": 60, "opacity": 1, "color": "var(--front)", "tooltip": True},
+        "encoding": {
+            "y": {
+                "field": "layer",
+                "type": "nominal",
+                "scale": {"domain": names},
+                "title": None,
+                "axis": {"labelLimit": 150, "grid": True},
+            },
+            "x": {"field": "number", "type": "quantitative", "title": "group, by number", "axis": {"tickMinStep": 1}},
+            "tooltip": [{"field": name, "type": "nominal"} for name in ("layer", "group", "width")],
+        },
+    }
+
+
 def latency_curves(curves: Mapping[str, Sequence[float]]) -> Spec:
     """Return for each network the share of samples that took at most a time; `curves` holds sorted milliseconds."""
     values = [
@@ -248,8 +308,54 @@ def latency_curves(curves: Mapping[str, Sequence[float]]) -> Spec:
                 "field": "network",
                 "type": "nominal",
                 "scale": {"domain": names, "range": [[4, 2], [1, 0]]},
-                "legend": None,
+                "legend": {"title": None, "labelLimit": 260},
             },
+        },
+    }
+
+
+def runs_plot(points: Sequence[Mapping[str, Any]], runs: Sequence[str]) -> Spec:
+    """Return quality against speed-up of several runs; `points` are of `plot_values`, with the name of their run."""
+    scale = {"domain": list(runs)}
+    palette = [f"var(--{role})" for role in (FRONT, CHOSEN, CONTROL, "limit", OTHER)]
+    colours = [palette[index % len(palette)] for index in range(len(runs))]
+    tooltip = [
+        {"field": "run", "type": "nominal"},
+        {"field": "id", "type": "nominal", "title": "candidate"},
+        {"field": "role", "type": "nominal"},
+        {"field": "quality", "type": "quantitative", "format": ".2f"},
+        {"field": "speedup", "type": "quantitative", "title": "speed-up", "format": ".2f"},
+    ]
+    return {
+        "$schema": SCHEMA,
+        "description": "quality against speed-up of several runs",
+        "data": {"values": list(points)},
+        "width": "container",
+        "height": 320,
+        "mark": {"type": "point", "filled": True, "opacity": 1, "tooltip": True},
+        "encoding": {
+            "x": {
+                "field": "speedup",
+                "type": "quantitative",
+                "title": "speed-up",
+                "scale": {"zero": False, "padding": 14},
+            },
+            "y": {
+                "field": "quality",
+                "type": "quantitative",
+                "title": "quality",
+                "scale": {"zero": False, "padding": 14},
+            },
+            "color": {
+                "field": "run",
+                "type": "nominal",
+                "scale": {**scale, "range": colours},
+                "legend": {"title": None, "labelLimit": 260},
+            },
+            "shape": {"field": "run", "type": "nominal", "scale": scale, "legend": {"title": None, "labelLimit": 260}},
+            "size": {"condition": {"test": f"datum.role === '{CHOSEN}'", "value": 190}, "value": 60},
+            "tooltip": tooltip,
+            "description": {"field": "description"},
         },
     }
 

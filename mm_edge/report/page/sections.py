@@ -203,8 +203,10 @@ def what_dimensions_bought(page: Page) -> Html | None:
             found += [(f"{title}: {value}", [row for row in rows if getattr(row, name) == value]) for value in values]
     if not found:
         return None
-    steps = [f"at most {limit:g} points lost" for limit in WITHIN]
-    table = Table("Largest measured speed-up", ["what", "networks", *steps], ["networks", *steps])
+    steps = [f"{limit:g} point{'' if limit == 1 else 's'}" for limit in WITHIN]
+    table = Table(
+        "Largest measured speed-up that loses at most so much", ["what", "networks", *steps], ["networks", *steps]
+    )
     points: list[dict[str, Any]] = []
     for name, rows in found:
         best = [_fastest_within(rows, limit) for limit in WITHIN]
