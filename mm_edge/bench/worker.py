@@ -317,8 +317,8 @@ def thread_count(options: Dict[str, Any]) -> int:
 def make_inputs(session: Any, options: Dict[str, Any]) -> Dict[str, Any]:
     """Return {input name: array}: the request's .npy file for a one-input model, else seeded noise of its shapes.
 
-    A size that the model leaves open is what the request's "shapes" say, else the shape that mm-edge wrote into the
-    model, else 1.
+    A size that the model leaves open is what mm-edge wrote into the model; an open batch is 1 without that, and another
+    open size is refused, because the time of an input of one pixel would mean nothing.
     """
     import numpy as np
 
@@ -326,14 +326,18 @@ def make_inputs(session: Any, options: Dict[str, Any]) -> Dict[str, Any]:
     if options.get("input"):
         return {session.get_inputs()[0].name: np.load(options["input"], allow_pickle=False)}
     feeds = {}
-    stated = dict(_stated_shapes(session), **(options.get("shapes") or {}))
+    stated = _stated_shapes(session)
     for value in session.get_inputs():
         dtype = _NUMPY_TYPES.get(value.type)
         if dtype is None:
             raise WorkerError("model", "input %r has type %s, which the worker cannot make" % (value.name, value.type))
         own = stated.get(value.name) or []
-        open_sizes = own if len(own) == len(value.shape) else [1] * len(value.shape)
-        shape = [size if isinstance(size, int) else other for size, other in zip(value.shape, open_sizes)]
+        if len(own) != len(value.shape):
+            if any(not isinstance(size, int) for size in value.shape[1:]):
+                reason = "input %r leaves sizes open, %s; fix them, or give a file that mm-edge prune-export wrote"
+                raise WorkerError("model", reason % (value.name, list(value.shape)))
+            own = [1] * len(value.shape)
+        shape = [size if isinstance(size, int) else other for size, other in zip(value.shape, own)]
         feeds[value.name] = generator.standard_normal(shape).astype(dtype)
     return feeds
 

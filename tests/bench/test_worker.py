@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnx.parser
 import onnxruntime
 import pytest
 import torch
@@ -148,3 +150,36 @@ def test_products_without_a_gpu_are_refused_in_a_sentence(tmp_path: Path) -> Non
 def test_products_on_a_gpu(tmp_path: Path) -> None:
     result = ask("products", tmp_path, products=[[512, 1024, 1024], [8, 64, 32]], runs=20)["result"]
     assert [len(samples) for key in ("dense_ns", "sparse_ns") for samples in result[key]] == [20] * 4
+
+
+# --- sizes that a model leaves open ---------------------------------------------------------------------------------
+
+
+def open_model(path: Path, metadata: str | None, batch: str = "N") -> Path:
+    shape = f"float[{batch},3,H,W]"
+    text = f'<ir_version: 10, opset_import: ["" : 20]> g ({shape} x) => ({shape} y) {{ y = Relu(x) }}'
+    proto = onnx.parser.parse_model(text)
+    if metadata is not None:
+        proto.metadata_props.add(key="mm_edge.measured", value=metadata)
+    onnx.save(proto, path)
+    return path
+
+
+@pytest.mark.parametrize(("batch", "expected"), [("N", (2, 3, 32, 48)), ("1", (1, 3, 32, 48))])
+def test_open_sizes_are_those_the_artifact_states(tmp_path: Path, batch: str, expected: tuple[int, ...]) -> None:
+    session = onnxruntime.InferenceSession(open_model(tmp_path / "m.onnx", '{"x": [2, 3, 32, 48]}', batch))
+    assert worker.make_inputs(session, {})["x"].shape == expected
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [None, "", "[]", "{", "[" * 5000, '{"x": [1, 3]}', '{"x": [1, 3, -4, 8]}', '{"x": [1, 3, 1e9, 8]}',
+     '{"x": [1, 3, 100000, 100000]}', '{"other": [1, 3, 8, 8]}'],
+)  # fmt: skip
+def test_open_sizes_that_nothing_states_are_refused(tmp_path: Path, metadata: str | None) -> None:
+    session = onnxruntime.InferenceSession(open_model(tmp_path / "m.onnx", metadata))
+    with pytest.raises(worker.WorkerError) as caught:
+        worker.make_inputs(session, {})
+    assert caught.value.args[-1] == (
+        "input 'x' leaves sizes open, ['N', 3, 'H', 'W']; fix them, or give a file that mm-edge prune-export wrote"
+    )
