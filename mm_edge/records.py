@@ -19,6 +19,7 @@ SCHEMA_VERSION history (fields are added under a raised version, never renamed):
 from __future__ import annotations
 
 import dataclasses
+import json
 import types
 import typing
 from collections.abc import Sequence
@@ -26,6 +27,8 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 SCHEMA_VERSION = 5
+# The longest JSON text that is read, in characters. Reports of some hundred rows take less than a million.
+LONGEST_JSON = 1 << 28
 
 T = TypeVar("T")
 
@@ -522,6 +525,20 @@ class Report:
     def is_control(self, candidate: Candidate) -> bool:
         """Whether a candidate is the dense network on images of another size, which pruned candidates have to beat."""
         return candidate.kind == "dense" and candidate.input_shape[-2:] != self.model.input_shape[-2:]
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Return the value of a JSON text that others wrote; use this in place of `json.loads`.
+
+    Raises:
+        ValueError: it is not JSON, longer than LONGEST_JSON, or nested too deep to be read.
+    """
+    if len(text) > LONGEST_JSON:
+        raise ValueError(f"{len(text):,} characters of JSON, more than {LONGEST_JSON:,}")
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("JSON that is nested too deep") from error
 
 
 def to_json(record: Any) -> Any:

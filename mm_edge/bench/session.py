@@ -27,7 +27,7 @@ from mm_edge.bench.readiness import require_ready
 from mm_edge.bench.target import Target, pattern_options
 from mm_edge.bench.transport import DEFAULT_TIMEOUT_S, Transport, hash_sent_file
 from mm_edge.errors import BenchError, UsageError
-from mm_edge.records import Latency
+from mm_edge.records import Latency, parse_json
 from mm_edge.store import SAMPLES_START, refuse_link, starts_with, write_atomically
 
 SAMPLES_VERSION = 2
@@ -494,7 +494,7 @@ def _reuse(path: Path | None, identity: Mapping[str, Any]) -> dict[str, Any] | N
     if path is None or identity["fingerprint"] is None or not path.is_file():
         return None
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
+        kept = parse_json(path.read_text(encoding="utf-8"))
         if kept["samples_version"] != SAMPLES_VERSION or kept["identity"] != identity:
             return None
         _check_samples(kept["result"], identity["options"]["pairs"], str(path))

@@ -266,8 +266,9 @@ class _Parser:
         self._lines = _key_lines(text)
         try:
             self._data: dict[str, Any] = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
-            raise TargetError(f"{path}: not valid TOML: {error}") from error
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits, or lists a thousand deep
+            reason = "nested too deep" if isinstance(error, RecursionError) else error
+            raise TargetError(f"{path}: not valid TOML: {reason}") from error
 
     def parse(self) -> Target:
         known = {f.name for f in dataclasses.fields(Target)} - {"memory_bytes", "storage_bytes"} | {"budget"}

@@ -20,6 +20,7 @@ from typing import Any, Protocol, Self
 
 from mm_edge.bench import worker
 from mm_edge.errors import BenchError
+from mm_edge.records import parse_json
 from mm_edge.store import hash_file
 
 MAX_ANSWER_BYTES = 64 << 20
@@ -248,7 +249,7 @@ def _find_reply(stdout: bytes) -> dict[str, Any] | None:
     if not lines:
         return None
     try:
-        reply = json.loads(lines[-1][len(mark) :])
+        reply = parse_json(lines[-1][len(mark) :])
     except ValueError:
         return None
     return reply if isinstance(reply, dict) else None

@@ -16,7 +16,7 @@ import onnx
 
 from mm_edge.errors import ModelError
 from mm_edge.quality.parity import Run
-from mm_edge.records import InputSpec, to_json
+from mm_edge.records import InputSpec, parse_json, to_json
 from mm_edge.runtime import open_session
 from mm_edge.store import WRITING_PREFIX, disk_errors, refuse_link, write_atomically
 
@@ -63,7 +63,7 @@ def read_metadata(model: Path) -> dict[str, Any]:
     found = open_session(model).get_modelmeta().custom_metadata_map
     try:
         return {
-            key.removeprefix(KEY_PREFIX): json.loads(value)
+            key.removeprefix(KEY_PREFIX): parse_json(value)
             for key, value in found.items()
             if key.startswith(KEY_PREFIX)
         }

@@ -26,7 +26,7 @@ from PIL import Image
 from mm_edge.arrays import Array, Float64Array, IntArray
 from mm_edge.errors import DataError, first_line
 from mm_edge.load.photos import Fit, pixels_of
-from mm_edge.records import InputSpec
+from mm_edge.records import InputSpec, parse_json
 
 # The boxes of COCO's 118,000 training photos take 470 MB.
 MOST_BYTES = 512 << 20
@@ -230,7 +230,7 @@ def _read_json(path: Path) -> Any:
     try:
         if path.stat().st_size > MOST_BYTES:
             raise DataError(f"--labels '{path}' is larger than {MOST_BYTES >> 20} MiB; leave out photos not in --data")
-        return json.loads(path.read_bytes())
+        return parse_json(path.read_bytes())
     except OSError as error:
         raise DataError(f"--labels '{path}' cannot be read: {first_line(error)}") from error
     except (ValueError, RecursionError) as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from mm_edge.load.network import LoadOptions, ModelInput
 from mm_edge.load.onnx_precision import FLOATS, graphs, other_precisions, tensors, to_float32_
 from mm_edge.load.onnx_sizes import PROTOBUF_LIMIT, Declared, resolve_inputs
 from mm_edge.load.weights import check_file
+from mm_edge.records import parse_json
 
 # Metadata entry in which mm-edge's own artifacts carry their InputSpec as JSON.
 INPUT_METADATA_KEY = "mm_edge.input"
@@ -186,7 +186,7 @@ def _own_metadata(proto: onnx.ModelProto) -> dict[str, Any]:
     if text is None:
         return {}
     try:
-        config = json.loads(text)
+        config = parse_json(text)
     except ValueError:
         return {}
     return config if isinstance(config, dict) else {}

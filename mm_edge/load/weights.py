@@ -7,7 +7,6 @@ arguments) is the only further type allowed. A pickle that names anything else i
 from __future__ import annotations
 
 import argparse
-import json
 import pickle
 import pickletools
 import re
@@ -24,11 +23,14 @@ import torch
 from torch import nn
 
 from mm_edge.errors import ModelError, first_line
+from mm_edge.records import parse_json
 
 # Keys under which training scripts keep the weights. Averaged weights come first: they are the ones evaluated.
 _STATE_KEYS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model", "net", "weights")
 _HARMLESS_GLOBALS = re.compile(r"torch\.|collections\.OrderedDict$|argparse\.Namespace$|numpy\.")
 _WRAPPER_PREFIXES = re.compile(r"^(?:model\.|module\.|_orig_mod\.)+")
+# What an archive may hold beside the bytes of its file: records of torch, and small compressed members.
+EXPANSION_BYTES = 64 << 20
 _FOLDER_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -62,6 +64,9 @@ def read_weights(path: Path, trust_pickle: bool) -> WeightsFile | nn.Module:
     if path.is_dir():
         return _read_folder(path, trust_pickle)
     check_file(path)
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            check_expansion(path, archive)
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     return _interpret(path, _load_pickled(path, trust_pickle))
@@ -80,6 +85,19 @@ def check_file(path: Path) -> None:
         raise ModelError(f"'{path}' cannot be read: {error.strerror}") from error
     if not first:
         raise ModelError(f"'{path}' is empty; save the model again")
+
+
+def check_expansion(path: Path, archive: zipfile.ZipFile) -> None:
+    """Refuse an archive that holds far more than its file: torch stores tensors as they are, not compressed.
+
+    Raises:
+        ModelError: its members take more than EXPANSION_BYTES beside the size of the file.
+    """
+    held = sum(item.file_size for item in archive.infolist())
+    if held > path.stat().st_size + EXPANSION_BYTES:
+        raise ModelError(
+            f"'{path}' unpacks to {held / 2**20:,.0f} MB, far more than the file; save the model again with torch.save"
+        )
 
 
 def zip_members(path: Path) -> list[str]:
@@ -249,7 +267,7 @@ def _read_safetensors(path: Path) -> WeightsFile:
 
 def _from_json_text(text: str) -> Any:
     try:
-        return json.loads(text)
+        return parse_json(text)
     except ValueError:
         return text
 
@@ -265,7 +283,7 @@ def _read_folder(folder: Path, trust_pickle: bool) -> WeightsFile | nn.Module:
     if not config_path.is_file():
         return content
     try:
-        config = json.loads(config_path.read_text(encoding="utf-8"))
+        config = parse_json(config_path.read_text(encoding="utf-8"))
         if not isinstance(config, dict):
             raise ValueError("not an object")
     except (OSError, ValueError) as error:

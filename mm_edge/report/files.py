@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mm_edge.errors import UsageError
-from mm_edge.records import SCHEMA_VERSION, Report, from_json, to_json
+from mm_edge.records import SCHEMA_VERSION, Report, from_json, parse_json, to_json
 from mm_edge.report.markdown import write_markdown
 from mm_edge.report.page import write_page
 from mm_edge.store import write_atomically
@@ -29,7 +29,7 @@ def write_report(report: Report, folder: Path) -> None:
     if where is not None:
         raise ValueError(f"{where} is not a finite number; what was not measured is None")
     text = json.dumps(plain, indent=2, allow_nan=False) + "\n"
-    if to_json(from_json(Report, json.loads(text))) != json.loads(text):
+    if to_json(from_json(Report, parse_json(text))) != parse_json(text):
         raise ValueError("the report does not come back from JSON as it went")
     write_atomically(folder / "report.json", text.encode())
     write_atomically(folder / "report.md", write_markdown(report).encode())
@@ -44,7 +44,7 @@ def read_report(path: Path) -> Report:
     """
     file = path / "report.json" if path.is_dir() else path
     try:
-        data = json.loads(file.read_bytes())
+        data = parse_json(file.read_bytes())
     except FileNotFoundError as error:
         raise UsageError(
             f"no report.json in '{path}'; give a folder that mm-edge prune-export or mm-edge demo wrote"

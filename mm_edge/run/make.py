@@ -37,7 +37,7 @@ from mm_edge.plan.n_m import reduced_axes, require_pattern
 from mm_edge.plan.plans import PATTERN, ChannelPlan, Plan, WeightPlan
 from mm_edge.quality.evaluation import NOT_JUDGED, Judgement, Reference, judge_model
 from mm_edge.quality.parity import Run, compare, onnx_runner, require, torch_runner
-from mm_edge.records import Candidate, Parity, candidate_id, file_name
+from mm_edge.records import Candidate, Parity, candidate_id, file_name, parse_json
 from mm_edge.run.job import DENSE_FILE
 from mm_edge.run.networks import Network
 from mm_edge.run.recoveries import RECOVERIES, Recovery
@@ -276,7 +276,7 @@ def _describe_kept(structure: Structure, plan: Plan) -> dict[str, str] | None:
 def read_masked_state(structure: Structure, plan: Plan, path: Path) -> tuple[Plan, Arrays]:
     """Return the plan with the indices the recovery chose to keep, and the masked weights `save_candidate` wrote."""
     with safetensors.safe_open(path, framework="numpy") as file:
-        kept = json.loads((file.metadata() or {}).get("kept", "{}"))
+        kept = parse_json((file.metadata() or {}).get("kept", "{}"))
         tensors: Arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     if not isinstance(plan, ChannelPlan):
         return plan, tensors

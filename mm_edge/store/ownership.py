@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mm_edge.errors import UsageError
+from mm_edge.records import parse_json
 
 TOOL = "mm-edge"
 LAYOUT = 1
@@ -92,7 +93,7 @@ def refuse_link(path: Path) -> None:
 def read_owned(folder: Path) -> frozenset[str]:
     """Return the files listed as ours; in a folder of an earlier version, those that show they are."""
     try:
-        names = json.loads((folder / STAGES / OWNED).read_bytes())["files"]
+        names = parse_json((folder / STAGES / OWNED).read_bytes())["files"]
         return frozenset(name for name in names if isinstance(name, str) and _is_inside(name))
     except (OSError, ValueError, KeyError, TypeError):
         return frozenset(_recognise(folder))
@@ -202,6 +203,6 @@ def _is_inside(name: str) -> bool:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_bytes()) if _is_plain_file(path) else None
+        return parse_json(path.read_bytes()) if _is_plain_file(path) else None
     except (OSError, ValueError, RecursionError):
         return None

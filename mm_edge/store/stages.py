@@ -32,7 +32,7 @@ import safetensors.numpy
 
 from mm_edge.arrays import Array, Arrays
 from mm_edge.errors import JobError, UsageError
-from mm_edge.records import from_json, to_json
+from mm_edge.records import from_json, parse_json, to_json
 from mm_edge.store.ownership import (
     LOCK,
     MARKER,
@@ -236,7 +236,7 @@ class RunStore:
     def load_json(self, name: str, key: Mapping[str, Any]) -> Any | None:
         """Return what was stored under `name` for this `key`; None if it or one of its files is missing or changed."""
         try:
-            entry = json.loads(self._path(name, ".json").read_bytes())
+            entry = parse_json(self._path(name, ".json").read_bytes())
             if entry["key"] != hash_key(key) or entry["digest"] != _sha256(_canonical(entry["value"])):
                 return None
             if any(hash_file(self.folder / path) != digest for path, digest in entry["files"].items()):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+
+from mm_edge.records import parse_json
 
 CURVE_POINTS = 80
 
@@ -18,7 +19,7 @@ def read_curves(folder: Path, artifact: str | None) -> tuple[tuple[float, ...], 
     if artifact is None:
         return None
     try:
-        result = json.loads((folder / "samples" / f"{Path(artifact).stem}.json").read_bytes())["result"]
+        result = parse_json((folder / "samples" / f"{Path(artifact).stem}.json").read_bytes())["result"]
         return _thin(result["dense_ns"]), _thin(result["candidate_ns"])
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         return None
