@@ -172,9 +172,10 @@ READERS: dict[str, Callable[[Path], Any]] = {
 
 
 def outcome(out: Path) -> dict[str, Any]:
-    """Return the report without its seconds, and the digests of every artifact it names."""
+    """Return the report without its seconds and command, and the digests of every artifact it names."""
     report = json.loads((out / "report.json").read_text())
     report.pop("seconds")
+    report.pop("command")  # it names the run directory
     names = [row[field] for row in report["candidates"] for field in ("artifact", "masked_state_dict")]
     return {"report": report, "files": {name: hash_file(out / name) for name in ["dense.onnx", *filter(None, names)]}}
 

@@ -32,10 +32,10 @@ def inspect(model: str, as_json: bool, html: Path | None, **given: Any) -> None:
     with Console(stderr=True).status("exporting"):
         document = describe_model(load(model, options, guess_sizes=True), options.keep)
     if html is not None:
+        from mm_edge.report import save_page
         from mm_edge.report.page.inspection import write_inspection_page
-        from mm_edge.store import write_atomically
 
-        write_atomically(html, write_inspection_page(document).encode())
+        save_page(html, write_inspection_page(document))
     if as_json:
         click.echo(json.dumps(document, indent=2))
     else:

@@ -49,7 +49,7 @@ def report(
 def _show(folder: Path, open_page: bool, html: Path | None) -> None:
     from rich.console import Console
 
-    from mm_edge.report import PAGE, print_paths, print_report, read_report
+    from mm_edge.report import PAGE, print_paths, print_report, read_report, save_page
 
     found = read_report(folder)
     place = folder if folder.is_dir() else folder.parent
@@ -57,7 +57,7 @@ def _show(folder: Path, open_page: bool, html: Path | None) -> None:
     if html is not None or (open_page and not page.exists()):
         from mm_edge.report.page import write_page
 
-        _write(page, write_page(found, place))
+        save_page(page, write_page(found, place))
     print_report(found, Console())
     print_paths(found, place, Console())
     if open_page:
@@ -89,17 +89,12 @@ def _compare(
     regressions = find_regressions(comparison, fail_if_slower, fail_if_worse)
     print_comparison(comparison, Console())
     if html is not None:
+        from mm_edge.report import save_page
         from mm_edge.report.page.comparison import write_comparison_page
 
-        _write(html, write_comparison_page(comparison))
+        save_page(html, write_comparison_page(comparison))
         click.echo(f"page:         {html}")
     if open_page:
         click.launch(str(html))
     if regressions:
         raise JobError("; ".join(regressions))
-
-
-def _write(path: Path, page: str) -> None:
-    from mm_edge.store import write_atomically
-
-    write_atomically(path, page.encode())

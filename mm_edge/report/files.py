@@ -36,6 +36,11 @@ def write_report(report: Report, folder: Path) -> None:
     write_atomically(folder / PAGE, write_page(report, folder).encode())
 
 
+def save_page(path: Path, page: str) -> None:
+    """Write a page, whole or not at all."""
+    write_atomically(path, page.encode())
+
+
 def read_report(path: Path) -> Report:
     """Read a report from a run directory, or from the report.json itself.
 

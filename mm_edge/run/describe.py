@@ -11,7 +11,7 @@ from mm_edge.plan.ranges import apply_constraints, rule_ranges
 from mm_edge.records import Candidate, LayerPicture
 from mm_edge.run.job import Job
 from mm_edge.run.networks import Network
-from mm_edge.run.options import Flag, Flags, Option, Patterns, list_options
+from mm_edge.run.options import Flag, Flags, InputShapes, Option, Patterns, list_options
 from mm_edge.run.request import Request
 
 # The share of its channels that a layer loses where its sensitivity is stated.
@@ -95,6 +95,10 @@ def _words(item: Option, value: object) -> list[str]:
     if isinstance(item.kind, Patterns):
         assert isinstance(value, tuple)
         return [word for pattern in value for word in (item.flag, pattern)]
+    if isinstance(item.kind, InputShapes):
+        assert isinstance(value, tuple)
+        shapes = (f"{name}={','.join(map(str, shape))}" for name, shape in value)
+        return [word for shape in shapes for word in (item.flag, shape)]
     return [item.flag, ",".join(map(_word, value)) if isinstance(value, tuple) else _word(value)]
 
 

@@ -20,6 +20,7 @@ def test_the_command_has_every_option_that_is_not_its_default() -> None:
         data="my photos",
         out=Path("run"),
         input_size="3,32,32",
+        inputs={"left": (1, 3, 32, 32), "right": (1, 8)},
         max_drop=1,
         macs="0.5,0.25",
         keep=("a*", "b"),
@@ -28,7 +29,7 @@ def test_the_command_has_every_option_that_is_not_its_default() -> None:
         recover="none",
     )
     assert write_command(request, "net.pt") == (
-        "mm-edge prune-export net.pt --input-size 3,32,32 --keep 'a*' --keep b --data 'my photos' --out run "
+        "mm-edge prune-export net.pt --input-size 3,32,32 --input left=1,3,32,32 --input right=1,8 --keep 'a*' --keep b --data 'my photos' --out run "
         "--recover none --macs 0.5,0.25 --max-drop 1 --no-bench --ort"
     )
 
