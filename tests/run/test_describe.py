@@ -29,7 +29,8 @@ def test_the_command_has_every_option_that_is_not_its_default() -> None:
         recover="none",
     )
     assert write_command(request, "net.pt") == (
-        "mm-edge prune-export net.pt --input-size 3,32,32 --input left=1,3,32,32 --input right=1,8 --keep 'a*' --keep b --data 'my photos' --out run "
+        "mm-edge prune-export net.pt --input-size 3,32,32 --input left=1,3,32,32 --input right=1,8 "
+        "--keep 'a*' --keep b --data 'my photos' --out run "
         "--recover none --macs 0.5,0.25 --max-drop 1 --no-bench --ort"
     )
 
