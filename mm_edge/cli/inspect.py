@@ -30,7 +30,7 @@ def inspect(model: str, as_json: bool, html: Path | None, **given: Any) -> None:
     from mm_edge.plan.inspection import describe_model
 
     with Console(stderr=True).status("exporting"):
-        document = describe_model(load(model, options, guess_sizes=True), options.keep)
+        document = describe_model(load(model, options, guess_sizes=True), options.keep, options.judge)
     if html is not None:
         from mm_edge.report import save_page
         from mm_edge.report.page.inspection import write_inspection_page
@@ -52,6 +52,8 @@ def _print(document: dict[str, Any]) -> None:
         console.print(_describe_input(item), markup=False, highlight=False)
     for warning in document["warnings"]:
         console.print(f"warning: {warning}", markup=False, highlight=False)
+    for line in _describe_compared(document["compared"]):
+        console.print(line, markup=False, highlight=False)
     console.print(summarize(document), markup=False, highlight=False)
     layers = _table(f"{len(document['layers'])} prunable layers", "layer", "role", "shape", "MACs", "sparsity range")
     for layer in document["layers"]:
@@ -68,6 +70,18 @@ def _print(document: dict[str, Any]) -> None:
     for group in document["pinned"]:
         _add_row_(pinned, group["id"], str(group["size"]), group["reason"])
     console.print(pinned)
+
+
+def _describe_compared(views: list[list[dict[str, Any]]]) -> list[str]:
+    """Return one line for each kind of channels that is compared with the dense network."""
+    lines = []
+    for number, view in enumerate(views):
+        for kind in view:
+            first, end = kind["channels"]
+            by = "class scores, by KL" if kind["divergence"] == "kl" else "by squared error over variance"
+            where = f"channels {first} to {end - 1} of {', '.join(kind['values'])}"
+            lines.append(f"compared with dense{f', view {number + 1}' if len(views) > 1 else ''}: {where} ({by})")
+    return lines
 
 
 def _table(title: str, *columns: str) -> Table:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from mm_edge.graph.answers import find_answers
 from mm_edge.graph.groups import read_structure
 from mm_edge.graph.layers import read_layers
 from mm_edge.graph.onnx_graph import read_raw
@@ -12,8 +13,12 @@ from mm_edge.plan.ranges import apply_constraints, rule_ranges
 from mm_edge.records import to_json
 
 
-def describe_model(model: LoadedModel, keep: tuple[str, ...]) -> dict[str, Any]:
-    """Return the document `inspect --json` prints."""
+def describe_model(model: LoadedModel, keep: tuple[str, ...], judge: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Return the document `inspect --json` prints; `judge` names what is compared with the dense network.
+
+    Raises:
+        UsageError: a name in `keep` or `judge` is not there.
+    """
     raw = read_raw(model)
     structure = read_structure(raw, keep)
     layers = tuple(layer for layer in read_layers(raw) if layer.fqn in raw.weights)
@@ -25,6 +30,17 @@ def describe_model(model: LoadedModel, keep: tuple[str, ...]) -> dict[str, Any]:
             for i in model.inputs
         ],
         "warnings": list(model.warnings),
+        "compared": [
+            [
+                {
+                    "values": [part.value for part in kind.parts],
+                    "channels": [kind.parts[0].start, kind.parts[0].stop],
+                    "divergence": kind.divergence or ("kl" if len(kind.shape) == 2 else "channels"),
+                }
+                for kind in view
+            ]
+            for view in find_answers(raw, structure, judge).views
+        ],
         "layers": [
             {
                 **to_json(layer),
