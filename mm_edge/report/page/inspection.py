@@ -29,7 +29,7 @@ def write_inspection_page(document: Document) -> str:
         drawn["groups"] = plots.layers_and_groups(layers, groups)
         parts += [
             _heading("Layers"),
-            _figure("work", "Multiply-adds of every layer; the darker, the more of it may be removed."),
+            _figure("work", "Multiply-adds of every layer, coloured by the largest share of it that may be removed."),
             _layers_table(layers),
             _heading("Groups"),
             _figure("groups", "A mark says that the layer is part of the group; channels of a group go together."),

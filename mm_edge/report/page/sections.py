@@ -269,7 +269,7 @@ def layers(page: Page) -> Html | None:
         "Sensitivity is the divergence from dense in nats with a quarter of the layer's channels removed and nothing "
         "else."
     )
-    caption = "Output channels of every layer of the chosen network: kept (dark) of all (light)."
+    caption = "Output channels of every layer of the chosen network: the part that is kept, before the whole width."
     figure = page.place_(
         "layers", plots.layer_widths(found), caption, details("Table: roles, ranges, sensitivity", table.html())
     )
@@ -294,9 +294,7 @@ def strategies(page: Page) -> Html | None:
             shown = "" if least is None else f"{least:.2f}"
             cells.append(shown + (f" ({max(speeds):.2f}x)" if speeds else ""))
         table.add(name, *cells)
-    caption = (
-        "What each strategy lost under each signal, in points; the darker, the more. Strategies differ in speed too."
-    )
+    caption = "What each strategy lost under each signal, in points. Strategies differ in speed too."
     figure = page.place_("strategies", plots.strategies_heat_map(overview), caption, table.html())
     return _section("strategies", "Strategies", figure)
 
