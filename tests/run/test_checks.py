@@ -36,7 +36,6 @@ def refuse(spec: InputSpec = SPEC, labelled: bool = True, photos: bool = True, *
 
 def test_without_labels_nothing_counts_in_accuracy() -> None:
     text = "the images have no labels; give class folders"
-    assert refuse(labelled=False, max_drop=1) == f"--max-drop needs accuracy, and {text}"
     assert refuse(labelled=False, accuracy_on="device") == f"--accuracy-on device needs accuracy, and {text}"
     assert refuse(labelled=False, recover="finetune") == (
         f"--recover finetune trains on labels, and {text} or use --recover tune"
