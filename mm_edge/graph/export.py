@@ -190,7 +190,9 @@ def exportable(module: nn.Module) -> nn.Module:
     export would turn them into anonymous constants. timm's fused attention is switched to its plain form: the
     exporter refuses it on five-dimensional operands (hiera, nest) and takes views of it that do not exist (maxvit).
     """
-    fresh = copy.deepcopy(module).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # copying an exported program warns of PyTorch's own names
+        fresh = copy.deepcopy(module).eval()
     for part in fresh.modules():
         if getattr(part, "fused_attn", False) is True:
             setattr(part, "fused_attn", False)  # noqa: B010  a plain attribute of timm's own modules
