@@ -34,7 +34,7 @@ GROUND: dict[str, set[str]] = {
     "errors.py": set(),
     "records.py": set(),
     "store/__init__.py": {"store.ownership", "store.stages"},
-    "store/ownership.py": {"errors"},
+    "store/ownership.py": {"errors", "records"},
     "store/stages.py": {"arrays", "errors", "records", "store.ownership"},
 }
 
