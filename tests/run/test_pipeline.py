@@ -398,6 +398,7 @@ def test_prune_export_from_python(files: Path, tmp_path: Path, monkeypatch: pyte
     assert report == from_json(Report, json.loads((tmp_path / "mm-edge-Small" / "report.json").read_text()))
     assert report.candidates[0].macs < 0.8 * report.dense.macs
     assert report.warnings == (
+        "preprocessing not stated, assumed: colours RGB, resize crop; give --preprocess NAME, or --colours, --resize",
         "latency is not measured: --no-bench was given; run the same command without it to measure",
     )
     assert module.training
