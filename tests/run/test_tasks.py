@@ -89,7 +89,7 @@ def pruned(raw: RawGraph, structure: Structure) -> Keep:
 
 # The masked module of cross attention differs from the masked graph, so its candidates fail the parity check.
 UNEQUAL = pytest.mark.xfail(
-    strict=True, reason="in_proj_weight of cross attention is masked alike for queries and keys"
+    strict=True, reason="one in_proj_weight for queries and keys of other sources"
 )
 
 
