@@ -264,6 +264,7 @@ def test_command_line_measures_over_ssh(server: LoopbackServer, models: tuple[Pa
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # its four threads share two cores, and what is disturbed is measured again
 @needs_sshd
 def test_a_whole_job_on_a_board_whose_connection_breaks_half_way(server: LoopbackServer, tmp_path: Path) -> None:
     """The packaged profile as it is: the board's own python3, its four threads, accuracy taken there too."""
