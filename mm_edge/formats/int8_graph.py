@@ -67,14 +67,16 @@ def is_classifier(proto: onnx.ModelProto) -> bool:
 
 
 def decoding_nodes(proto: onnx.ModelProto) -> tuple[str, ...]:
-    """Return the names of the nodes after the last layers, which decode their results, in graph order.
+    """Return the names of the last layers and of the nodes after them, which decode their results, in graph order.
 
-    A layer that reads a softmax belongs to them: it decodes a distribution over distances into one.
+    A layer that reads a softmax decodes too: a distribution over distances into one. The last layers are those whose
+    results no other layer reads. They are narrow, and their results, such as class scores far below zero, need more
+    than 8 bits.
     """
     made_by = {name: node for node in proto.graph.node for name in node.output}
     layers = [node for node in weighted_layers(proto).values() if not _reads_softmax(node, made_by)]
     before: set[str] = set()
-    pending = list(layers)
+    pending = [made_by[name] for node in layers for name in node.input if name in made_by]
     while pending:
         node = pending.pop()
         if node.name not in before:

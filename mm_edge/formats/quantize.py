@@ -8,8 +8,8 @@ activations with one scale per tensor. Static scales come from calibration image
 
 Both ranges are tried, and the one of smaller KL(fp32 || int8) on images held back from calibration is taken. Layers
 that lower this divergence most when they alone stay in fp32 are then left in fp32, one after the other. The outputs of
-a network that is no classifier are compared by squared error over variance (divergences.py) instead of KL, and what
-decodes the results of its last layers stays in fp32.
+a network that is no classifier are compared by squared error over variance (divergences.py) instead of KL, and its last
+layers and what decodes their results stay in fp32.
 
 Which types the 8-bit numbers have depends on the target (schemes.py).
 """
