@@ -178,8 +178,12 @@ def cut_branches_(model: ir.Model, structure: Structure, keep: Keep) -> None:
                 raise refusal
             _replace_by_constant_(model, nodes[item.node], structure.table, item, keep)
     ir_passes.RemoveUnusedNodesPass()(model)
-    arrays = [(value, value.const_value) for value in model.graph.initializers.values()]
-    reached = any(array is not None and not array.size and list(value.uses()) for value, array in arrays)
+    # Other constants may be empty from the start, such as the region of interest of a Resize.
+    reached = any(
+        any(is_emptied(structure.table, axis, keep) for axis in structure.tensor_axes.get(name, ()))
+        for name, value in model.graph.initializers.items()
+        if list(value.uses())
+    )
     if reached or constant_values(model.graph) >= set(model.graph.outputs):
         raise refusal
     _fold_constant_operands_(model)

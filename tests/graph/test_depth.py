@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 from residual_net import Block, Residual, randomise_
 from tiny_graphs import noise
 from torch import nn
 
+from mm_edge.arrays import Array
 from mm_edge.errors import JobError
 from mm_edge.graph.axes import Keep
 from mm_edge.graph.compact import mask_tensors, masked_model, materialise
@@ -104,6 +107,32 @@ def test_removing_blocks_is_exact_and_counted(small: tuple[RawGraph, Structure],
     gone = dead_tensors(raw.model, structure, keep)
     for item in branches:
         assert set(item.tensors) - gone == {f"{item.id}.narrow.bias"}  # the constant that stays
+
+
+def test_a_constant_that_is_empty_from_the_start_does_not_refuse_a_branch() -> None:
+    """A Resize names an empty region of interest; PP-OCR's text detector has six."""
+    torch.manual_seed(0)
+    module = Residual().eval()
+    randomise_(module)
+    raw = export_raw(module, torch.zeros(1, 3, 8, 8))
+    graph = raw.model.graph
+    for name, array in (("roi", np.zeros(0, np.float32)), ("scales", np.ones(4, np.float32))):
+        graph.register_initializer(ir.Value(name=name, const_value=ir.tensor(array, name=name), **typed(array)))
+    reader = next(node for node in graph if graph.inputs[0] in node.inputs)
+    resize = ir.node(
+        "Resize", [graph.inputs[0], graph.initializers["roi"], graph.initializers["scales"]], name="resize"
+    )
+    resize.outputs[0].name, resize.outputs[0].shape = "resized", graph.inputs[0].shape
+    resize.outputs[0].dtype = ir.DataType.FLOAT
+    graph.insert_before(reader, resize)
+    reader.replace_input_with(0, resize.outputs[0])
+    structure = read_structure(raw)
+    branch = find_branches(raw.model, structure)[0]
+    assert_exact(raw, structure, empty(structure, (branch,)))
+
+
+def typed(array: Array) -> dict[str, Any]:
+    return {"shape": ir.Shape(array.shape), "type": ir.TensorType(ir.DataType.FLOAT)}
 
 
 def test_what_a_block_leaves_goes_into_the_bias_before_it(small: tuple[RawGraph, Structure]) -> None:
