@@ -271,7 +271,6 @@ def measure(args: argparse.Namespace) -> None:
             fraction = winner.macs / report.dense.macs
             row["macs_fraction"] = round(fraction, 4)
             row |= read_pages(args, out / winner.artifact)
-            row["divergence"] = winner.divergence
             save(args, entry)
             if args.onnxsim:
                 row["onnxsim"] = try_onnxsim(args, source, fraction, out / f"onnxsim-{fraction:.3f}.onnx")
