@@ -43,7 +43,7 @@ from rapidocr.utils.process_img import get_rotate_crop_image
 from mm_edge.graph.groups import read_structure
 from mm_edge.graph.onnx_graph import raw_from_onnx
 from mm_edge.load.network import ModelInput
-from mm_edge.report import read_report
+from mm_edge.records import Report, from_json
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "ocr.json"
@@ -261,7 +261,7 @@ def measure(args: argparse.Namespace) -> None:
     print("dense", entry["dense"], file=sys.stderr)
     out = args.work / f"run-{args.stage}-{args.seen}-{'-'.join(map(str, args.macs))}"
     entry["seconds"] = round(prune(args, source, write_photos(args), out), 1)
-    report = read_report(out)
+    report = from_json(Report, json.loads((out / "report.json").read_text()))
     by_id = {candidate.id: candidate for candidate in report.candidates}
     for budget in report.budgets:
         row: dict[str, Any] = {"id": budget.winner, "reason": budget.reason}
