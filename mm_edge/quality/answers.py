@@ -15,7 +15,7 @@ from mm_edge.arrays import Array, IntArray
 from mm_edge.quality.boxes import Detections
 from mm_edge.quality.detections import above, average_precision, detect
 from mm_edge.quality.heads import Head, find_head
-from mm_edge.quality.segmentation import IGNORED, Segmenter, find_segmenter, mean_iou, resize_nearest
+from mm_edge.quality.segmentation import IGNORED, Segmenter, class_maps, find_segmenter, mean_iou, resize_nearest
 from mm_edge.records import MetricValue
 
 # Images whose outputs are looked at together: boxes of a batch are held several times over while they are read.
@@ -42,8 +42,8 @@ class AnswerReader:
         if self.head is not None:
             return Answers(boxes=detect(self.head, _batches(outputs, self.head.outputs)))
         assert self.segmenter is not None
-        read = [self.segmenter.read(batch).astype(np.int16) for batch in _batches(outputs, (self.segmenter.output,))]
-        return Answers(classes=np.concatenate(read))
+        maps = class_maps(self.segmenter, _batches(outputs, (self.segmenter.output,)))
+        return Answers(classes=np.concatenate(maps))
 
 
 def find_reader(outputs: Mapping[str, Array], size: tuple[int, int]) -> AnswerReader | None:

@@ -105,10 +105,11 @@ def judge_model(
     if reference.outputs is None:
         return judge_logits(run_onnx(model, batches, threads), reference)
     outputs = run_outputs(model, batches, threads)
-    judged: Judgement = {**NOT_JUDGED, "fidelity": compare_outputs(outputs, reference)}
-    if reference.score is not None and reference.reader is not None:
-        judged["metric"] = reference.score(reference.reader.read(outputs))
-    return judged
+    if reference.score is None or reference.reader is None:
+        return {**NOT_JUDGED, "fidelity": compare_outputs(outputs, reference)}
+    answers = reference.reader.read(outputs)
+    fidelity = compare_outputs(outputs, reference, answers)
+    return {**NOT_JUDGED, "fidelity": fidelity, "metric": reference.score(answers)}
 
 
 def refer_to_outputs(outputs: Mapping[str, Float32Array], size: tuple[int, int]) -> Reference:
@@ -117,10 +118,13 @@ def refer_to_outputs(outputs: Mapping[str, Float32Array], size: tuple[int, int])
     return Reference(outputs=outputs, reader=reader, answers=None if reader is None else reader.read(outputs))
 
 
-def compare_outputs(found: Mapping[str, Float32Array], reference: Reference) -> Fidelity | None:
+def compare_outputs(
+    found: Mapping[str, Float32Array], reference: Reference, answers: Answers | None = None
+) -> Fidelity | None:
     """Compare the outputs of a network that is no classifier, by name, with the dense network's.
 
-    Nothing is compared of outputs whose shapes differ, as at another input size.
+    `answers` are the boxes or classes in `found`, if these were read already. Nothing is compared of outputs whose
+    shapes differ, as at another input size.
     """
     dense = reference.outputs or {}
     if any(name not in found or found[name].shape != own.shape for name, own in dense.items()):
@@ -130,7 +134,7 @@ def compare_outputs(found: Mapping[str, Float32Array], reference: Reference) -> 
     same = {name: _fidelity(own, other) for name, (own, other) in pairs.items()}
     if reference.reader is None or reference.answers is None:
         return Fidelity(same)
-    likeness = compare_answers(reference.reader.read(found), reference.answers)
+    likeness = compare_answers(reference.reader.read(found) if answers is None else answers, reference.answers)
     return Fidelity(same, likeness.map50_to_dense, likeness.map_to_dense, likeness.miou_to_dense)
 
 

@@ -56,9 +56,7 @@ def mirrored(context: RecoveryContext) -> RecoveryContext:
     """
     images = np.ascontiguousarray(context.images[list(context.held_back)][..., ::-1])
     held_back = tuple(range(len(images)))
-    frontier = Frontier(context.graph, images, held_back)
-    found = answers(context.graph, context.judged, frontier, held_back, context.threads)
-    return replace(context, images=images, fitted=(), held_back=held_back, answers=found)
+    return _answered(replace(context, images=images, fitted=(), held_back=held_back))
 
 
 def resized(views: RecoveryContext, context: RecoveryContext) -> RecoveryContext:
@@ -73,10 +71,14 @@ def judged_by_outputs(views: RecoveryContext) -> RecoveryContext:
     outputs = {value.name for value in views.raw.model.graph.outputs}
     if outputs.issuperset(views.judged.values):
         return views
-    judged = outputs_of(views.raw, views.structure)
-    frontier = Frontier(views.graph, views.images, views.held_back)
-    found = answers(views.graph, judged, frontier, views.held_back, views.threads)
-    return replace(views, judged=judged, answers=found, answering=())
+    return _answered(replace(views, judged=outputs_of(views.raw, views.structure), answering=()))
+
+
+def _answered(context: RecoveryContext) -> RecoveryContext:
+    """Return `context` with what the dense network answers to its held-back images."""
+    frontier = Frontier(context.graph, context.images, context.held_back)
+    found = answers(context.graph, context.judged, frontier, context.held_back, context.threads)
+    return replace(context, answers=found)
 
 
 def judge_views(views: RecoveryContext, keep: Keep, tensors: Arrays) -> Judged:

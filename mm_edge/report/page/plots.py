@@ -74,7 +74,14 @@ def work_against_speed(overview: Overview) -> Spec:
         "mark": {"type": "line", "strokeDash": [2, 3], "color": "var(--muted)", "aria": False},
         "encoding": {"x": x, "y": y},
     }
-    points = {
+    return _spec(
+        "measured speed-up against fewer multiply-adds", overview, [ideal, _points(overview, x, y)], height=280
+    )
+
+
+def _points(overview: Overview, x: Spec, y: Spec) -> Spec:
+    """Return one point for each network, its colour and shape by role."""
+    return {
         "mark": {"type": "point", "filled": True, "opacity": 1, "size": 70, "tooltip": True},
         "encoding": {
             "x": x,
@@ -85,7 +92,6 @@ def work_against_speed(overview: Overview) -> Spec:
             "description": {"field": "description"},
         },
     }
-    return _spec("measured speed-up against fewer multiply-adds", overview, [ideal, points], height=280)
 
 
 def size_against_memory(overview: Overview) -> Spec:
@@ -97,18 +103,7 @@ def size_against_memory(overview: Overview) -> Spec:
         "title": "peak memory, MB",
         "scale": {"zero": False, "padding": 14},
     }
-    points = {
-        "mark": {"type": "point", "filled": True, "opacity": 1, "size": 70, "tooltip": True},
-        "encoding": {
-            "x": x,
-            "y": y,
-            "color": _role_colour(),
-            "shape": _role_shape(),
-            "tooltip": _tooltip(overview.quality),
-            "description": {"field": "description"},
-        },
-    }
-    return _spec("peak memory against file size", overview, [points], height=240)
+    return _spec("peak memory against file size", overview, [_points(overview, x, y)], height=240)
 
 
 def strategies_heat_map(overview: Overview) -> Spec:
