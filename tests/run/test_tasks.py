@@ -88,9 +88,7 @@ def pruned(raw: RawGraph, structure: Structure) -> Keep:
 
 
 # The masked module of cross attention differs from the masked graph, so its candidates fail the parity check.
-UNEQUAL = pytest.mark.xfail(
-    strict=True, reason="one in_proj_weight for queries and keys of other sources"
-)
+UNEQUAL = pytest.mark.xfail(strict=True, reason="one in_proj_weight for queries and keys of other sources")
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=UNEQUAL if name == "detr" else ()) for name in TASKS])
