@@ -18,6 +18,7 @@ from mm_edge.plan.plans import Plan
 from mm_edge.quality.evaluation import interval_of
 from mm_edge.records import Candidate, DenseFigures, Latency, MetricValue, Report
 from mm_edge.run.convert import convert_front
+from mm_edge.run.expected import expected_stages
 from mm_edge.run.finish import finish
 from mm_edge.run.job import Job
 from mm_edge.run.make import MakeSettings, control_file_name, make_candidate, make_control
@@ -37,6 +38,7 @@ def run_stages(job: Job) -> Report:
         JobError: the job ran and failed; what was made is kept. When no candidate meets the constraints the report is
             written all the same, with `chosen` null.
     """
+    job.stages.expect(expected_stages(job))
     job.note(*job.model.warnings)
     networks = build_networks(job)
     dense = _dense_figures(job, networks)

@@ -230,6 +230,11 @@ class _Combination:
         return f"{self.network.pixels} px{gone}"
 
 
+def combining_stage(budget: Budget) -> str:
+    """Return the name of the stage in which `plan_by_sensitivity` meets a budget."""
+    return f"size, blocks or width at {budget.asked}"
+
+
 def plan_by_sensitivity(job: Job, measures: BudgetMeasures, networks: Networks) -> list[Plan]:
     """Return the plan that meets a budget by input size, blocks and widths together and diverges least.
 
@@ -243,7 +248,7 @@ def plan_by_sensitivity(job: Job, measures: BudgetMeasures, networks: Networks) 
     if not measured:
         return []
     unpruned = _plan_unpruned(measures, measured) if job.recovery.trains_sizes else []
-    with job.stages.stage(f"size, blocks or width at {budget.asked}") as advance:
+    with job.stages.stage(combining_stage(budget)) as advance:
         above = [network for network in measured if not _is_within(measures.at(network))]
         branches = networks.dense.branches
         found = [item for network in above for item in _combine(job, measures, network, branches, advance)]
