@@ -10,10 +10,14 @@
 #   TORCH_INDEX  an extra step first: install torch from this index, e.g. the CPU builds of PyTorch at
 #                https://download.pytorch.org/whl/cpu, which are far smaller than the default on x86 Linux
 #   OUT          where `make demo` writes
+#   TESTERS      how many processes run the tests: a number, or auto for one per core
+#   TEST_EXTRAS  the extras installed for the tests: test,browser adds those that open pages in Chromium
 
 PYTHON ?= python3
 TORCH_INDEX ?=
 OUT ?= build/demo
+TESTERS ?= auto
+TEST_EXTRAS ?= test
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -28,10 +32,10 @@ demo: $(STAMP)
 	$(BIN)/mm-edge demo --out $(OUT)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(TESTERS) --dist loadfile
 
 test-quick: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n $(TESTERS) --dist loadfile -m "not slow"
 
 lint: $(DEV_STAMP)
 	$(BIN)/ruff check mm_edge tests benchmarks
@@ -48,9 +52,9 @@ $(BIN)/python:
 # The stamp is written last, so that an interrupted install is done again.
 $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	$(if $(TORCH_INDEX),$(PIP) $(TORCH_PIN) --index-url $(TORCH_INDEX))
-	$(PIP) -e '.[test]'
+	$(PIP) -e '.[$(TEST_EXTRAS)]'
 	@touch $@
 
 $(DEV_STAMP): $(STAMP)
-	$(PIP) -e '.[test,dev]'
+	$(PIP) -e '.[$(TEST_EXTRAS),dev]'
 	@touch $@

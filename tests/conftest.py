@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
+import os
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,9 @@ from torch import nn
 from torch.onnx._internal.exporter import _registration
 
 from mm_edge.graph import export
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # one process per core runs tests
 
 SMALL = 4 << 20  # bytes of pickled module; larger ones are exported anew, so that memory stays low
 
