@@ -14,6 +14,7 @@ SCHEMA_VERSION history (fields are added under a raised version, never renamed):
     5  Candidate and dense: fidelity, metric, accuracy_ci; Candidate: drop_ci, dense_latency_ms. dense: accuracy_images.
        Latencies: verdict. chosen: dense_accuracy_top1_test, fidelity_test; null where nothing was compared. Report:
        sustained, layers, command. data: labelled, kind, preprocessing.
+    6  layers: time_before, time_after.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 # The longest JSON text that is read, in characters. Reports of some hundred rows take less than a million.
 LONGEST_JSON = 1 << 28
 
@@ -489,6 +490,8 @@ class LayerPicture:
         hi: largest sparsity of its range.
         sensitivity: divergence in nats with a quarter of its output channels removed and nothing else; None where it
             was not measured.
+        time_before: its share of the dense network's time, in [0, 1]; None where it was not measured.
+        time_after: its share of the chosen network's time.
     """
 
     fqn: str
@@ -499,6 +502,8 @@ class LayerPicture:
     lo: float | None = None
     hi: float | None = None
     sensitivity: float | None = None
+    time_before: float | None = None
+    time_after: float | None = None
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from mm_edge.errors import BenchError
 from mm_edge.store import write_atomically
 
 NCHWC_DOMAIN = "com.microsoft.nchwc"
+NCHWC_SUFFIX = "_nchwc"  # a blocked kernel is named by what it computes, with this ending
 CONVOLUTIONS = ("Conv", "FusedConv", "NhwcFusedConv", "QLinearConv", "ConvInteger", "ConvTranspose")
 PRODUCTS = ("MatMul", "Gemm", "FusedMatMul", "FusedGemm", "QLinearMatMul", "QGemm", "MatMulInteger", "MatMulNBits")
 QUANTISED = ("QLinearConv", "ConvInteger", "QLinearMatMul", "QGemm", "MatMulInteger")
@@ -40,6 +41,7 @@ class KernelUse:
 
     Attributes:
         node: the node's name in the optimised graph.
+        output: the name of what it computes, as the given file calls it.
         op_type: its operator.
         kernel: "NCHWc", "NCHWc depthwise", "QLinear" or "plain".
         share: its fraction of the time of all nodes.
@@ -48,6 +50,7 @@ class KernelUse:
     """
 
     node: str
+    output: str
     op_type: str
     kernel: str
     share: float
@@ -96,7 +99,10 @@ def audit_model(
         weight_shape = _weight_shape(node, shapes[node.name], initialisers)
         reason = _explain(node, weight_shape, node.input[1] in initialisers, bool(dequantised & {*node.input}), info)
         share = times[node.name] / total
-        uses.append(KernelUse(node.name, node.op_type, _kernel(node, weight_shape), share, weight_shape, reason))
+        # The outputs of blocked kernels are numbered anew; their names say what they compute.
+        output = node.name.removesuffix(NCHWC_SUFFIX) if node.domain == NCHWC_DOMAIN else node.output[0]
+        kernel = _kernel(node, weight_shape)
+        uses.append(KernelUse(node.name, output, node.op_type, kernel, share, weight_shape, reason))
     uses.sort(key=lambda use: -use.share)
     other = max(0.0, 1 - math.fsum(use.share for use in uses))
     return Audit(tuple(uses), other, str(save_to) if save_to else None)

@@ -34,6 +34,7 @@ def expected_stages(job: Job) -> tuple[str, ...]:
         "accuracy on the device": job.request.accuracy_on == "device",
         "test": job.data is not None and len(job.data.test) > 0,
         "sustained": timed and job.request.sustained is not None,
+        "shares of time": timed and with_data,
         "bundle": with_data or job.metric is not None,  # nothing is chosen that was compared with nothing
     }
     return tuple(name for name, wanted in stages.items() if wanted)

@@ -33,6 +33,7 @@ from mm_edge.run.job import IMAGES_PER_BATCH, Job
 from mm_edge.run.make import MakeSettings
 from mm_edge.run.measure import how_to_measure
 from mm_edge.run.networks import Network, Networks, labels_of, provenance_of
+from mm_edge.run.shares import add_shares
 from mm_edge.run.sustain import sustain
 from mm_edge.select import UNCOMPARED, choose, judge_budget, mark_pareto
 
@@ -68,7 +69,7 @@ def finish(
         network = networks.at(candidate.input_shape[-1])
         chosen = _with_test(job, networks, settings, candidate, chosen)
         sustained = sustain(job, candidate, environment)
-        layers = describe_layers(job, networks.dense, candidate)
+        layers = add_shares(job, candidate, describe_layers(job, networks.dense, candidate), environment)
         _write_bundle(job, network, candidate, chosen, dense)
     if job.data is not None:
         job.note(*job.data.warnings)

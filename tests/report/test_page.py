@@ -14,12 +14,13 @@ import pytest
 from browser import open_page
 from reports import FAST, UNMEASURED, candidate, make_report
 
-from mm_edge.records import Candidate, Constraints, LayerPicture, Report
+from mm_edge.records import Candidate, Constraints, LayerPicture, Report, Sustained, SustainedPoint
 from mm_edge.report.decision import decide
 from mm_edge.report.figures import CHOSEN, CONTROL, DENSE, OTHER, read_overview
 from mm_edge.report.page import write_page
 from mm_edge.report.page.inspection import write_inspection_page
 from mm_edge.report.page.plots import quality_against_speed
+from mm_edge.report.values import NOT_MEASURED
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'&</style>\x1b[2J"
 SLOW = candidate("uniform", 1.5, drop=0.2, pareto=True)
@@ -130,6 +131,26 @@ def test_the_page_shows_every_section_the_report_has_data_for(tmp_path: Path) ->
         "How this was measured",
         "Do it again",
     ]
+
+
+def test_the_page_shows_each_layers_share_of_the_time_before_and_after(tmp_path: Path) -> None:
+    timed = (dataclasses.replace(LAYERS[0], time_before=0.5, time_after=0.4), *LAYERS[1:])
+    page = write_page(full_report(layers=timed), tmp_path)
+    assert "time before" in page and "50.00%" in page.replace(" ", "")
+    speedup = read_overview(full_report()).chosen.speedup  # type: ignore[union-attr]
+    assert speedup is not None
+    values = read_data(page)["plots"]["times"]["data"]["values"]
+    assert [item["before"] for item in values] == [0.5, 0.0]
+    assert values[0]["after"] == pytest.approx(0.4 / speedup)
+    assert "times" not in read_data(write_page(full_report(), tmp_path))["plots"]
+
+
+def test_a_sustained_run_is_a_curve_with_its_table(tmp_path: Path) -> None:
+    points = (SustainedPoint(60.0, 10.0, 6.0, 2400.0, 71.0), SustainedPoint(120.0, 12.0, 7.0))
+    page = write_page(full_report(sustained=Sustained("a", 2.0, points)), tmp_path)
+    values = read_data(page)["plots"]["sustained"]["data"]["values"]
+    assert [(item["minutes"], item["ms"]) for item in values] == [(1.0, 10.0), (1.0, 6.0), (2.0, 12.0), (2.0, 7.0)]
+    assert "2400" in page and NOT_MEASURED in page
 
 
 def test_the_page_of_an_empty_report_leaves_out_what_is_unknown(tmp_path: Path) -> None:

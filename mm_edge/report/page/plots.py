@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mm_edge.records import Constraints, LayerPicture
+from mm_edge.records import Constraints, LayerPicture, SustainedPoint
 from mm_edge.report.figures import CHOSEN, CONTROL, DENSE, FRONT, OTHER, Overview, Quality, Row
 
 Spec = dict[str, Any]
@@ -180,37 +180,76 @@ def speed_by_dimension(values: Sequence[Mapping[str, Any]], steps: Sequence[str]
 
 def layer_widths(layers: Sequence[LayerPicture]) -> Spec:
     """Return the width of every layer of the chosen network, before and after."""
-    values = [
-        {
-            "layer": layer.fqn,
-            "role": layer.role,
-            "before": layer.width,
-            "after": layer.kept,
-            "removed": layer.width - layer.kept,
-        }
-        for layer in layers
-    ]
+    values = [_before_and_after(layer, layer.width, layer.kept) for layer in layers]
+    return _bars_before_and_after("output channels", values)
+
+
+def layer_times(layers: Sequence[LayerPicture], speedup: float | None) -> Spec:
+    """Return the time of every layer, before and after, as a share of the dense network's time.
+
+    Args:
+        layers: the layers with their shares of the time of the network they are in.
+        speedup: dense time over the chosen network's time; None leaves both shares as they are.
+    """
+    scale = 1.0 if speedup is None else 1.0 / speedup
+    values = [_before_and_after(layer, layer.time_before or 0.0, (layer.time_after or 0.0) * scale) for layer in layers]
+    return _bars_before_and_after("share of the dense network's time", values, ".0%")
+
+
+def _before_and_after(layer: LayerPicture, before: float, after: float) -> dict[str, Any]:
+    return {"layer": layer.fqn, "role": layer.role, "before": before, "after": after, "removed": before - after}
+
+
+def _bars_before_and_after(title: str, values: list[dict[str, Any]], form: str | None = None) -> Spec:
+    """Return bars of "after" over bars of "before", one pair for each layer."""
     y = {"field": "layer", "type": "nominal", "sort": None, "title": None, "axis": {"labelLimit": 150}}
-    tooltip = [{"field": name, "type": "nominal"} for name in ("layer", "role", "before", "after", "removed")]
+    numbers = [{"field": name, "type": "quantitative"} for name in ("before", "after", "removed")]
+    tooltip: list[Spec] = [{"field": name, "type": "nominal"} for name in ("layer", "role")]
+    tooltip += [item if form is None else {**item, "format": ".1%"} for item in numbers]
+    axis = {} if form is None else {"axis": {"format": form}}
+    x = {"field": "before", "type": "quantitative", "title": title, **axis}
+    bar = {"type": "bar", "height": 11, "tooltip": True}
     return {
         "$schema": SCHEMA,
-        "description": "output channels of every layer, before and after pruning",
+        "description": f"{title} of every layer, before and after pruning",
         "data": {"values": values},
-        **_height(15, len(layers)),
+        **_height(15, len(values)),
         "layer": [
             {
-                "mark": {"type": "bar", "color": "var(--bar-before)", "height": 11, "tooltip": True, "aria": False},
-                "encoding": {
-                    "y": y,
-                    "x": {"field": "before", "type": "quantitative", "title": "output channels"},
-                    "tooltip": tooltip,
-                },
+                "mark": {**bar, "color": "var(--bar-before)", "aria": False},
+                "encoding": {"y": y, "x": x, "tooltip": tooltip},
             },
             {
-                "mark": {"type": "bar", "color": "var(--front)", "height": 11, "tooltip": True},
+                "mark": {**bar, "color": "var(--front)"},
                 "encoding": {"y": y, "x": {"field": "after", "type": "quantitative"}, "tooltip": tooltip},
             },
         ],
+    }
+
+
+def sustained_curve(points: Sequence[SustainedPoint], names: Sequence[str]) -> Spec:
+    """Return the times of dense and of the chosen network against minutes of work; `names` are the two networks'."""
+    values = [
+        {"minutes": point.seconds / 60, "ms": time, "network": name}
+        for point in points
+        for name, time in zip(names, (point.dense_ms, point.candidate_ms), strict=True)
+    ]
+    colour = {"domain": list(names), "range": [f"var(--{role})" for role in (DENSE, CHOSEN)]}
+    dash = {"domain": list(names), "range": [[4, 2], [1, 0]]}
+    legend = {"title": None, "labelLimit": 260}
+    return {
+        "$schema": SCHEMA,
+        "description": "milliseconds per input against minutes of work without pause",
+        "data": {"values": values},
+        "width": "container",
+        "height": 220,
+        "mark": {"type": "line", "strokeWidth": 2, "point": True, "tooltip": True},
+        "encoding": {
+            "x": {"field": "minutes", "type": "quantitative", "title": "minutes without pause"},
+            "y": {"field": "ms", "type": "quantitative", "title": "milliseconds per input", "scale": {"zero": False}},
+            "color": {"field": "network", "type": "nominal", "scale": colour, "legend": legend},
+            "strokeDash": {"field": "network", "type": "nominal", "scale": dash, "legend": legend},
+        },
     }
 
 

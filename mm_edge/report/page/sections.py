@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mm_edge.records import Report
+from mm_edge.records import LayerPicture, Report
 from mm_edge.report.decision import decide, sentence_on_test
 from mm_edge.report.figures import CHOSEN, CONTROL, DENSE, FRONT, Overview, Row, read_overview
 from mm_edge.report.page import plots
@@ -41,6 +41,7 @@ from mm_edge.report.values import (
 # The losses within which the largest speed-up of each value of a dimension is shown.
 WITHIN = (1.0, 2.0, 5.0)
 SHOWN_DOUBTS = 3
+SHARES = ["time before", "time after"]
 
 
 @dataclass
@@ -257,13 +258,17 @@ def layers(page: Page) -> Html | None:
     numeric = titles[2:]
     titles += ["allowed"] if ranged else []
     titles += ["sensitivity"] if sensitive else []
-    table = Table("Layers of the chosen network", titles, [*numeric, "sensitivity"])
+    timed = any(layer.time_before is not None for layer in found)
+    titles += SHARES if timed else []
+    table = Table("Layers of the chosen network", titles, [*numeric, "sensitivity", *SHARES])
     for layer in found:
         cells: list[object] = [layer.fqn, layer.role, layer.width, layer.kept, show_percent(layer.sparsity)]
         if ranged:
             cells.append("" if layer.lo is None or layer.hi is None else f"{layer.lo:.0%} to {layer.hi:.0%}")
         if sensitive:
             cells.append("" if layer.sensitivity is None else f"{layer.sensitivity:.3g}")
+        if timed:
+            cells += [NOT_MEASURED if share is None else show_percent(share) for share in _shares(layer)]
         table.add(*cells)
     note = (
         "Sensitivity is the divergence from dense in nats with a quarter of the layer's channels removed and nothing "
@@ -273,7 +278,39 @@ def layers(page: Page) -> Html | None:
     figure = page.place_(
         "layers", plots.layer_widths(found), caption, details("Table: roles, ranges, sensitivity", table.html())
     )
-    return _section("layers", "Layers of the chosen network", figure, paragraph(note) if sensitive else None)
+    times = _layer_times(page) if timed else None
+    return _section("layers", "Layers of the chosen network", figure, paragraph(note) if sensitive else None, times)
+
+
+def _shares(layer: LayerPicture) -> tuple[float | None, float | None]:
+    return layer.time_before, layer.time_after
+
+
+def _layer_times(page: Page) -> Html:
+    """Return the time of every layer before and after, from the profile of one run of each network."""
+    found, chosen = page.report.layers, page.overview.chosen
+    speedup = None if chosen is None else chosen.speedup
+    caption = (
+        "Time of every layer as a share of the dense network's: in the chosen network, before in the dense one. "
+        "From one profile of each; what is not a convolution or a product is left out."
+    )
+    return page.place_("times", plots.layer_times(found, speedup), caption, None)
+
+
+def sustained(page: Page) -> Html | None:
+    """Return the times of dense and of the chosen network over minutes without pause."""
+    found = page.report.sustained
+    if found is None or not found.points:
+        return None
+    table = Table("Milliseconds without pause", ["minutes", DENSE, found.id, "MHz", "°C"], [DENSE, found.id])
+    for point in found.points:
+        clock = NOT_MEASURED if point.clock_mhz is None else f"{point.clock_mhz:.0f}"
+        heat = NOT_MEASURED if point.temperature_c is None else f"{point.temperature_c:.0f}"
+        table.add(f"{point.seconds / 60:.1f}", f"{point.dense_ms:.3g}", f"{point.candidate_ms:.3g}", clock, heat)
+    caption = "Both networks in turn without pause: where a device slows down when it gets hot, the curves rise."
+    spec = plots.sustained_curve(found.points, (DENSE, found.id))
+    figure = page.place_("sustained", spec, caption, details("Table", table.html()))
+    return _section("sustained", "Minutes without pause", figure)
 
 
 def strategies(page: Page) -> Html | None:
@@ -428,5 +465,6 @@ SECTIONS: tuple[Callable[[Page], Html | None], ...] = (
     all_candidates,
     kept_widths,
     how_measured,
+    sustained,
     again,
 )
