@@ -2,6 +2,7 @@
 # make test        the tests
 # make test-quick  the tests that are not marked slow
 # make lint        style and types
+# make docs        docs/reference.md, from the code
 #
 # Each creates .venv on first use, installs the tested versions and runs. A later call installs nothing
 # unless pyproject.toml or constraints.txt changed.
@@ -26,7 +27,7 @@ STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 TORCH_PIN := $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
 
-.PHONY: demo test test-quick lint clean
+.PHONY: demo test test-quick lint docs clean
 
 demo: $(STAMP)
 	$(BIN)/mm-edge demo --out $(OUT)
@@ -40,6 +41,9 @@ test-quick: $(STAMP)
 lint: $(DEV_STAMP)
 	$(BIN)/ruff check mm_edge tests benchmarks
 	$(BIN)/mypy
+
+docs: $(STAMP)
+	$(BIN)/python -m mm_edge.cli.reference > docs/reference.md
 
 clean:
 	rm -rf $(VENV) build
