@@ -129,9 +129,6 @@ def test_the_recipes_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick:
     for words in commands(ROOT / "docs" / "how-to.md"):
         if not any(word in NOT_RUN for word in words):
             run(words)
-            if "model.pt" in words and not Path("new").exists():
-                shutil.copytree("mm-edge-model", "old")
-                shutil.copytree("mm-edge-model", "new")
 
 
 def test_the_metadata_keys_of_the_reference_are_those_of_artifacts() -> None:
