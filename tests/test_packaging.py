@@ -171,7 +171,8 @@ def test_only_the_first_call_installs(checkout: Path) -> None:
     (checkout / ".venv" / "bin").mkdir(parents=True)
     (checkout / ".venv" / "bin" / "python").touch()
     (checkout / ".venv" / ".installed").touch()
-    assert run_make(checkout, "-n", "test").stdout.splitlines() == [".venv/bin/python -m pytest -n auto --dist loadfile"]
+    run_tests = ".venv/bin/python -m pytest -n auto --dist loadfile"
+    assert run_make(checkout, "-n", "test").stdout.splitlines() == [run_tests]
     assert run_make(checkout, "-n", "demo").stdout.splitlines() == [".venv/bin/mm-edge demo --out build/demo"]
     os.utime(checkout / ".venv" / ".installed", (0, 0))
     assert "pip install" in run_make(checkout, "-n", "test").stdout
