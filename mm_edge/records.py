@@ -14,7 +14,7 @@ SCHEMA_VERSION history (fields are added under a raised version, never renamed):
     5  Candidate and dense: fidelity, metric, accuracy_ci; Candidate: drop_ci, dense_latency_ms. dense: accuracy_images.
        Latencies: verdict. chosen: dense_accuracy_top1_test, fidelity_test; null where nothing was compared. Report:
        sustained, layers, command. data: labelled, kind, preprocessing.
-    6  layers: time_before, time_after.
+    6  layers: time_before, time_after. model: licence.
 """
 
 from __future__ import annotations
@@ -73,7 +73,10 @@ class InputSpec:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """The `model` section of report.json. `source` says where the weights came from."""
+    """The `model` section of report.json. `source` says where the weights came from.
+
+    `licence` is the weights' licence as their file or timm names it, None where neither does.
+    """
 
     name: str
     source: str
@@ -82,6 +85,7 @@ class ModelInfo:
     macs: int | None
     input_shape: tuple[int, ...]
     num_classes: int | None
+    licence: str | None = None
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,7 @@ __all__ = ["LoadOptions", "LoadedModel", "ModelInput", "load_model", "wrap_modul
 
 # What the input of a module is called in messages; the export names it after the argument of `forward`.
 IMAGES = "images"
+LONGEST_LICENCE = 200
 
 
 @dataclass(frozen=True)
@@ -226,9 +227,16 @@ def _finish(network: BuiltNetwork, options: LoadOptions, family: str | None = No
         macs=None,
         input_shape=shape,
         num_classes=output[1] if len(output) == 2 else None,
+        licence=_licence_of(network),
     )
     kind = family or type(module).__name__
     return LoadedModel(module, None, spec, info, kind, network.labels, warnings + spec_warnings, network.build, inputs)
+
+
+def _licence_of(network: BuiltNetwork) -> str | None:
+    """Return what the file says of the licence of its weights, in at most LONGEST_LICENCE characters."""
+    found = network.config.get("license")
+    return found[:LONGEST_LICENCE] if isinstance(found, str) and found else None
 
 
 def _inputs_of(module: nn.Module, shape: ImageShape, options: LoadOptions) -> tuple[ModelInput, ...]:

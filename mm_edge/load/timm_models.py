@@ -81,7 +81,8 @@ def build_from_registry(name: str, options: LoadOptions) -> BuiltNetwork:
     # The file comes from timm's own download and is named by timm's own configuration, never by a model file.
     weights = {"pretrained": True, "pretrained_cfg_overlay": {"file": str(cached)}}
     module = _create(name, False, {**arguments, **weights})
-    return BuiltNetwork(module, name, "timm, weights from the local cache", {}, channels, path=cached, build=build)
+    said = {"license": config.get("license")}
+    return BuiltNetwork(module, name, "timm, weights from the local cache", said, channels, path=cached, build=build)
 
 
 def create_timm(name: str, *, meta: bool, **arguments: Any) -> nn.Module:

@@ -84,7 +84,7 @@ def make_bundle(folder: Path, labels: tuple[str, ...] = LABELS, spec: InputSpec 
     bundle.mkdir()
     images = np.random.default_rng(0).standard_normal((8, 3, SIDE, SIDE)).astype(np.float32)
     context = FormatContext(spec, load_target("raspberry-pi-5"), images, "images")
-    model = ModelInfo("net", "checkpoint <net>.pt", "ab", 9, 9, (1, 3, SIDE, SIDE), len(labels) or None)
+    model = ModelInfo("net", "checkpoint <net>.pt", "ab", 9, 9, (1, 3, SIDE, SIDE), len(labels) or None, "mit")
     dense = DenseFigures(0.95, Latency(1.5, 1.6, 1.7, 200, 1, "host"), None, 99, 18, 18)
     facts = Facts(model, dense, labels, "the fastest", 0.89, {"model": to_json(model), "target": "raspberry-pi-5"})
     made = write_contents(folder, bundle, CHOSEN, context, facts)
@@ -176,8 +176,9 @@ def test_the_manifest_says_what_it_is(classifier: Path) -> None:
     manifest = json.loads((classifier / "manifest.json").read_text())
     assert manifest["model"]["inputs"] == [{"name": "x", "shape": [1, 3, SIDE, SIDE], "type": "tensor(float)"}]
     assert manifest["numbers"]["speedup_ci"] == [1.4, 1.6] and manifest["dense"]["accuracy_top1"] == 0.95
-    assert manifest["verify"]["count"] == 4 and manifest["weights_licence"] is None
+    assert manifest["verify"]["count"] == 4 and manifest["weights_licence"] == "mit"
     assert (classifier / "labels.txt").read_text() == "red thing\ngreen thing\nblue <b>thing</b>\n"
+    assert "The network names `mit` as the licence of its weights." in (classifier / "README.md").read_text()
     assert "checkpoint \\<net\\>.pt" in (classifier / "README.md").read_text()
 
 

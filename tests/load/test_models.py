@@ -201,12 +201,18 @@ def test_hugging_face_folder(tmp_path: Path, weights: str) -> None:
         "num_classes": 2,
         "label_names": ["cat", "dog"],
         "model_args": {"img_size": 64},
-        "pretrained_cfg": {"input_size": [3, 64, 64], "mean": [0.4, 0.4, 0.4], "interpolation": "bilinear"},
+        "pretrained_cfg": {
+            "input_size": [3, 64, 64],
+            "mean": [0.4, 0.4, 0.4],
+            "interpolation": "bilinear",
+            "license": "cc-by-nc-4.0",
+        },
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
     loaded = load_model(str(tmp_path), NONE)
     assert same_weights(loaded.module, module)
     assert loaded.labels == ("cat", "dog")
+    assert loaded.info.licence == "cc-by-nc-4.0"
     assert loaded.input.shape == (3, 64, 64)
     assert loaded.input.mean == (0.4, 0.4, 0.4)
     assert loaded.input.interpolation == "bilinear"

@@ -152,7 +152,7 @@ def _describe(
         "dense": to_json(facts.dense),
         "assumed": list(context.input.assumed),
         "classes": len(facts.labels) or facts.model.num_classes,
-        "weights_licence": None,
+        "weights_licence": facts.model.licence,
         "provenance": to_json(dict(facts.provenance)),
         "head": _find_head(session, context),
         "verify": stored,

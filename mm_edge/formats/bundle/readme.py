@@ -37,10 +37,18 @@ def write_readme(manifest: Mapping[str, Any], names: Sequence[str]) -> str:
         "## Files",
         "\n".join(f"- `{_code(name)}`: {_what(name)}" for name in sorted({*names, "manifest.json"})),
         "## Licence",
-        "The licence of the weights is not known to mm-edge; it is that of the network they were made from "
-        f"({_source(manifest)}).",
+        _licence(manifest),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _licence(manifest: Mapping[str, Any]) -> str:
+    said = manifest["weights_licence"]
+    if said is None:
+        known = "The licence of the weights is not known to mm-edge; it is"
+    else:
+        known = f"The network names `{_code(said)}` as the licence of its weights. Theirs here is"
+    return f"{known} that of the network they were made from ({_source(manifest)})."
 
 
 def _figures(manifest: Mapping[str, Any]) -> str:
