@@ -76,7 +76,7 @@ CONTRACT = {
         "schema_version model target environment data dense candidates chosen constraints skipped_groups warnings "
         "seconds budgets sustained layers command"
     ),
-    "model": "name source sha256 params macs input_shape num_classes",
+    "model": "name source sha256 params macs input_shape num_classes licence",
     "dense": (
         "accuracy_top1 latency_ms peak_memory_bytes file_bytes params macs fidelity metric accuracy_ci accuracy_images"
     ),
