@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from mm_edge.arrays import BoolArray, Float64Array
+from mm_edge.arrays import BoolArray
 from mm_edge.errors import UsageError
-from mm_edge.graph.axes import Axis, Keep
+from mm_edge.graph.axes import Keep
 from mm_edge.graph.export import RawGraph
 from mm_edge.graph.groups import Structure
-from mm_edge.graph.widths import AllowedWidths, group_scores, round_widths, select_indices
+from mm_edge.graph.rounding import round_widths
+from mm_edge.graph.widths import AllowedWidths, Counts, group_scores, select_indices
 from mm_edge.plan.masks import build_masks, rank_scores
 from mm_edge.plan.n_m import parse_pattern, project, reduced_axes
 from mm_edge.plan.scores import Scores
@@ -104,13 +105,10 @@ def plan_all(
     assignments: Sequence[Assignment],
     kinds: Sequence[str],
 ) -> list[Plan]:
-    """Return one plan per assignment and kind, in that order. Channel scores and rankings are made once per signal."""
+    """Return one plan per assignment and kind, in that order. Rankings are made once per signal."""
     plans: list[Plan] = []
-    channel_scores = {signal: group_scores(structure, scores[signal]) for signal in scores}
-    for assignment in assignments:
-        if "structured" in kinds:
-            by_group = channel_scores[assignment.signal]
-            plans.append(plan_structured(structure, layers, allowed, assignment, by_group))
+    if "structured" in kinds:
+        plans += plan_structured(structure, layers, allowed, scores, assignments)
     if "unstructured" in kinds:
         for signal in scores:
             rankings = rank_scores(layers, scores[signal])
@@ -124,12 +122,22 @@ def plan_structured(
     structure: Structure,
     layers: Sequence[Layer],
     allowed: Sequence[AllowedWidths],
-    assignment: Assignment,
-    scores: Mapping[Axis, Float64Array],
-) -> ChannelPlan:
-    """Return the plan of one strategy: E7's widths among those the target allows, the highest scores kept."""
-    counts = round_widths(structure, layers, assignment.sparsity, allowed)
-    return ChannelPlan(assignment, select_indices(counts, scores))
+    scores: Scores,
+    assignments: Sequence[Assignment],
+) -> list[ChannelPlan]:
+    """Return one plan per assignment: E7's widths among those the target allows, the highest scores kept.
+
+    Widths depend on the strategy alone, so they are found once for all signals.
+    """
+    by_signal = {signal: group_scores(structure, scores[signal]) for signal in scores}
+    widths: dict[tuple[str, ...], Counts] = {}
+    plans = []
+    for assignment in assignments:
+        if assignment.names not in widths:
+            widths[assignment.names] = round_widths(structure, layers, assignment.sparsity, allowed)
+        keep = select_indices(widths[assignment.names], by_signal[assignment.signal])
+        plans.append(ChannelPlan(assignment, keep))
+    return plans
 
 
 def plan_n_m(
