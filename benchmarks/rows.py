@@ -4,8 +4,9 @@
     python benchmarks/rows.py --page
 
 The networks are those of benchmarks/results/zoo.json, with random weights: only their structure is read. Each network
-leaves DIR/FAMILY.json. No network is started after LIMIT seconds; the same call goes on with those that are left. When
-none is left, benchmarks/results/rows.json is written, from which --page makes docs/rows.md.
+leaves DIR/FAMILY.json. No network is started after LIMIT seconds; the same call goes on with those that are left, the
+best known and then the small ones first. Every call writes benchmarks/results/rows.json of all that were read so far,
+from which --page makes docs/rows.md.
 
 For the ten strategies the file holds multiply-adds and sparsity as E7 asks for them and as the allowed widths of the
 target make them, all as shares of the dense network's.
@@ -48,6 +49,11 @@ PAGE = ROOT / "docs" / "rows.md"
 TARGET = "x86_64-avx512"
 # Strategies that place every layer at one share of its range, from the least to the most that is removed.
 LADDER = ("min_conservative", "lower_30th", "balanced", "upper_70th", "upper_90th", "max_aggressive")
+# Read first: families of the networks that most people start from.
+WELL_KNOWN = frozenset(
+    "resnet vgg efficientnet mobilenetv3 densenet inception_v3 xception convnext regnet senet vision_transformer deit "
+    "swin_transformer levit mobilevit efficientformer repvit fastvit res2net hrnet".split()
+)
 # How many patterns of layer names stand in one cell.
 NAMES_SHOWN = 6
 
@@ -129,18 +135,18 @@ def run(work: Path, only: set[str], seconds: float) -> None:
     zoo = {row["family"]: row for row in json.loads(ZOO.read_text())["rows"]}
     left = [family for family in zoo if not (work / f"{family}.json").exists() and (not only or family in only)]
     started = time.monotonic()
-    for family in sorted(left, key=lambda family: zoo[family]["params"]):
+    for family in sorted(left, key=lambda family: (family not in WELL_KNOWN, zoo[family]["params"])):
         if time.monotonic() - started > seconds:
-            return
+            break
         chosen = {key: zoo[family][key] for key in ("family", "name", "input_shape")}
         row = read_network(chosen["name"], chosen["input_shape"])
         (work / f"{family}.json").write_text(json.dumps(chosen | row))
         print(family, f"{row['strategies']['balanced']['macs']:.3f}", *out_of_order(row), flush=True)
         gc.collect()
     rows = [json.loads((work / f"{family}.json").read_text()) for family in zoo if (work / f"{family}.json").exists()]
-    if len(rows) == len(zoo):
-        RESULT.write_text(json.dumps({"target": TARGET, "timm": timm.__version__, "rows": rows}, indent=0) + "\n")
-        print(f"wrote {RESULT}")
+    found = {"target": TARGET, "timm": timm.__version__, "families": len(zoo), "rows": rows}
+    RESULT.write_text(json.dumps(found, indent=0) + "\n")
+    print(f"{len(rows)} of {len(zoo)} networks read: {RESULT}")
 
 
 # --- the page ----------------------------------------------------------------------------------------
@@ -148,8 +154,9 @@ def run(work: Path, only: set[str], seconds: float) -> None:
 INTRODUCTION = """# The row of every layer
 
 Made by `python benchmarks/rows.py --page` from `benchmarks/results/rows.json`; do not edit. One network of each of
-timm's families, random weights: this says how the range table is read and nothing of accuracy. `mm-edge inspect` shows
-the same for any network, layer by layer. [method.md](method.md#ranges-by-rule) explains the table.
+{read} of timm's {families} families, random weights: this says how the range table is read and nothing of accuracy.
+`mm-edge inspect` shows the same for any network, layer by layer. [method.md](method.md#ranges-by-rule) explains the
+table.
 
 A row is named by the network's class and the role it is for; "default" serves every class and role without one. Names
 have a star for a number. Shares are of the network's multiply-adds.
@@ -165,7 +172,8 @@ The first that applies is taken.
 
 def write_page(results: dict[str, Any]) -> str:
     """Return docs/rows.md."""
-    parts = [INTRODUCTION + "".join(f"| {role} | {how} |\n" for role, how in ROLES.items()), _write_order(results)]
+    introduction = INTRODUCTION.format(read=len(results["rows"]), families=results["families"])
+    parts = [introduction + "".join(f"| {role} | {how} |\n" for role, how in ROLES.items()), _write_order(results)]
     for network in results["rows"]:
         lines = [f"## {network['family']}: {network['name']} ({network['class']})\n"]
         lines += ["| row | range | layers | MACs | which |", "|---|---|---|---|---|"]
@@ -188,13 +196,14 @@ def _write_order(results: dict[str, Any]) -> str:
     rows = results["rows"]
     wrong = {row["family"]: found for row in rows if (found := out_of_order(row))}
     missed = sorted(abs(found["macs"] - found["macs_asked"]) for row in rows for found in row["strategies"].values())
+    half, most = missed[len(missed) // 2], missed[len(missed) * 9 // 10]
     text = (
         "## How the strategies are ordered\n\n"
-        f"Multiply-adds and sparsity of {', '.join(f'`{name}`' for name in LADDER)}, in this order, for the target\n"
-        f"{results['target']}: in {len(rows) - len(wrong)} of {len(rows)} networks each removes at least as much as the"
-        f" one before it.\nThe multiply-adds of all ten strategies are within {missed[len(missed) // 2]:.2%} of the dense"
-        f" network's from what E7 asks\nfor in half of the cases, within {missed[len(missed) * 9 // 10]:.2%} in nine of"
-        f" ten, and within {missed[-1]:.1%} in all.\n"
+        f"Multiply-adds and sparsity of {', '.join(f'`{name}`' for name in LADDER)}, in this order,\n"
+        f"for the target {results['target']}: in {len(rows) - len(wrong)} of {len(rows)} networks each removes at\n"
+        "least as much as the one before it. The multiply-adds of all ten strategies are within\n"
+        f"{half:.2%} of the dense network's from what E7 asks for in half of the cases, within {most:.2%} in nine of\n"
+        f"ten, and within {missed[-1]:.1%} in all.\n"
     )
     return text + "".join(f"\n- {family}: {', '.join(found)}" for family, found in wrong.items()) + "\n"
 

@@ -41,7 +41,8 @@ POOLINGS = frozenset({"AveragePool", "LpPool", "MaxPool"})
 ROLES: dict[str, str] = {
     "classifier": "linear or 1x1 convolution whose outputs are the model's own",
     "patch_embedding": "turns pixels into tokens",
-    "stem": "reads the model's input, or follows in a deep stem at its resolution",
+    "stem": "reads the model's input",
+    "deep_stem": "follows a strided stem, unbranched and at its resolution, with a kernel larger than one",
     "depthwise": "convolution of each channel alone",
     "qkv": "its results enter an attention product",
     "attention_projection": "reads an attention product",
@@ -357,7 +358,7 @@ def _einsum_reduced(node: ir.Node) -> int:
 def _roles(graph: _Graph) -> list[str]:
     found = _Found(
         patches=_patch_embedding(graph),
-        stems=_stems(graph),
+        deep_stems=_deep_stems(graph),
         gates=sum(1 << number for number, site in enumerate(graph.sites) if _is_gate(graph, site)),
         collapsed=_collapsed(graph),
     )
@@ -369,7 +370,7 @@ class _Found:
     """Sites that are recognised together; `gates` is a bit mask."""
 
     patches: set[ir.Node]
-    stems: set[ir.Node]
+    deep_stems: set[ir.Node]
     gates: int
     collapsed: set[ir.Node]
 
@@ -383,8 +384,10 @@ def _role(graph: _Graph, site: _Site, found: _Found) -> str:
         return "classifier"
     if site.node in found.patches:
         return "patch_embedding"
-    if site.node in found.stems:
+    if graph.makers.get(site.data, 0) & graph.end_bit:
         return "stem"
+    if site.node in found.deep_stems:
+        return "deep_stem"
     if site.kind == "depthwise":
         return "depthwise"
     if ahead & graph.attention_bit:
@@ -403,8 +406,8 @@ def _role(graph: _Graph, site: _Site, found: _Found) -> str:
     return "mlp_fc2" if site.data in graph.activated_before else "mlp"
 
 
-def _stems(graph: _Graph) -> set[ir.Node]:
-    """Return the sites that read the model's input, with the rest of a deep stem.
+def _deep_stems(graph: _Graph) -> set[ir.Node]:
+    """Return the sites of deep stems but for the first of each.
 
     In a deep stem (ResNet-D, Inception) a strided convolution is followed by others at its resolution, up to the first
     that is strided, pointwise or depthwise or that shares its input with another site.
@@ -413,7 +416,6 @@ def _stems(graph: _Graph) -> set[ir.Node]:
     for first in graph.sites:
         if first.constant or not graph.makers.get(first.data, 0) & graph.end_bit:
             continue
-        found.add(first.node)
         last: _Site | None = first if first.kind == "conv" and first.strided else None
         while last is not None:
             mask = graph.readers.get(last.out, 0)

@@ -1,17 +1,16 @@
 """From E7's widths to widths that a target allows, each one of the two around E7's.
 
-With w[g] what E7 asks of group g, and w-[g] <= w[g] <= w+[g] the allowed widths around it, every n[g] is w-[g] or
-w+[g]; which, is chosen to make
+Groups whose width the target leaves next to no choice of, those of one allowed width and those of at most FEW indices
+(heads, convolution groups), are rounded first. E7 is solved again for the others, so that they make good for it. With
+w[g] the width of group g then, and w-[g] <= w[g] <= w+[g] the allowed widths around it, every n[g] is w-[g] or w+[g].
+Which of the two makes the following small:
 
-    |macs(n) - macs(w)| / macs(dense) + |weights(n) - weights(w)| / weights(dense) + STRAY mean_g |log(n[g] / w[g])|
+    |macs(n) - macs(e)| / macs(dense) + |weights(n) - weights(e)| / weights(dense) + STRAY mean_g |log(n[g] / w[g])|
 
-small: first every group goes to the nearer of the two, then single groups go to their other width while that helps,
-then two at a time. The multiply-adds and the weights of strategies are thus ordered as those that E7 asks for, as far
-as the steps of the allowed widths can tell them apart. The last term decides between choices of like cost.
-
-A group with one allowed width is not E7's to choose: it counts as pinned. Groups of at most FEW indices (heads,
-convolution groups) are rounded first and E7 is solved again for the others, because one of three heads more or less is
-more than a budget can make good.
+where e is E7's solution where every width can be had. First every group goes to the nearer of the two, then single
+groups go to their other width while that helps, then two at a time. The multiply-adds and the weights of strategies are
+thus ordered as those that E7 asks for, as far as the steps of the allowed widths can tell them apart. The last term
+decides between choices of like cost.
 """
 
 from __future__ import annotations
@@ -40,9 +39,9 @@ class WidthGoals:
     """What E7 asks for on a target.
 
     Attributes:
-        widths: the width of each group, not rounded.
-        macs: the multiply-adds of E7's solution.
-        weights: the weights of the prunable layers in E7's solution.
+        widths: the width of each group, given those that the target leaves no choice of; not rounded.
+        macs: the multiply-adds of E7's solution where every width can be had.
+        weights: the weights of the prunable layers in that solution.
     """
 
     widths: dict[Axis, float]
@@ -66,11 +65,11 @@ def find_goals(
         parts = {leaf: width / sizes[leaf] for leaf, width in fixed.items()}
         return {leaf: part * sizes[leaf] for leaf, part in solve_widths(structure, layers, sparsity, parts).items()}
 
-    fixed = {item.leaf: float(item.widths[0]) for item in allowed if len(item.widths) == 1}
-    asked = solve(fixed)
-    macs, weights = structure.macs(asked), weight_cost(structure, layers).total(asked)
-    few = {item.leaf: float(item.nearest(asked[item.leaf])) for item in allowed if item.widths[-1] <= FEW}
-    return WidthGoals(solve({**fixed, **few}) if few else asked, macs, weights)
+    asked = solve({})
+    coarse = [item for item in allowed if len(item.widths) == 1 or item.widths[-1] <= FEW]
+    fixed = {item.leaf: float(item.nearest(asked[item.leaf])) for item in coarse}
+    widths = solve(fixed) if fixed else asked
+    return WidthGoals(widths, structure.macs(asked), weight_cost(structure, layers).total(asked))
 
 
 def round_widths(

@@ -84,7 +84,7 @@ CONTRACT = {
     "candidates.0": (
         "id signal strategy kind precision sparsity params macs accuracy_top1 accuracy_drop agreement_top1 kl_to_dense "
         "latency_ms speedup speedup_ci peak_memory_bytes file_bytes parity recovered_by epochs stopped pareto artifact "
-        "masked_state_dict stored_file input_shape also_named removed_blocks planned_by "
+        "masked_state_dict stored_file input_shape also_named also_ids removed_blocks planned_by "
         "fidelity metric accuracy_ci drop_ci dense_latency_ms"
     ),
     "candidates.0.fidelity": "outputs map50_to_dense map_to_dense miou_to_dense",
