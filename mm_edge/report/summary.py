@@ -129,19 +129,15 @@ def pick_candidates(report: Report) -> tuple[Candidate, ...]:
 
 
 def name_candidates(report: Report, candidates: tuple[Candidate, ...]) -> dict[str, str]:
-    """Return a name per candidate id: the id, without its kind, precision and signal where all candidates share them.
+    """Return a name per candidate id: the id, without its kind and precision where all candidates share them.
 
     Controls are marked.
     """
-    pruned = [c for c in candidates if not report.is_control(c)]
-    shared = len({(c.kind, c.precision) for c in pruned}) == 1
-    signals = {c.signal for c in pruned}
+    shared = len({(c.kind, c.precision) for c in candidates if not report.is_control(c)}) == 1
     names = {}
     for c in candidates:
         middle = f"/{c.kind}/{c.precision}"
         names[c.id] = c.id.replace(middle, "", 1) if shared else c.id
-        if shared and len(signals) == 1 and len(pruned) > 1:
-            names[c.id] = names[c.id].removeprefix(f"{c.signal}/")
     if len(set(names.values())) < len(names):
         names = {c.id: c.id for c in candidates}
     return {c.id: f"{names[c.id]} (control)" if report.is_control(c) else names[c.id] for c in candidates}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from rich.console import Console
@@ -41,8 +42,9 @@ def print_report(report: Report, console: Console) -> None:
     unmeasured = [title for title in figures[0] if all(cells[title] in ("", NOT_MEASURED) for cells in figures)]
     wide = console.width >= _WIDE_COLUMNS
     titles = [title for title in figures[0] if title not in unmeasured and (wide or title not in _ONLY_WHERE_WIDE)]
-    if not _fits(report, candidates, figures, titles, console.width) and _INTERVAL in titles:
-        titles.remove("p50")
+    if not _fits(name_candidates(report, candidates).values(), figures, titles, console.width) and _INTERVAL in titles:
+        # The interval says more than milliseconds of different moments.
+        titles = [title for title in titles if title != "p50"]
     table = Table(box=None, pad_edge=False, padding=(0, 2 if wide else 1, 0, 0), header_style="bold")
     _fill_table_(table, report, candidates, figures, titles)
     console.print(table)
@@ -59,17 +61,15 @@ def print_report(report: Report, console: Console) -> None:
         _print_line(console, "warning", warning)
 
 
-def _fits(
-    report: Report,
-    candidates: tuple[Candidate, ...],
-    figures: tuple[dict[str, str], ...],
-    titles: list[str],
-    width: int,
-) -> bool:
+def _fits(names: Iterable[str], figures: tuple[dict[str, str], ...], titles: list[str], width: int) -> bool:
     """Return whether a line of the table holds the longest name and all these figures."""
-    names = name_candidates(report, candidates).values()
-    needed = sum(1 + max(_FIGURE_COLUMNS, *(len(cells[title]) for cells in figures)) for title in titles)
-    return _MARK_COLUMNS + max(map(len, names), default=0) + needed <= width
+    return _MARK_COLUMNS + max(map(len, names), default=0) + sum(1 + _width(figures, t) for t in titles) <= width
+
+
+def _width(figures: tuple[dict[str, str], ...], title: str) -> int:
+    """Return the width of a column: what was not measured is folded after its first word."""
+    shown = [cells[title] for cells in figures]
+    return max(len(title), *(_FIGURE_COLUMNS if text == NOT_MEASURED else len(text) for text in shown))
 
 
 def _list_other_names(report: Report, candidates: tuple[Candidate, ...]) -> list[tuple[str, str]]:
@@ -88,7 +88,7 @@ def _fill_table_(
     table.add_column("", no_wrap=True)
     table.add_column("candidate", no_wrap=True)
     for title in titles:
-        table.add_column(title, justify="right", overflow="fold", min_width=_FIGURE_COLUMNS)
+        table.add_column(title, justify="right", overflow="fold", min_width=_width(figures, title))
     names, chosen = name_candidates(report, candidates), find_chosen(report)
     table.add_row("", "dense", *(figures[0][title] for title in titles))
     for c, cells in zip(candidates, figures[1:], strict=True):

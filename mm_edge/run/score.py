@@ -63,7 +63,7 @@ def _signals_needed(job: Job) -> tuple[str, ...]:
     if not idle or "structured" not in request.kinds:
         return request.signals
     only = set(request.kinds) == {"structured"}
-    spared = "; no gradient is taken for them" if only and not need_gradient(used) else ""
+    spared = "; no gradient is taken" if only and not need_gradient(used) else ""
     verb = "changes" if len(idle) == 1 else "change"
     job.note(
         f"{' and '.join(idle)} {verb} nothing in structured candidates, because --select {request.select} "
