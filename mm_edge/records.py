@@ -127,7 +127,7 @@ class SparsityRange:
 class Assignment:
     """One strategy applied to one signal: a sparsity per layer.
 
-    `names` lists every strategy that coincides with it by formula, the first names the candidate.
+    `names` lists every strategy that comes to the same network, the first names the candidate.
     """
 
     signal: str
