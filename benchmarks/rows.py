@@ -91,9 +91,8 @@ def group_rows(layers: tuple[Layer, ...], ranges: dict[str, SparsityRange]) -> I
 
 
 def shorten(fqn: str) -> str:
-    """Return a layer's name without `.weight` and with a star for every number but a stage's."""
-    head, *rest = fqn.removesuffix(".weight").split(".")
-    return ".".join([head, *(re.sub(r"^\d+$", "*", part) for part in rest)])
+    """Return a layer's name without `.weight` and with a star for numbers and for numbered letters such as `b2`."""
+    return ".".join(re.sub(r"^([a-z]?)\d+$", r"\1*", part) for part in fqn.removesuffix(".weight").split("."))
 
 
 def measure_strategies(
@@ -184,8 +183,9 @@ def write_page(results: dict[str, Any]) -> str:
 
 
 def _write_row(row: dict[str, Any], macs: int) -> str:
-    names = row["names"][:NAMES_SHOWN]
-    more = len(row["names"]) - len(names)
+    every = list(dict.fromkeys(map(shorten, row["names"])))
+    names = every[:NAMES_SHOWN]
+    more = len(every) - len(names)
     which = ", ".join(f"`{name}`" for name in names) + (f" and {more} more" if more else "")
     role = "" if row["row"].partition(";")[0].partition(",")[0].endswith(row["role"]) else f" ({row['role']})"
     text = row["row"].removeprefix("rule ") + role
