@@ -132,7 +132,7 @@ class SparsityRange:
 class Assignment:
     """One strategy applied to one signal: a sparsity per layer.
 
-    `names` lists every strategy that coincides with it by formula, the first names the candidate.
+    `names` lists every strategy that comes to the same network, the first names the candidate.
     """
 
     signal: str
@@ -274,7 +274,8 @@ class Candidate:
     planned for its budget, and whether it was counted or measured. `accuracy_ci` is the exact 95 % interval of
     `accuracy_top1`; `drop_ci` that of `accuracy_drop`, in points, from images that only one of the two networks reads
     right. `dense_latency_ms` is the dense network's, timed in turn with this candidate, at the same moments.
-    `fidelity` and `metric` are on validation images.
+    `fidelity` and `metric` are on validation images. `also_named` are the other strategies that this network is the
+    candidate of, `also_ids` all its other ids: those strategies, and the signals that change nothing.
     """
 
     id: str
@@ -304,6 +305,7 @@ class Candidate:
     stored_file: str | None = None
     masked_state_dict: str | None = None
     also_named: tuple[str, ...] = ()
+    also_ids: tuple[str, ...] = ()
     removed_blocks: tuple[str, ...] = ()
     planned_by: str | None = None
     fidelity: Fidelity | None = None

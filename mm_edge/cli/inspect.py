@@ -55,12 +55,15 @@ def _print(document: dict[str, Any]) -> None:
     for line in _describe_compared(document["compared"]):
         console.print(line, markup=False, highlight=False)
     console.print(summarize(document), markup=False, highlight=False)
-    layers = _table(f"{len(document['layers'])} prunable layers", "layer", "role", "shape", "MACs", "sparsity range")
+    layers = _table(f"{len(document['layers'])} prunable layers", "layer", "role", "shape", "MACs", "sparsity", "row")
     for layer in document["layers"]:
         bounds = f"{layer['lo']:.0%} - {layer['hi']:.0%}"
         shape = "x".join(map(str, layer["shape"]))
-        _add_row_(layers, layer["fqn"], layer["role"], shape, f"{layer['macs']:,}", bounds)
+        row = layer["range"].removeprefix("rule ")
+        _add_row_(layers, layer["fqn"], layer["role"], shape, f"{layer['macs']:,}", bounds, row)
     console.print(layers)
+    for role, how in {layer["role"]: layer["recognised"] for layer in document["layers"]}.items():
+        console.print(f"role {role}: {how}", markup=False, highlight=False)
     title = f"{len(document['groups'])} coupled groups that can lose channels"
     groups = _table(title, "group", "width", "tensors")
     for group in document["groups"]:

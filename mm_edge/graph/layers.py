@@ -35,6 +35,24 @@ NORMS = frozenset(
     {"BatchNormalization", "GroupNormalization", "InstanceNormalization", "LayerNormalization"}
     | {"LpNormalization", "RMSNormalization", "SimplifiedLayerNormalization"}
 )
+POOLINGS = frozenset({"AveragePool", "LpPool", "MaxPool"})
+
+# How each role is recognised; the first that applies is taken.
+ROLES: dict[str, str] = {
+    "classifier": "linear or 1x1 convolution whose outputs are the model's own",
+    "patch_embedding": "turns pixels into tokens",
+    "stem": "reads the model's input",
+    "deep_stem": "follows a strided stem, unbranched and at its resolution, with a kernel larger than one",
+    "depthwise": "convolution of each channel alone",
+    "qkv": "its results enter an attention product",
+    "attention_projection": "reads an attention product",
+    "se": "one factor per channel (squeeze and excite), or what feeds it",
+    "downsample": "strided, joins tokens, or 1x1 on a pooled shortcut",
+    "conv": "any other convolution",
+    "mlp_fc1": "linear, or convolution of a whole map, before an activation function",
+    "mlp_fc2": "linear, or convolution of a whole map, after an activation function",
+    "mlp": "any other linear",
+}
 
 
 @dataclass(frozen=True)
@@ -145,6 +163,11 @@ class _Graph:
         """Whether `node` adds two activations, as a residual connection does."""
         return node.op_type in ("Add", "Sum") and len(self.live_inputs(node)) > 1
 
+    def shrinks(self, node: ir.Node) -> bool:
+        """Whether `node` is a strided pooling or a strided convolution with a fixed kernel, such as a blur."""
+        pools = node.op_type in POOLINGS or (node.op_type == "Conv" and node not in self.number)
+        return pools and any(stride > 1 for stride in _ints(node, "strides"))
+
     @cached_property
     def readers(self) -> dict[ir.Value, int]:
         """Per value: the sites, attention products and model outputs it reaches before any other site."""
@@ -206,6 +229,16 @@ class _Graph:
             averages = self.merges(node) and all(self.makers.get(v, 0).bit_count() == 1 for v in inputs)
             ends_block = node.op_type in NORMS or (self.merges(node) and not averages)
             if self._carries(node) and not ends_block and not met.isdisjoint(node.outputs):
+                met.update(inputs)
+        return met
+
+    @cached_property
+    def merged(self) -> set[ir.Value]:
+        """Values that are added to others before any site or activation function."""
+        met: set[ir.Value] = set()
+        for node, inputs in self._backwards():
+            passes = self._carries(node) and node.op_type not in ACTIVATIONS and not met.isdisjoint(node.outputs)
+            if self.merges(node) or passes:
                 met.update(inputs)
         return met
 
@@ -323,38 +356,115 @@ def _einsum_reduced(node: ir.Node) -> int:
 
 
 def _roles(graph: _Graph) -> list[str]:
-    patches = _patch_embedding(graph)
-    gates = [_is_gate(graph, site) for site in graph.sites]
-    gate_mask = sum(1 << number for number, gate in enumerate(gates) if gate)
-    return [_role(graph, site, patches, gate_mask) for site in graph.sites]
+    found = _Found(
+        patches=_patch_embedding(graph),
+        deep_stems=_deep_stems(graph),
+        gates=sum(1 << number for number, site in enumerate(graph.sites) if _is_gate(graph, site)),
+        collapsed=_collapsed(graph),
+    )
+    return [_role(graph, site, found) for site in graph.sites]
 
 
-def _role(graph: _Graph, site: _Site, patches: set[ir.Node], gate_mask: int) -> str:
-    """Return the role of `site`, by the first rule that recognises it."""
+@dataclass(frozen=True)
+class _Found:
+    """Sites that are recognised together; `gates` is a bit mask."""
+
+    patches: set[ir.Node]
+    deep_stems: set[ir.Node]
+    gates: int
+    collapsed: set[ir.Node]
+
+
+def _role(graph: _Graph, site: _Site, found: _Found) -> str:
+    """Return the role of `site`, by the first rule that recognises it; ROLES says them in words."""
     ahead, bit = graph.readers.get(site.out, 0), 1 << graph.number[site.node]
     if site.constant:
         return "mlp" if site.kind == "linear" else "conv"
     if _is_classifier(graph, site):
         return "classifier"
-    if site.node in patches:
+    if site.node in found.patches:
         return "patch_embedding"
     if graph.makers.get(site.data, 0) & graph.end_bit:
         return "stem"
+    if site.node in found.deep_stems:
+        return "deep_stem"
     if site.kind == "depthwise":
         return "depthwise"
     if ahead & graph.attention_bit:
         return "qkv"
     if graph.attended & bit:
         return "attention_projection"
-    if gate_mask & bit or _feeds_only(ahead, gate_mask, site):
+    if found.gates & bit or _feeds_only(ahead, found.gates, site):
         return "se"
-    if site.strided or _merges_tokens(graph, site):
-        return "downsample"
-    if site.kind == "conv":
-        return "conv"
+    if site.node not in found.collapsed:
+        if site.strided or _merges_tokens(graph, site) or _is_pooled_shortcut(graph, site):
+            return "downsample"
+        if site.kind == "conv":
+            return "conv"
     if site.out in graph.activated_after:
         return "mlp_fc1"
     return "mlp_fc2" if site.data in graph.activated_before else "mlp"
+
+
+def _deep_stems(graph: _Graph) -> set[ir.Node]:
+    """Return the sites of deep stems but for the first of each.
+
+    In a deep stem (ResNet-D, Inception) a strided convolution is followed by others at its resolution, up to the first
+    that is strided, pointwise or depthwise or that shares its input with another site.
+    """
+    found: set[ir.Node] = set()
+    for first in graph.sites:
+        if first.constant or not graph.makers.get(first.data, 0) & graph.end_bit:
+            continue
+        last: _Site | None = first if first.kind == "conv" and first.strided else None
+        while last is not None:
+            mask = graph.readers.get(last.out, 0)
+            after = graph.pick(mask)
+            alone = len(after) == 1 and not mask & (graph.attention_bit | graph.end_bit)
+            last = after[0] if alone and after[0].node not in found and _goes_on(first, after[0]) else None
+            found.update(() if last is None else (last.node,))
+    return found
+
+
+def _goes_on(first: _Site, site: _Site) -> bool:
+    """Whether `site` may belong to the deep stem that starts with `first`."""
+    return site.kind == "conv" and not site.strided and not site.pointwise and 2 * site.positions > first.positions
+
+
+def _collapsed(graph: _Graph) -> set[ir.Node]:
+    """Return the linear layers that are written as convolutions.
+
+    These are kernels as large as the whole map they read, and the 1x1 convolutions that read nothing but their results.
+    """
+    found: set[ir.Node] = set()
+    for site in graph.sites:
+        if site.kind != "conv" or site.constant or site.positions > 1:
+            continue
+        covers = not site.pointwise and _shape(site.data)[2:] == site.shape[2:]
+        makers = graph.makers.get(site.data, 0)
+        follows = site.pointwise and makers and all(maker.node in found for maker in graph.pick(makers))
+        if covers or (follows and not makers & graph.end_bit):
+            found.add(site.node)
+    return found
+
+
+def _is_pooled_shortcut(graph: _Graph, site: _Site) -> bool:
+    """Whether `site` is a 1x1 convolution of a shortcut that a pooling shrinks.
+
+    The pooling is there for the shortcut alone: what it reads, other sites read too. Its result is added to theirs.
+    """
+    if site.kind != "conv" or not site.pointwise or site.out not in graph.merged:
+        return False
+    value = site.data
+    while (node := value.producer()) is not None and node not in graph.number:
+        live = graph.live_inputs(node)
+        if len(live) != 1:
+            return False
+        if graph.shrinks(node):
+            own = 1 << graph.number[site.node]
+            return graph.readers.get(value, 0) == own and graph.readers.get(live[0], 0) != own
+        value = live[0]
+    return False
 
 
 def _is_classifier(graph: _Graph, site: _Site) -> bool:

@@ -12,8 +12,8 @@ of groups adds their logs; one made by concatenation is the share-weighted sum o
 which is iterated (Gauss-Newton; one round where nothing is concatenated). A pinned axis contributes 0, a
 depthwise weight has one group and counts it once; both follow from the axes of the weight.
 
-Widths are then rounded to the widths that suit the target's kernels, never to zero, up or down so that the
-multiply-adds stay near those of the unrounded widths.
+Widths are then rounded to widths that suit the target's kernels, never to zero: near E7's for a strategy
+(rounding.py), or as near below a budget as they get (meet_budget).
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ K_MIN = 0.1
 RIDGE = 1e-8
 ROUNDS = 12
 SWEEPS = 200
+# The part by which two widths may differ and are the same, because E7 is solved by iteration.
+_SAME = 1e-4
 
 
 def solve_widths(
@@ -167,6 +169,12 @@ class AllowedWidths:
         """Return the width nearest to `wanted` by ratio."""
         return min(self.widths, key=lambda width: (abs(math.log(width / max(wanted, 1e-9))), -width))
 
+    def around(self, wanted: float) -> tuple[int, int]:
+        """Return the largest width up to `wanted` and the smallest from there on, one and the same at the ends."""
+        slack = _SAME * wanted
+        below = max((width for width in self.widths if width <= wanted + slack), default=self.widths[0])
+        return below, min((width for width in self.widths if width >= wanted - slack), default=self.widths[-1])
+
     def below(self, width: int) -> int | None:
         """Return the next smaller width, or None."""
         position = bisect_left(self.widths, width)
@@ -193,44 +201,22 @@ def allowed_widths(group: Group, multiple: int) -> AllowedWidths:
     return AllowedWidths(group.leaf, (*range(step, group.size, step), group.size))
 
 
-def round_widths(
-    structure: Structure, layers: Sequence[Layer], sparsity: Mapping[str, float], allowed: Sequence[AllowedWidths]
-) -> Counts:
-    """Return how many indices each group keeps: E7, rounded to the `allowed` widths of each group.
-
-    Groups with few allowed widths (heads, convolution groups) are rounded first, and E7 is solved again for the others.
-    """
-    fractions = solve_widths(structure, layers, sparsity)
-    sizes = {item.leaf: item.widths[-1] for item in allowed}
-    budget = structure.macs({leaf: fraction * sizes[leaf] for leaf, fraction in fractions.items()})
-    coarse = [item for item in allowed if 1 < len(item.widths) <= 8 and len(allowed) > 1]
-    fixed: Fractions = {item.leaf: 1.0 for item in allowed if len(item.widths) == 1}
-    fixed |= {item.leaf: item.nearest(fractions[item.leaf] * sizes[item.leaf]) / sizes[item.leaf] for item in coarse}
-    if len(fixed) < len(allowed):
-        fractions = solve_widths(structure, layers, sparsity, fixed)
-    counts = {item.leaf: item.nearest(fractions[item.leaf] * sizes[item.leaf]) for item in allowed}
-    wanted = {leaf: fraction * sizes[leaf] for leaf, fraction in fractions.items()}
-    return meet_budget(structure.mac_cost, allowed, counts, wanted, budget, strict=False)
-
-
 def meet_budget(
     cost: Cost,
     allowed: Sequence[AllowedWidths],
     counts: Counts,
     wanted: Mapping[Axis, float],
     budget: float,
-    *,
-    strict: bool,
 ) -> Counts:
-    """Return `counts` moved among the `allowed` widths until the `cost` is as near to `budget` as it gets.
+    """Return `counts` moved among the `allowed` widths until the `cost` is as near below `budget` as it gets.
 
-    Each step takes the group whose distance from its `wanted` width grows least per change of the cost. With `strict`
-    the cost of the result is at most the budget, if any combination of allowed widths costs that little.
+    Each step takes the group whose distance from its `wanted` width grows least per change of the cost. The cost of the
+    result is at most the budget, if any combination of allowed widths costs that little.
     """
     costs = RunningCost(cost, counts)
     while costs.total > budget:
         move = _best_move(costs, allowed, wanted, budget, up=False)
-        if move is None or (not strict and abs(costs.total + move[2] - budget) > costs.total - budget):
+        if move is None:
             break
         costs.apply(*move[:2])
     while costs.total < budget:

@@ -6,7 +6,7 @@ from typing import Any
 
 from mm_edge.graph.answers import find_answers
 from mm_edge.graph.groups import read_structure
-from mm_edge.graph.layers import read_layers
+from mm_edge.graph.layers import ROLES, read_layers
 from mm_edge.graph.onnx_graph import read_raw
 from mm_edge.load.models import LoadedModel
 from mm_edge.plan.ranges import apply_constraints, rule_ranges
@@ -47,6 +47,7 @@ def describe_model(model: LoadedModel, keep: tuple[str, ...], judge: tuple[str, 
                 "lo": ranges[layer.fqn].lo,
                 "hi": ranges[layer.fqn].hi,
                 "range": ranges[layer.fqn].reason,
+                "recognised": ROLES[layer.role],
             }
             for layer in layers
         ],

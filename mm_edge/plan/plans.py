@@ -10,20 +10,23 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-from mm_edge.arrays import BoolArray, Float64Array
+from mm_edge.arrays import BoolArray
 from mm_edge.errors import UsageError
-from mm_edge.graph.axes import Axis, Keep
+from mm_edge.graph.axes import Keep
 from mm_edge.graph.export import RawGraph
 from mm_edge.graph.groups import Structure
-from mm_edge.graph.widths import AllowedWidths, group_scores, round_widths, select_indices
+from mm_edge.graph.rounding import round_widths
+from mm_edge.graph.widths import AllowedWidths, Counts, group_scores, select_indices
 from mm_edge.plan.masks import build_masks, rank_scores
 from mm_edge.plan.n_m import parse_pattern, project, reduced_axes
 from mm_edge.plan.scores import Scores
 from mm_edge.records import Assignment, Layer, candidate_id, file_name
+
+_P = TypeVar("_P", bound="Plan")
 
 # The pattern that candidates of kind "n:m" follow.
 PATTERN = parse_pattern("2:4")
@@ -104,13 +107,10 @@ def plan_all(
     assignments: Sequence[Assignment],
     kinds: Sequence[str],
 ) -> list[Plan]:
-    """Return one plan per assignment and kind, in that order. Channel scores and rankings are made once per signal."""
+    """Return the plans of all assignments, kind by kind. Rankings are made once per signal."""
     plans: list[Plan] = []
-    channel_scores = {signal: group_scores(structure, scores[signal]) for signal in scores}
-    for assignment in assignments:
-        if "structured" in kinds:
-            by_group = channel_scores[assignment.signal]
-            plans.append(plan_structured(structure, layers, allowed, assignment, by_group))
+    if "structured" in kinds:
+        plans += plan_structured(structure, layers, allowed, scores, assignments)
     if "unstructured" in kinds:
         for signal in scores:
             rankings = rank_scores(layers, scores[signal])
@@ -124,12 +124,30 @@ def plan_structured(
     structure: Structure,
     layers: Sequence[Layer],
     allowed: Sequence[AllowedWidths],
-    assignment: Assignment,
-    scores: Mapping[Axis, Float64Array],
-) -> ChannelPlan:
-    """Return the plan of one strategy: E7's widths among those the target allows, the highest scores kept."""
-    counts = round_widths(structure, layers, assignment.sparsity, allowed)
-    return ChannelPlan(assignment, select_indices(counts, scores))
+    scores: Scores,
+    assignments: Sequence[Assignment],
+) -> list[ChannelPlan]:
+    """Return one plan per signal and set of widths: E7's, rounded to what the target allows, the highest scores kept.
+
+    Widths depend on the strategy alone, so they are found once for all signals. Strategies that come to the same widths
+    make one plan, which carries all their names.
+    """
+    by_signal = {signal: group_scores(structure, scores[signal]) for signal in scores}
+    widths: dict[tuple[str, ...], Counts] = {}
+    plans: dict[tuple[str, str], ChannelPlan] = {}
+    for assignment in assignments:
+        if assignment.names not in widths:
+            widths[assignment.names] = round_widths(structure, layers, assignment.sparsity, allowed)
+        keep = select_indices(widths[assignment.names], by_signal[assignment.signal])
+        _add_name_(plans, assignment, hash_masks(keep), ChannelPlan(replace(assignment, names=()), keep))
+    return list(plans.values())
+
+
+def _add_name_(plans: dict[tuple[str, str], _P], assignment: Assignment, kept: str, plan: _P) -> None:
+    """Add `plan`, or the names of its assignment to the plan of the same signal that keeps the same."""
+    first = plans.get((assignment.signal, kept), plan)
+    names = (*first.assignment.names, *assignment.names)
+    plans[assignment.signal, kept] = replace(first, assignment=replace(first.assignment, names=names))
 
 
 def plan_n_m(
@@ -150,10 +168,8 @@ def plan_n_m(
         found = project(layers, scores[assignment.signal], assignment.sparsity, axes, PATTERN)
         dense = {fqn: reason for fqn, reason in found.dense.items() if fqn in dense or not plans}
         if found.masks:
-            key = (assignment.signal, hash_masks(found.masks))
-            first = plans.get(key, WeightPlan(replace(assignment, names=()), "n:m", found.masks))
-            names = (*first.assignment.names, *assignment.names)
-            plans[key] = replace(first, assignment=replace(first.assignment, names=names))
+            plan = WeightPlan(replace(assignment, names=()), "n:m", found.masks)
+            _add_name_(plans, assignment, hash_masks(found.masks), plan)
     if not plans:
         reason = next(iter(dense.values()), "it has no layer of that kind")
         raise UsageError(f"--kinds n:m: no layer of this network takes {PATTERN}: {reason}; use --kinds structured")

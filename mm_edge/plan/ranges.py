@@ -65,6 +65,7 @@ FAMILY_ROLE_RANGES: dict[str, dict[str, RoleRange]] = {
     "VGG": {"stem": _VGG_CONV, "conv": _VGG_CONV, "mlp": _row(0.30, 0.70), "classifier": _row(0.30, 0.70)},
     "ResNet": {
         "stem": _row(0.0, 0.30),
+        "deep_stem": _row(0.0, 0.30),
         "downsample": _row(0.0, 0.20),
         "conv": RoleRange(((0.30, 0.50), (0.40, 0.60), (0.50, 0.70), (0.75, 0.95)), by="stage"),
         "classifier": _row(0.0, 0.30),
@@ -85,6 +86,7 @@ FAMILY_ROLE_RANGES: dict[str, dict[str, RoleRange]] = {
 # The row that serves a role with none of its own.
 GENERAL_ROLE = {
     "patch_embedding": "stem",
+    "deep_stem": "conv",
     "depthwise": "conv",
     "se": "conv",
     "mlp_fc1": "mlp",

@@ -61,7 +61,7 @@ def plan_budget(
     goal = wanted(high)
     while True:
         counts = {item.leaf: item.nearest(goal[item.leaf]) for item in allowed}
-        counts = meet_budget(cost, allowed, counts, goal, budget, strict=True)
+        counts = meet_budget(cost, allowed, counts, goal, budget)
         spent = cost.total(counts)
         finer = tuple(item.halved() for item in allowed)
         if budget * (1 - BUDGET_SLACK) <= spent <= budget or finer == tuple(allowed):

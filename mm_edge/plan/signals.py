@@ -14,7 +14,7 @@ Source: arXiv 2603.20280 (E1-E3).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -70,6 +70,11 @@ WITHOUT_GRADIENT = "magnitude"
 def need_gradient(signals: Iterable[str]) -> bool:
     """Return whether any of the named signals needs gradients."""
     return any(SIGNALS[name].needs_gradient for name in signals)
+
+
+def pick_one(signals: Sequence[str]) -> str:
+    """Return the signal to score by where one is enough: the first of the named ones that needs no gradient."""
+    return next((name for name in signals if not SIGNALS[name].needs_gradient), signals[0])
 
 
 def without_gradient(signals: Iterable[str]) -> tuple[str, ...]:

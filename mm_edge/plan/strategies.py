@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from mm_edge.deferred import Deferred  # noqa: F401  for entries whose function lies in another module
 from mm_edge.records import Assignment, Layer, SparsityRange
 
-CONVOLUTION_ROLES = frozenset({"conv", "depthwise", "downsample", "se", "stem"})
+CONVOLUTION_ROLES = frozenset({"conv", "deep_stem", "depthwise", "downsample", "se", "stem"})
 ATTENTION_ROLES = frozenset({"qkv", "attention_projection"})
 
 

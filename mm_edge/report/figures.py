@@ -63,7 +63,7 @@ class Row:
         loss: by how much its quality is worse than the dense network's, `loss_ci` its 95 % interval.
         macs_share: its multiply-adds as a share of the dense network's.
         verdict: how far its times can be trusted.
-        same_as: ids of candidates that are the same network.
+        same_as: other ids of the same network.
     """
 
     id: str
@@ -148,7 +148,8 @@ def read_overview(report: Report) -> Overview:
             role = CONTROL
         else:
             role = FRONT if candidate.pareto else OTHER
-        others = tuple(name for name in same[candidate.artifact or candidate.id] if name != candidate.id)
+        listed = [name for name in same[candidate.artifact or candidate.id] if name != candidate.id]
+        others = tuple(dict.fromkeys((*candidate.also_ids, *listed)))
         rows.append(_read_row(figures, role, quality, value, report.dense.macs, others))
     return Overview(quality, _read_dense(report, dense, quality, value), tuple(rows))
 

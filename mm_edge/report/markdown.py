@@ -53,6 +53,7 @@ def write_markdown(report: Report) -> str:
         + "Points are top-1 against dense; a loss is negative. Brackets hold 95 % intervals. Speed-up is the ratio of "
         "the two networks' undisturbed times, measured in turn; that network's own dense time is `dense_latency_ms` in "
         "report.json, and the dense row has the median of these.",
+        _write_other_names(report),
         _write_choice(report),
         _write_budgets(report),
         _write_sustained(report),
@@ -104,6 +105,12 @@ def _write_row(c: Candidate, control: bool, chosen: bool) -> list[str]:
         show_bytes(c.peak_memory_bytes),
         parity,
     ]
+
+
+def _write_other_names(report: Report) -> str:
+    """Write under which other ids a network was asked for."""
+    lines = [f"- {_escape(c.id)}: {_escape(', '.join(c.also_ids))}" for c in report.candidates if c.also_ids]
+    return "\n".join(["## Other names of the same networks", "", *lines]) if lines else ""
 
 
 def _write_choice(report: Report) -> str:

@@ -13,6 +13,7 @@ from mm_edge.formats.bundle import FOLDER as BUNDLE
 from mm_edge.formats.bundle.contents import Facts, names_of, write_archive, write_contents
 from mm_edge.formats.context import FormatContext
 from mm_edge.graph.groups import Structure
+from mm_edge.plan.strategies import STRATEGIES
 from mm_edge.quality.evaluation import compare_logits, compare_outputs, refer_to_outputs, run_onnx, run_outputs
 from mm_edge.records import (
     Candidate,
@@ -34,6 +35,7 @@ from mm_edge.run.make import MakeSettings
 from mm_edge.run.measure import how_to_measure
 from mm_edge.run.networks import Network, Networks, labels_of, provenance_of
 from mm_edge.run.shares import add_shares
+from mm_edge.run.score import channel_signals
 from mm_edge.run.sustain import sustain
 from mm_edge.select import UNCOMPARED, choose, judge_budget, mark_pareto
 
@@ -51,7 +53,7 @@ def finish(
     Raises:
         ConstraintError: no candidate meets the constraints; the report is written all the same, with `chosen` null.
     """
-    listed = mark_pareto(_list_all_names(networks, candidates), dense)
+    listed = mark_pareto([_with_all_ids(job, networks, item) for item in candidates], dense)
     job.note(*notes_of_shared_names(candidates))
     missed: ConstraintError | None = None
     layers: tuple[LayerPicture, ...] = ()
@@ -106,28 +108,32 @@ def skipped_groups(structure: Structure) -> tuple[SkippedGroup, ...]:
     return tuple(SkippedGroup(item.id, item.tensors, item.reason) for item in structure.pinned)
 
 
-def _list_all_names(networks: Networks, candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Return the candidates, each once under every strategy name that leads to it."""
-    listed: list[Candidate] = []
-    for candidate in candidates:
-        listed.append(candidate)
-        names = (candidate.strategy, *candidate.also_named)
-        side = networks.at(candidate.input_shape[-1]).side
-        for name in candidate.also_named:
-            others = tuple(other for other in names if other != name)
-            own = candidate_id(candidate.signal, name, candidate.kind, candidate.precision, side)
-            listed.append(replace(candidate, id=own, strategy=name, also_named=others))
-    return listed
+def _with_all_ids(job: Job, networks: Networks, candidate: Candidate) -> Candidate:
+    """Return the candidate with the ids of all its other names: strategies, and signals that change nothing."""
+    side = networks.at(candidate.input_shape[-1]).side
+    signals = [candidate.signal]
+    if candidate.kind == "structured" and channel_signals(job.request) == (candidate.signal,):
+        signals += [name for name in job.request.signals if name != candidate.signal]
+    names = (candidate.strategy, *candidate.also_named)
+    ids = [candidate_id(s, n, candidate.kind, candidate.precision, side) for s in signals for n in names]
+    return replace(candidate, also_ids=tuple(ids[1:]))
 
 
 def notes_of_shared_names(candidates: Sequence[Candidate]) -> list[str]:
-    """Return notes on strategies that coincide, by formula or because an n:m pattern removes the same for all."""
+    """Return notes on strategies that coincide by formula, in widths or under a pattern."""
     shared = dict.fromkeys((item.kind, (item.strategy, *item.also_named)) for item in candidates if item.also_named)
     return [
-        f"{', '.join(names[:-1])} and {names[-1]} coincide{' under the pattern' if kind == 'n:m' else ' by formula'}: "
-        f"made and measured once, listed under {'both' if len(names) == 2 else 'all their'} names"
+        f"{', '.join(names[:-1])} and {names[-1]} coincide {_why_shared(kind, names)}: "
+        f"made, measured and listed once, under {'both' if len(names) == 2 else 'all their'} names"
         for kind, names in shared
     ]
+
+
+def _why_shared(kind: str, names: Sequence[str]) -> str:
+    if kind == "n:m":
+        return "under the pattern"
+    formulas = {STRATEGIES[name].share for name in names if name in STRATEGIES}
+    return "by formula" if len(formulas) == 1 else "in the widths that the target allows"
 
 
 def _with_test(job: Job, networks: Networks, settings: MakeSettings, candidate: Candidate, chosen: Chosen) -> Chosen:

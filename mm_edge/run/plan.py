@@ -41,7 +41,7 @@ from mm_edge.run.closed_form import recover_keep
 from mm_edge.run.job import Job
 from mm_edge.run.make import control_file_name
 from mm_edge.run.networks import Network, Networks, recovery_images
-from mm_edge.run.score import score_network
+from mm_edge.run.score import channel_signals, score_network
 from mm_edge.run.timing import DeviceTimer, open_timer
 from mm_edge.runtime import cores
 
@@ -392,7 +392,7 @@ def make_plans(job: Job, networks: Networks) -> list[Plan]:
     budgets = measures_of(job, dense)
     for measures in budgets:
         with job.stages.stage("plan budgets"):
-            plans += plan_scaled(job, measures, networks, ranges, scores)
+            plans += plan_scaled(job, measures, networks, ranges, _channel_scores(job, scores))
     del scores
     for measures in budgets:
         plans += plan_by_sensitivity(job, measures, networks)
@@ -405,14 +405,21 @@ def _plan_strategies(job: Job, dense: Network, scores: Scores, bounds: Mapping[s
     allowed, layers = dense.allowed_widths(job), dense.layers
     for kind in job.request.kinds:
         ranges = apply_constraints(layers, bounds, kind == "structured")
-        assignments = [item for s in scores for item in assign(job.request.strategies, s, layers, ranges)]
+        known = _channel_scores(job, scores) if kind == "structured" else scores
+        assignments = [item for s in known for item in assign(job.request.strategies, s, layers, ranges)]
         if kind == "n:m":
-            found, left = plan_n_m(dense.raw, layers, scores, assignments)
+            found, left = plan_n_m(dense.raw, layers, known, assignments)
             plans += found
             job.note(*_pattern_notes(left))
         else:
-            plans += plan_all(dense.structure, layers, allowed, scores, assignments, (kind,))
+            plans += plan_all(dense.structure, layers, allowed, known, assignments, (kind,))
     return plans
+
+
+def _channel_scores(job: Job, scores: Scores) -> Scores:
+    """Return the scores of the signals that structured candidates are made by; all where none of these is known."""
+    wanted = channel_signals(job.request)
+    return {signal: found for signal, found in scores.items() if signal in wanted} or scores
 
 
 def measures_of(job: Job, dense: Network) -> list[BudgetMeasures]:

@@ -20,10 +20,11 @@ from mm_edge.plan.scores import (
     projected_gradients,
     score_weights,
 )
-from mm_edge.plan.signals import need_gradient, without_gradient
+from mm_edge.plan.signals import need_gradient, pick_one, without_gradient
 from mm_edge.records import Layer, SparsityRange
 from mm_edge.run.job import IMAGES_PER_BATCH, Job
 from mm_edge.run.networks import Network
+from mm_edge.run.request import Request
 from mm_edge.runtime import release_memory
 
 # E2 asks for 5-10 % of the training data; beyond this many images the gradient's ranking no longer changes.
@@ -46,11 +47,37 @@ def read_ranges(
     return rule_ranges(layers, family)
 
 
+def channel_signals(request: Request) -> tuple[str, ...]:
+    """Return the signals that structured candidates are made by.
+
+    Where the closed form chooses the channels, signals lead to the same networks: one of them is enough.
+    """
+    return request.signals if request.select == "signal" else (pick_one(request.signals),)
+
+
+def _signals_needed(job: Job) -> tuple[str, ...]:
+    """Return the signals that decide anything, and note those that do not."""
+    request = job.request
+    used = channel_signals(request)
+    idle = [name for name in request.signals if name not in used]
+    if not idle or "structured" not in request.kinds:
+        return request.signals
+    only = set(request.kinds) == {"structured"}
+    spared = "; no gradient is taken" if only and not need_gradient(used) else ""
+    verb = "changes" if len(idle) == 1 else "change"
+    job.note(
+        f"{' and '.join(idle)} {verb} nothing in structured candidates, because --select {request.select} "
+        f"chooses their channels{spared}: each network is made once and carries all its names; "
+        "--select signal makes one per signal"
+    )
+    return used if only else request.signals
+
+
 def score_network(job: Job, dense: Network) -> tuple[Scores, dict[str, SparsityRange]]:
-    """Return the scores of every signal that was asked for and can be computed, and the ranges before constraints."""
+    """Return the scores of the signals that decide something and can be computed, and the ranges before constraints."""
     weights = read_layer_weights(dense.raw, dense.layers)
     gradient: Float32Arrays = {}
-    signals = job.request.signals
+    signals = _signals_needed(job)
     if need_gradient(signals) or job.request.ranges == "observed":
         gradient = _gradients(job)
         if not gradient:

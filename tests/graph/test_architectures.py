@@ -17,7 +17,8 @@ from mm_edge.graph.deploy import deploy
 from mm_edge.graph.export import export_raw
 from mm_edge.graph.groups import Structure, read_structure
 from mm_edge.graph.layers import read_layer_weights, read_layers
-from mm_edge.graph.widths import allowed_widths, group_scores, round_widths, select_indices
+from mm_edge.graph.rounding import round_widths
+from mm_edge.graph.widths import allowed_widths, group_scores, select_indices
 from mm_edge.plan.ranges import apply_constraints, rule_ranges
 from mm_edge.plan.scores import score_weights
 from mm_edge.plan.strategies import assign

@@ -15,8 +15,9 @@ from torch.nn import functional
 import mm_edge  # noqa: F401  makes timm importable beside CPU-only torch
 from mm_edge.errors import ModelError
 from mm_edge.graph.export import RawGraph, export_raw
-from mm_edge.graph.layers import read_layer_weights, read_layers
+from mm_edge.graph.layers import ROLES, read_layer_weights, read_layers
 from mm_edge.graph.onnx_graph import raw_from_onnx
+from mm_edge.plan.ranges import DEFAULT_ROLE_RANGES, GENERAL_ROLE, rule_ranges
 from mm_edge.records import Layer
 
 
@@ -236,3 +237,41 @@ def test_levit() -> None:
 def test_mobilenet_with_squeeze_and_excitation() -> None:
     roles = count_roles(timm_layers("mobilenetv3_small_100", 64))
     assert roles == {"stem": 1, "conv": 23, "depthwise": 11, "se": 18, "classifier": 1}
+
+
+def roles_of(name: str, side: int) -> dict[str, str]:
+    return {layer.fqn: layer.role for layer in timm_layers(name, side)}
+
+
+@pytest.mark.slow
+def test_a_deep_stem_and_pooled_shortcuts_of_resnet_d() -> None:
+    layers = {layer.fqn: layer for layer in timm_layers("resnet18d", 64)}
+    assert [layers[f"conv1.{i}.weight"].role for i in (0, 3, 6)] == ["stem", "deep_stem", "deep_stem"]
+    pooled = [layers[f"layer{i}.0.downsample.1.weight"] for i in (2, 3, 4)]
+    assert [(layer.role, layer.stage) for layer in pooled] == [("downsample", 2), ("downsample", 3), ("downsample", 4)]
+    ranges = rule_ranges(tuple(layers.values()), "ResNet")
+    rows = {fqn: ranges[fqn].reason for fqn in ranges}
+    assert rows["conv1.3.weight"] == "rule ResNet: deep_stem"
+    # The stages of the blocks are counted from the first block, not from the stem.
+    assert [rows[f"layer{i}.1.conv1.weight"] for i in (1, 2, 3, 4)] == [
+        f"rule ResNet: conv, stage row {i}" for i in (1, 2, 3, 4)
+    ]
+
+
+@pytest.mark.slow
+def test_vgg_s_linear_layers_are_no_convolutions_though_they_are_written_as_such() -> None:
+    roles = roles_of("vgg11_bn", 64)
+    assert (roles["pre_logits.fc1.weight"], roles["pre_logits.fc2.weight"]) == ("mlp_fc1", "mlp_fc1")
+    assert roles["features.0.weight"] == "stem" and roles["features.25.weight"] == "conv"
+
+
+@pytest.mark.slow
+def test_a_last_stage_of_one_pixel_is_no_linear_layer_and_a_plain_shortcut_is_not_pooled() -> None:
+    roles = roles_of("resnet26", 32)
+    assert roles["layer4.1.conv2.weight"] == "conv" and roles["layer4.1.conv3.weight"] == "conv"
+    assert roles["layer1.0.downsample.0.weight"] == "conv"
+
+
+def test_every_role_is_described() -> None:
+    roles = {*DEFAULT_ROLE_RANGES, *GENERAL_ROLE}
+    assert set(ROLES) == roles | {"mlp_fc1", "mlp_fc2"}

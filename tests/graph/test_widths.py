@@ -13,12 +13,12 @@ from tiny_graphs import leaf_of, structure_of, tiny
 from mm_edge.graph.export import RawGraph
 from mm_edge.graph.groups import Group, Structure
 from mm_edge.graph.layers import read_layers
+from mm_edge.graph.rounding import round_widths
 from mm_edge.graph.widths import (
     AllowedWidths,
     allowed_widths,
     group_scores,
     meet_budget,
-    round_widths,
     select_indices,
     solve_widths,
     sparsity_of,
@@ -191,7 +191,7 @@ def test_a_strict_budget_is_never_passed_and_nothing_more_would_fit(
     budget = fraction * structure.macs()
     dense = {item.leaf: item.widths[-1] for item in allowed}
     counts = meet_budget(
-        structure.mac_cost, allowed, dense, {leaf: float(size) for leaf, size in dense.items()}, budget, strict=True
+        structure.mac_cost, allowed, dense, {leaf: float(size) for leaf, size in dense.items()}, budget
     )
     lowest = structure.macs({item.leaf: float(item.widths[0]) for item in allowed})
     assert structure.macs(counts) <= max(budget, lowest)

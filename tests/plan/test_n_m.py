@@ -264,7 +264,7 @@ def test_strategies_that_come_to_the_same_masks_are_one_plan() -> None:
     assert [plan.assignment.names for plan in plans] == [("one",), ("both", "more")]
     assert [plan.id for plan in plans] == ["magnitude/one/n:m/fp32", "magnitude/both/n:m/fp32"]
     assert notes_of_shared_names([candidate(plan) for plan in plans]) == [
-        "both and more coincide under the pattern: made and measured once, listed under both names"
+        "both and more coincide under the pattern: made, measured and listed once, under both names"
     ]
 
 

@@ -108,6 +108,14 @@ def test_the_same_network_under_two_names_knows_of_both() -> None:
     assert (rows[0].same_as, rows[1].same_as) == ((other.id,), (FAST.id,))
 
 
+def test_the_page_shows_all_ids_of_a_network(tmp_path: Path) -> None:
+    ids = ("gradient/balanced/structured/fp32", "product/balanced/structured/fp32")
+    report = make_report(dataclasses.replace(FAST, also_ids=ids))
+    assert read_overview(report).rows[0].same_as == ids
+    assert "other names" in (page := write_page(report, tmp_path)) and "gradient/balanced" in page
+    assert "other names" not in write_page(make_report(FAST), tmp_path)
+
+
 def test_constraints_are_drawn_as_lines() -> None:
     spec = quality_against_speed(read_overview(full_report()), Constraints(max_drop=1.0, speedup=1.4, latency_ms=0.5))
     lines = [layer["encoding"] for layer in spec["layer"] if layer["mark"].get("type") == "rule" and "data" in layer]
@@ -283,6 +291,7 @@ DOCUMENT: dict[str, Any] = {
             "lo": 0,
             "hi": 0.3,
             "range": "stem",
+            "recognised": "reads the model's input",
         }
     ],
     "groups": [{"id": "a.weight:0", "size": 8, "tensors": ["a.weight", "b.bias"]}],

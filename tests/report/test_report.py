@@ -84,7 +84,7 @@ CONTRACT = {
     "candidates.0": (
         "id signal strategy kind precision sparsity params macs accuracy_top1 accuracy_drop agreement_top1 kl_to_dense "
         "latency_ms speedup speedup_ci peak_memory_bytes file_bytes parity recovered_by epochs stopped pareto artifact "
-        "masked_state_dict stored_file input_shape also_named removed_blocks planned_by "
+        "masked_state_dict stored_file input_shape also_named also_ids removed_blocks planned_by "
         "fidelity metric accuracy_ci drop_ci dense_latency_ms"
     ),
     "candidates.0.fidelity": "outputs map50_to_dense map_to_dense miou_to_dense",
@@ -291,11 +291,11 @@ def test_markdown_cannot_be_broken_by_a_name() -> None:
 def test_the_terminal_shows_all_of_a_few_rows() -> None:
     text = render(make_report(FAST, UNMEASURED))
     lines = [" ".join(line.split()) for line in text.splitlines()]
-    assert lines[3] == "candidate top-1 points p50 speed-up MACs file"
+    assert lines[3] == "candidate top-1 points p50 speed-up interval MACs file"
     assert lines[4] == "dense 90.00 % 2 ms 100 M 4 MB"
-    assert lines[5] == ">* product/balanced 89.50 % -0.50 1 ms 2.00x 50 M 2 MB"
+    assert lines[5] == ">* product/balanced 89.50 % -0.50 1 ms 2.00x 1.95-2.05 50 M 2 MB"
     assert lines[6].startswith("product/uniform not measured not measured")
-    assert lines[8] == "not measured: memory"
+    assert "not measured: memory" in lines
     assert "chosen: product/balanced/structured/fp32: the fastest" in text
     assert "full width: 2 coupled groups: an axis of the input" in text
     assert "warning: two images were skipped" in text
@@ -305,8 +305,29 @@ def test_the_terminal_shows_all_of_a_few_rows() -> None:
 def test_a_narrow_terminal_keeps_each_row_on_one_line() -> None:
     long = candidate("parameter_proportional", 1.0)
     lines = [" ".join(line.split()) for line in render(make_report(long), 80).splitlines()]
-    assert "candidate top-1 points p50 speed-up MACs" in lines
-    assert "> product/parameter_proportional 89.50 % -0.50 1 ms 2.00x 50 M" in lines
+    assert "candidate top-1 points p50 speed-up interval MACs" in lines
+    assert "> product/parameter_proportional 89.50 % -0.50 1 ms 2.00x 1.95-2.05 50 M" in lines
+    # What does not fit leaves the milliseconds out.
+    longer = candidate("parameter_proportional_of_two", 1.0)
+    lines = [" ".join(line.split()) for line in render(make_report(longer), 80).splitlines()]
+    assert "> product/parameter_proportional_of_two 89.50 % -0.50 2.00x 1.95-2.05 50 M" in lines
+
+
+def test_rows_whose_speed_cannot_be_told_from_the_chosen_are_marked() -> None:
+    text = render(make_report(candidate("first", 1.0), candidate("alike", 1.02), candidate("slower", 1.5)), 80)
+    marked = [line for line in text.splitlines() if "89.50 %" in line and "=" in line]
+    assert len(marked) == 1 and "product/alike" in marked[0] and "1.91-2.01=" in marked[0]
+    assert "= as fast as the chosen one as far as can be told: their intervals overlap" in " ".join(text.split())
+    alone = render(make_report(candidate("first", 1.0)), 80)
+    assert "interval: 95 % of the speed-up" in alone and "=" not in alone
+
+
+def test_other_names_of_a_network_are_shown_everywhere() -> None:
+    ids = ("product/middle_50th/structured/fp32", "gradient/balanced/structured/fp32")
+    report = make_report(dataclasses.replace(FAST, also_named=("middle_50th",), also_ids=ids))
+    assert "product/balanced: also middle_50th" in render(report)
+    assert f"- {FAST.id}: {ids[0]}, {ids[1]}".replace("_", "\\_") in write_markdown(report)
+    assert "Other names" not in write_markdown(make_report(FAST))
 
 
 def test_the_terminal_shows_the_front_and_the_chosen_of_many_rows() -> None:

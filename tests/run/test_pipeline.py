@@ -342,7 +342,7 @@ def test_a_target_that_is_not_here_has_no_latency_and_says_how_to_measure(
 
 def test_an_onnx_goes_the_same_way_with_the_magnitude_signal(done: Finished, tmp_path: Path) -> None:
     setting = {"out": tmp_path / "run", "data": str(done.files / "images"), "bench": False}
-    request = make_request(**setting, strategies=("balanced",))
+    request = make_request(**setting, strategies=("balanced",), select="signal")
     report = run_job(lambda: load_model(str(done.out / "dense.onnx"), LoadOptions()), request, Stages())
     assert ids(report) == ["magnitude/balanced/structured/fp32"]
     assert "a network given as .onnx has no gradients: signal magnitude only" in report.warnings
@@ -350,6 +350,37 @@ def test_an_onnx_goes_the_same_way_with_the_magnitude_signal(done: Finished, tmp
     candidate = report.candidates[0]
     assert candidate.parity is not None and candidate.parity.max_rel_err <= 1e-4
     assert candidate.macs < 0.8 * report.dense.macs
+
+
+def test_where_the_closed_form_chooses_channels_each_network_is_made_once_and_no_gradient_is_taken(
+    files: Path, tmp_path: Path
+) -> None:
+    fields: dict[str, Any] = {
+        "signals": ("gradient", "magnitude"),
+        "strategies": ("balanced", "middle_50th"),
+        "recover": "closed-form",
+        "macs": (BUDGET,),
+    }
+    report = run(load_small, files / "images", tmp_path / "auto", **fields)
+    assert ids(report)[0] == "magnitude/balanced/structured/fp32"
+    assert report.candidates[0].also_ids == (
+        "magnitude/middle_50th/structured/fp32",
+        "gradient/balanced/structured/fp32",
+        "gradient/middle_50th/structured/fp32",
+    )
+    assert [c.id for c in report.candidates if c.signal == "magnitude"] == [
+        "magnitude/balanced/structured/fp32",
+        "magnitude/macs_0.7/structured/fp32",
+    ]
+    assert "gradients" not in report.seconds and not (tmp_path / "auto" / ".mm-edge" / "gradients.safetensors").exists()
+    assert (
+        "gradient changes nothing in structured candidates, because --select auto chooses their channels; no gradient "
+        "is taken: each network is made once and carries all its names; --select signal makes one per signal"
+    ) in report.warnings
+    assert (
+        "balanced and middle_50th coincide by formula: made, measured and listed once, under both names"
+        in report.warnings
+    )
 
 
 def test_what_keep_names_is_not_pruned(files: Path, tmp_path: Path) -> None:

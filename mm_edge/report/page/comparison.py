@@ -44,7 +44,7 @@ def _runs_table(comparison: Comparison) -> Html:
         row, quality = run.row, run.overview.quality
         table.add(
             run.name,
-            row.id,
+            " = ".join((row.id, *row.same_as)),
             "" if quality is None else quality.name,
             show_percent(row.quality) if quality is None or quality.is_fraction else show_number(row.quality),
             show_ratio(row.speedup),

@@ -31,6 +31,7 @@ def write_inspection_page(document: Document) -> str:
             _heading("Layers"),
             _figure("work", "Multiply-adds of every layer, coloured by the largest share of it that may be removed."),
             _layers_table(layers),
+            bullets(list(dict.fromkeys(f"{layer['role']}: {layer['recognised']}" for layer in layers))),
             _heading("Groups"),
             _figure("groups", "A mark says that the layer is part of the group; channels of a group go together."),
         ]

@@ -145,11 +145,13 @@ Column = tuple[str, Callable[[Row], str], Callable[[Row], Any]]
 
 def _rows_table(page: Page, caption: str, rows: Sequence[Row], sortable: bool) -> Html:
     columns = _columns(page, everything=sortable)
-    titles = ["network", "role", *(title for title, _, _ in columns)]
-    table = Table(caption, titles, titles[2:], sortable)
+    numeric = [title for title, _, _ in columns]
+    named = any(row.same_as for row in rows)
+    table = Table(caption, ["network", "role", *numeric, *(["other names"] if named else [])], numeric, sortable)
     for row in rows:
-        cells = [row.id, row.role, *(show(row) for _, show, _ in columns)]
-        sort = [row.id, row.role, *(value(row) for _, _, value in columns)]
+        others = [", ".join(row.same_as)] if named else []
+        cells = [row.id, row.role, *(show(row) for _, show, _ in columns), *others]
+        sort = [row.id, row.role, *(value(row) for _, _, value in columns), *others]
         marks = {name: getattr(row, name) for name in plots.FILTERED} if row.role != DENSE else {}
         table.add(*cells, sort=sort, data=marks, class_=row.role)
     return table.html()
