@@ -87,11 +87,7 @@ def pruned(raw: RawGraph, structure: Structure) -> Keep:
     return select_indices(counts, group_scores(structure, scores))
 
 
-# The masked module of cross attention differs from the masked graph, so its candidates fail the parity check.
-UNEQUAL = pytest.mark.xfail(strict=True, reason="one in_proj_weight for queries and keys of other sources")
-
-
-@pytest.mark.parametrize("name", [pytest.param(name, marks=UNEQUAL if name == "detr" else ()) for name in TASKS])
+@pytest.mark.parametrize("name", TASKS)
 def test_one_structure_from_every_form_and_exact_artifacts(name: str, tmp_path: Path) -> None:
     task = TASKS[name]
     module = task.module()
