@@ -6,9 +6,11 @@ Everything that can be refused is refused before the run directory is touched.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 from mm_edge.bench.connect import open_transport
 from mm_edge.bench.target import load_target, matches_this_machine, resolve_host
+from mm_edge.errors import UsageError
 from mm_edge.graph.sizes import remake
 from mm_edge.load.annotations import Labels, open_labels, require_photos
 from mm_edge.load.data import DataSplits, open_data
@@ -40,7 +42,8 @@ def start(load: Callable[[], LoadedModel], request: Request, stages: Stages) -> 
             remake(model, side)  # refuses what the network cannot take
         data = None
         if request.data is not None:
-            classes, inputs = model.info.num_classes, () if model.onnx_path is None else model.inputs
+            named = model.onnx_path is not None or len(model.inputs) > 1
+            classes, inputs = model.info.num_classes, model.inputs if named else ()
             data = open_data(request.data, model.input, classes, request.split, request.seed, inputs)
     measured = request.bench and (request.host is not None or matches_this_machine(target))
     check_request(request, data, target, measured, model.input)
@@ -53,10 +56,12 @@ def start(load: Callable[[], LoadedModel], request: Request, stages: Stages) -> 
             store.clear()
             store.remove_owned(SAMPLES_FOLDER)
         job = Job(request, model, data, target, transport, store.folder, store, stages, labels, metric)
-        if transport is None:
-            return run_stages(job)
-        with transport:
-            return run_stages(job)
+        try:
+            with transport or nullcontext():
+                return run_stages(job)
+        except UsageError:
+            store.discard()
+            raise
 
 
 def _open_labels(path: str, data: DataSplits) -> Labels:
