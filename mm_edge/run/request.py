@@ -132,7 +132,7 @@ class ModelOptions:
         (),
         InputShapes(),
         help="Shape of an input of an .onnx, batch included; sizes it leaves open stay open. Repeatable.",
-        python_help="Shapes of the inputs by the names of the module's arguments, where example_input is to be checked.",
+        python_help="Shapes by the names of the module's arguments, which example_input is checked against.",
         section=MODEL,
         metavar="NAME=SHAPE",
         spelled="--input",
