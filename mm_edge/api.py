@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from mm_edge.errors import UsageError
+from mm_edge.errors import UsageError, unknown_name
 from mm_edge.load.models import LoadedModel, LoadOptions, wrap_module
 from mm_edge.progress import Stages
 from mm_edge.records import Report
@@ -28,7 +28,7 @@ from mm_edge.run.request import Request, make_request
 from mm_edge.run.start import start
 
 # Options on how to read a file; they are refused for a module in memory.
-FILE_OPTIONS = ("arch", "input_size", "inputs", "trust_pickle", "layout")
+FILE_OPTIONS = ("arch", "input_size", "trust_pickle", "layout")
 # Options that may be given by position, after the module and the example input.
 BY_POSITION = ("target", "data", "out")
 WIDTH = 110
@@ -106,6 +106,7 @@ def prune_export(
             raise UsageError(f"{name} says how to read a file, and the module is in memory; leave it out")
     name = type(module).__name__
     request = make_request(**{**options, "out": options.get("out") or Path(f"mm-edge-{name}")})
+    _check_inputs(module, examples, request)
 
     def load() -> LoadedModel:
         photos = LoadOptions(
@@ -127,6 +128,19 @@ def _check_examples(examples: tuple[Any, ...]) -> None:
     if not any(len(shape) == 4 for shape in shapes):
         listed = f"shape {', '.join(map(str, shapes))}" if shapes else "no tensor"
         raise UsageError(f"example_input has {listed}; give a batch of images (N, C, H, W)")
+
+
+def _check_inputs(module: nn.Module, examples: tuple[torch.Tensor, ...], request: Request) -> None:
+    """Refuse `inputs` that do not state the shapes of the examples, by the names of the module's arguments."""
+    arguments = list(inspect.signature(module.forward).parameters)
+    shapes = {name: tuple(example.shape) for name, example in zip(arguments, examples, strict=False)}
+    for name, shape in request.inputs:
+        if name not in shapes:
+            raise UsageError(f"inputs: {unknown_name('input', name, shapes)}")
+        if shape[1:] != shapes[name][1:]:
+            raise UsageError(
+                f"inputs: {name} has shape {shape}, and example_input {shapes[name]}; give an example of that shape"
+            )
 
 
 def _name_positional(positional: tuple[Any, ...], options: Mapping[str, Any]) -> dict[str, Any]:
@@ -204,9 +218,9 @@ def _describe() -> str:
     lines: list[str] = []
     for name, item in _python_options().items():
         hint = hints[name].__name__ if isinstance(hints[name], type) else hints[name]
-        default, text = item.shown_default, item.full_help
+        default, text = item.shown_default, item.python_help or item.full_help
         if isinstance(item.kind, Flag):
-            default, text = str(item.default), item.python_help or text
+            default = str(item.default)
         if name == "out":
             default = "mm-edge-CLASS"
         entries = [f"{name} ({hint}, default {default}): {text}"]

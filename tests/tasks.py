@@ -268,10 +268,13 @@ class Task:
     shapes: tuple[tuple[int, ...], ...] = ((1, 3, 64, 64),)
 
     def module(self) -> nn.Module:
-        """Return the network, always with the same weights and scrambled BatchNorm statistics."""
+        """Return the network, always with the same weights, scrambled statistics, and gains that differ as trained."""
         torch.manual_seed(0)
         module = self.build().eval()
         for part in module.modules():
+            if isinstance(part, nn.LayerNorm):  # equal ones would be one tensor in an optimised .onnx
+                nn.init.uniform_(part.weight, 0.5, 2)
+                nn.init.uniform_(part.bias, -0.2, 0.5)
             if isinstance(part, (nn.BatchNorm1d, nn.BatchNorm2d)) and part.running_mean is not None:
                 assert part.running_var is not None
                 nn.init.uniform_(part.weight, 0.5, 2)

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -25,7 +26,7 @@ from mm_edge.run.recoveries import RECOVERIES, Recovery
 from mm_edge.run.request import RULES, SECTIONS, ModelOptions, Request, make_model_options, make_request
 
 IMAGES = torch.zeros(1, 3, 16, 16)
-FILE_ONLY = {"arch", "input_size", "inputs", "trust_pickle", "layout"}
+FILE_ONLY = {"arch", "input_size", "trust_pickle", "layout"}
 
 
 def make_report(chosen: bool = True) -> Report:
@@ -94,6 +95,11 @@ def refuse(*positional: Any, **options: Any) -> str:
         ({"strategy": None}, "unknown option 'strategy'; did you mean strategies?"),
         ({"zzz": 1}, "unknown option 'zzz'; help(mm_edge.prune_export) lists the options"),
         ({"arch": "resnet18"}, "arch says how to read a file, and the module is in memory; leave it out"),
+        (
+            {"inputs": "input=1,3,8,8"},
+            "inputs: input has shape (1, 3, 8, 8), and example_input (1, 3, 16, 16); give an example of that shape",
+        ),
+        ({"inputs": {"images": (1, 3, 16, 16)}}, "inputs: unknown input 'images'; allowed: input"),
         ({"strategies": "balancd"}, "unknown strategy 'balancd'; did you mean balanced?"),
         ({"strategies": ()}, f"no strategy given; allowed: all, {', '.join(STRATEGIES)}"),
         ({"signals": ("magnitud",)}, "unknown signal 'magnitud'; did you mean magnitude?"),
@@ -247,6 +253,32 @@ def test_a_name_added_to_a_registry_counts_at_once(asked: list[Request], monkeyp
 
 
 # --- one declaration --------------------------------------------------------------------------------------------------
+
+
+class TwoInputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.state = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3), nn.Linear(5, 16)
+        self.head = nn.Conv2d(16, 4, 1)
+
+    def forward(self, image: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.second(torch.relu(self.first(image)))) + self.state(state)[:, :, None, None]
+        found: torch.Tensor = self.head(torch.relu(x))
+        return found
+
+
+@pytest.mark.slow
+def test_a_module_of_two_inputs_takes_arrays_and_shapes_by_the_names_of_its_arguments(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    random = np.random.default_rng(0)
+    arrays = {"image": random.standard_normal((12, 3, 16, 16)), "state": random.standard_normal((12, 5))}
+    np.savez(tmp_path / "data.npz", **{name: array.astype(np.float32) for name, array in arrays.items()})  # type: ignore[arg-type]
+    result = mm_edge.prune_export(
+        TwoInputs(), (IMAGES, torch.zeros(1, 5)), data=tmp_path / "data.npz", out=tmp_path / "run", bench=False,
+        strategies="balanced", signals=("magnitude", "gradient"), inputs={"image": (1, 3, 16, 16), "state": [1, 5]},
+    )  # fmt: skip
+    assert {candidate.signal for candidate in result.candidates} == {"magnitude", "gradient"}
+    assert all(candidate.fidelity is not None for candidate in result.candidates)
 
 
 def test_every_option_is_in_the_signature_and_in_the_help_with_type_and_default() -> None:

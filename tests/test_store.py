@@ -217,3 +217,34 @@ def test_arrays_without_axes_come_back_without_axes(tmp_path: Path) -> None:
     store.remove_arrays("a")
     store.remove_arrays("a")
     assert store.load_arrays("a", {"k": 1}) is None
+
+
+@pytest.mark.parametrize("was_there", [True, False])
+def test_a_refused_run_leaves_nothing_but_a_folder_that_was_there(tmp_path: Path, was_there: bool) -> None:
+    folder = tmp_path / "run"
+    if was_there:
+        folder.mkdir()
+    store = RunStore(folder)
+    with store.lock():
+        store.claim("dense.onnx")
+        (folder / "dense.onnx").write_bytes(b"model")
+        store.save_json("stage", {}, 1)
+        store.discard()
+    assert list(tmp_path.rglob("*")) == ([folder] if was_there else [])
+
+
+def test_a_refused_run_keeps_candidates_and_what_an_earlier_run_made(tmp_path: Path) -> None:
+    store = RunStore(tmp_path / "run")
+    with store.lock():
+        store.claim("candidates/a.onnx")
+        (store.folder / "candidates").mkdir()
+        (store.folder / "candidates" / "a.onnx").write_bytes(b"model")
+        store.discard()
+    assert (store.folder / "candidates" / "a.onnx").exists()
+    (store.folder / "candidates" / "a.onnx").unlink()
+    (store.folder / "candidates").rmdir()
+    again = RunStore(store.folder)
+    with again.lock():
+        again.save_json("stage", {}, 1)
+        again.discard()
+    assert again.load_json("stage", {}) == 1

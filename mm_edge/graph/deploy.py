@@ -29,7 +29,8 @@ def deploy(model: ir.Model, *, keep_names: bool = False) -> ir.Model:
         for step in DEPLOY_PASSES:
             step(model)
     for node in model.graph:
-        node.name = names.get(node.outputs[0].name or "", node.name)
+        if node.op_type != "BatchNormalization":  # one that stays, after a convolution of shared weights, is no fusion
+            node.name = names.get(node.outputs[0].name or "", node.name)
     return model
 
 

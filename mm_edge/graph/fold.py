@@ -8,12 +8,16 @@ A value computed from weights alone is *mixed* when it, or a value it is compute
 that combines several elements of a weight. Mixed values are folded up to the node where another parameter joins: the
 gain of a scaled convolution stays a parameter of its own, which a mask zeroes with the rows it scales. A folded value
 of one parameter takes that parameter's name and shape.
+
+A parameter is *live* when it also reaches activations unmixed: the projection that cross attention applies to constant
+queries and to the keys of an image. The mask of a live parameter changes all that is computed from it, so that nothing
+computed from it is folded; the rules read it as it stands.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import onnx_ir as ir
@@ -82,14 +86,27 @@ def _roots(model: ir.Model, parameters: NameSet) -> list[tuple[ir.Value, NameSet
         )
         whole = sources[node.outputs[0]] if node.op_type in MIXING else inherited
         mixed.update(dict.fromkeys(node.outputs, whole))
-    whole_values = {value for value, names in mixed.items() if names and sources[value] <= names}
     outputs = set(model.graph.outputs)
+    live = _live(sources, mixed, outputs)
+    whole_values = {value for value, names in mixed.items() if names and sources[value] <= names - live}
     return [
         (value, sources[value])
         for value in mixed
         if value in whole_values
         and (value in outputs or any(use.node.outputs[0] not in whole_values for use in value.uses()))
     ]
+
+
+def _live(sources: Mapping[ir.Value, NameSet], mixed: Mapping[ir.Value, NameSet], outputs: set[ir.Value]) -> NameSet:
+    """Return the parameters that a node which depends on the input reads unmixed, and those that are outputs so."""
+    unmixed = {value: names - mixed.get(value, frozenset()) for value, names in sources.items()}
+    return frozenset[str]().union(
+        *(
+            names
+            for value, names in unmixed.items()
+            if names and (value in outputs or any(use.node.outputs[0] not in sources for use in value.uses()))
+        )
+    )
 
 
 def _split_normalisations_(model: ir.Model, parameters: NameSet) -> None:

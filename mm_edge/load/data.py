@@ -330,7 +330,7 @@ def open_data(
     """Open a folder or tar of photos or class folders, or a data set as timm names it (`hfds/NAME`, `torch/NAME:ROOT`).
 
     Or a file of inputs that are ready (.npz, .npy), or FILE.py:CALLABLE that yields them; see ready.py. `inputs` are
-    the inputs of an .onnx, and empty for a module.
+    those of an .onnx or of a module with several, and empty for a module with one.
 
     With train/ val/ test/ inside, or `-train` `-val` `-test` files or folders beside the one given: calibration from
     train, validation from val, test from test; what is missing is cut from the nearest, and a fraction of 0 in `split`

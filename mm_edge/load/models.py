@@ -26,6 +26,8 @@ from mm_edge.load.network import (
     LoadOptions,
     ModelInput,
     TimmBuild,
+    count_classes,
+    first_output,
     output_shape,
     parse_shape,
     timm_config,
@@ -216,9 +218,11 @@ def _finish(network: BuiltNetwork, options: LoadOptions, family: str | None = No
     # exported program keeps none, and a copy of it loses its shape checks.
     inputs = _inputs_of(module, shape, options)
     shapes = [item.measured for item in inputs]
-    output = output_shape(copy.deepcopy(module) if family is None else module, *shapes)
-    if len(output) != 2:
-        warnings += (f"the first output has shape {output}, not (batch, classes): no accuracy can be measured",)
+    output = first_output(copy.deepcopy(module) if family is None else module, *shapes)
+    classes = count_classes(output)
+    if output.ndim != 2:
+        found = tuple(output.shape)
+        warnings += (f"the first output has shape {found}, not (batch, classes): no accuracy can be measured",)
     info = ModelInfo(
         name=network.name,
         source=network.source,
@@ -226,7 +230,7 @@ def _finish(network: BuiltNetwork, options: LoadOptions, family: str | None = No
         params=sum(parameter.numel() for parameter in parameters),
         macs=None,
         input_shape=shape,
-        num_classes=output[1] if len(output) == 2 else None,
+        num_classes=classes,
         licence=_licence_of(network),
     )
     kind = family or type(module).__name__

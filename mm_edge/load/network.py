@@ -16,6 +16,8 @@ from mm_edge.load.weights import quiet_timm
 INIT_SEED = 0
 
 ImageShape = tuple[int, int, int]
+# How far from 1 the length of an embedding may be.
+UNIT_TOLERANCE = 1e-4
 # Numbers of channels of pictures: grey and RGB.
 COLOURS = (1, 3)
 
@@ -153,6 +155,15 @@ def output_shape(module: nn.Module, *shapes: tuple[int, ...]) -> tuple[int, ...]
     Raises:
         ModelError: the module fails on them, or returns no tensor.
     """
+    return tuple(first_output(module, *shapes).shape)
+
+
+def first_output(module: nn.Module, *shapes: tuple[int, ...]) -> torch.Tensor:
+    """Return the module's first output for zeros of `shapes`, one for each input.
+
+    Raises:
+        ModelError: the module fails on them, or returns no tensor.
+    """
     try:
         with torch.no_grad(), quiet_timm():
             output = module(*(torch.zeros(shape) for shape in shapes))
@@ -165,7 +176,20 @@ def output_shape(module: nn.Module, *shapes: tuple[int, ...]) -> tuple[int, ...]
         output = next(iter(output.values())) if isinstance(output, Mapping) else output[0]
     if not isinstance(output, torch.Tensor):
         raise ModelError(f"the network returns a {type(output).__name__}; it must return a tensor of class scores")
-    return tuple(output.shape)
+    return output
+
+
+def count_classes(output: torch.Tensor) -> int | None:
+    """Return how many classes the network has whose first output is `output`; None for one that is no classifier.
+
+    Class scores are (batch, classes) with at least two classes. Rows of length 1 with numbers below zero are
+    embeddings; probabilities are never below zero.
+    """
+    if output.ndim != 2 or output.shape[1] < 2:
+        return None
+    lengths = torch.linalg.vector_norm(output.detach().double(), dim=1)
+    is_unit = bool((lengths - 1).abs().max() < UNIT_TOLERANCE) and bool((output < 0).any())
+    return None if is_unit else int(output.shape[1])
 
 
 def _describe(shapes: Sequence[tuple[int, ...]]) -> str:

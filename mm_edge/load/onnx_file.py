@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,10 @@ QUANTISED = frozenset(
     "QuantizeLinear DequantizeLinear DynamicQuantizeLinear ConvInteger MatMulInteger QGemm QAttention "
     "DynamicQuantizeMatMul MatMulNBits MatMulIntegerToFloat QOrderedMatMul QMoE".split()
 )
+# Operators that leave values as they are, those that keep a length from zero, and those that make one.
+MOVES = frozenset("Identity Reshape Flatten Squeeze Unsqueeze Expand Cast Dropout".split())
+LIMITS = frozenset("Clip Max Add".split())
+LENGTHS = frozenset("ReduceL2 Sqrt Pow".split())
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,7 @@ class OnnxFile:
     Attributes:
         path: the file.
         inputs: its inputs in the graph's order, with the sizes they are measured at.
-        num_classes: size of the last axis of the first output where it is (batch, classes), else None.
+        num_classes: size of the last axis of the first output where it is (batch, classes) of class scores, else None.
         params: number of floating-point values in its weights.
         config: mean, std, interpolation and crop_pct where the file carries them.
         warnings: sentences for the user.
@@ -68,8 +73,7 @@ def read_onnx(path: Path, options: LoadOptions) -> OnnxFile:
     inputs, size_warnings = resolve_inputs(
         path, proto, _declared(path, proto), options, config.get("shape"), converted=bool(kinds)
     )
-    output = _sizes(proto.graph.output[0]) if proto.graph.output else None
-    classes = output[1] if output is not None and len(output) == 2 else None
+    classes = _count_classes(proto)
     said = f"{path.name} is in {' and '.join(kinds)}; it is worked on and written in float32"
     warnings = (*([said] if kinds else []), *size_warnings)
     return OnnxFile(path, inputs, classes, params, config, warnings)
@@ -134,6 +138,32 @@ def _refuse_quantised(path: Path, proto: onnx.ModelProto) -> None:
                     f"'{path}' is quantised already ({node.op_type}); give the float file it was made from and add "
                     "--precision int8"
                 )
+
+
+def _count_classes(proto: onnx.ModelProto) -> int | None:
+    """Return the number of classes that the first output has scores of; None where it has none.
+
+    One column, a hyperbolic tangent and vectors divided by their length are no class scores.
+    """
+    output = _sizes(proto.graph.output[0]) if proto.graph.output else None
+    if output is None or len(output) != 2 or output[1] == 1:
+        return None
+    makers = {name: node for node in proto.graph.node for name in node.output}
+    last = _before(makers, proto.graph.output[0].name, MOVES)
+    if last is None or last.op_type not in ("Tanh", "LpNormalization", "Div"):
+        return output[1]
+    if last.op_type == "Div":
+        length = _before(makers, last.input[1], MOVES | LIMITS)
+        return None if length is not None and length.op_type in LENGTHS else output[1]
+    return None
+
+
+def _before(makers: Mapping[str, onnx.NodeProto], value: str, passed: frozenset[str]) -> onnx.NodeProto | None:
+    """Return the node that makes `value`, seen through the operators `passed`; None for an input or a constant."""
+    node = makers.get(value)
+    while node is not None and node.op_type in passed:
+        node = makers.get(node.input[0])
+    return node
 
 
 def _count_weights(path: Path, proto: onnx.ModelProto) -> int:

@@ -118,7 +118,8 @@ def open_ready(
 ) -> tuple[Ready, tuple[str, ...]] | None:
     """Return the ready inputs that `path` names, and notes for the user; None where it names something else.
 
-    `inputs` are the inputs of an .onnx; without them the network is a module with one input of any name.
+    `inputs` are those of an .onnx or of a module with several; without them the network is a module with one input of
+    any name.
 
     Raises:
         DataError: they cannot be read, or do not fit the network.

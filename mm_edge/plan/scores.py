@@ -14,6 +14,8 @@ It is the Fisher information of Gaussian outputs of those spreads. One projectio
 batch are projected together: their signs are independent, so the square of the sum is, in expectation, the sum of the
 squares.
 
+The user may give a loss of their own. Its gradient is summed as that of cross-entropy is.
+
 GraSP's ranking needs the product of the Hessian H with the gradient g of the mean loss. Double backward
 fails on hard-sigmoid networks, fused attention and cached attention biases, so it is a central difference:
 
@@ -48,7 +50,10 @@ LEAST_SPREAD = 1e-6
 Scores = dict[str, Float32Arrays]
 Progress = Callable[[int, int], None]
 # Inputs and labels; a module with several inputs has a tuple of them.
-Batch = tuple[Tensor | tuple[Tensor, ...], Tensor | None]
+Inputs = Tensor | tuple[Tensor, ...]
+Batch = tuple[Inputs, Tensor | None]
+# Takes what the module returned, the inputs, the labels, and the number of images before; returns the summed loss.
+Loss = Callable[[object, Inputs, Tensor | None, int], Tensor]
 
 
 class Batches(Protocol):
@@ -107,18 +112,21 @@ def normalise(score: Float32Array) -> Float32Array:
     return (score / mean).astype(np.float32, copy=False) if mean > 0 else np.zeros_like(score, dtype=np.float32)
 
 
-def gradients(module: nn.Module, batches: Batches, seed: int = 0, progress: Progress | None = None) -> Gradients:
+def gradients(
+    module: nn.Module, batches: Batches, seed: int = 0, progress: Progress | None = None, loss: Loss | None = None
+) -> Gradients:
     """E2's sum: one gradient pass of `module` over `batches`, in eval mode, for every floating parameter.
 
-    `module` is left as it was: modes, gradients and requires_grad. A batch without labels is labelled by
-    the module's own predictions. `progress` is called with (batches done, batches in all).
+    `module` is left as it was: modes, gradients and requires_grad. The loss is cross-entropy, unless `loss` is given. A
+    batch without labels is labelled by the module's own predictions. `progress` is called with (batches done, batches
+    in all).
 
     Raises:
-        ModelError: the output is not (N, classes), or a gradient is not finite.
+        ModelError: the output is not (N, classes) and there is no `loss`, or a gradient is not finite.
         DataError: there are no images, or a label is outside the classes.
     """
     with _differentiable(module, seed) as parameters:
-        sums, images, labelled = _gradient_sums(module, list(parameters.values()), batches, progress)
+        sums, images, labelled = _gradient_sums(module, list(parameters.values()), batches, progress, loss)
     if images == 0:
         raise DataError("no calibration images: signals gradient and product need some; use --signals magnitude")
     values = {name: total.numpy() for name, total in zip(parameters, sums, strict=True)}
@@ -178,21 +186,26 @@ def _require_finite(values: Float32Arrays) -> None:
 
 
 def hessian_gradient_products(
-    module: nn.Module, batches: Batches, names: Sequence[str], seed: int = 0, progress: Progress | None = None
+    module: nn.Module,
+    batches: Batches,
+    names: Sequence[str],
+    seed: int = 0,
+    progress: Progress | None = None,
+    loss: Loss | None = None,
 ) -> Float32Arrays:
     """Return H g of the mean loss for the parameters `names`, by a central difference on the first 128 images at most.
 
     The weights are moved along their gradient and put back exactly. Raises what `gradients` raises, and JobError
     for a name that the module does not have.
     """
-    few = _label(module, _first_images(batches, GRASP_IMAGES))
+    few = _first_images(batches, GRASP_IMAGES)
+    few = few if loss is not None else _label(module, few)
     passes = iter(range(3))
 
     def take() -> Gradients:
         before = next(passes) * len(few)
-        return gradients(
-            module, few, seed, None if progress is None else lambda done, _: progress(before + done, 3 * len(few))
-        )
+        shown = None if progress is None else lambda done, _: progress(before + done, 3 * len(few))
+        return gradients(module, few, seed, shown, loss)
 
     centre = take()
     total = {name: _gradient_of(centre.values, name) for name in names}
@@ -250,16 +263,23 @@ def _clear_caches_(module: nn.Module) -> None:
 
 
 def _gradient_sums(
-    module: nn.Module, parameters: list[nn.Parameter], batches: Batches, progress: Progress | None
+    module: nn.Module,
+    parameters: list[nn.Parameter],
+    batches: Batches,
+    progress: Progress | None,
+    loss: Loss | None,
 ) -> tuple[list[Tensor], int, bool]:
     sums = [torch.zeros_like(parameter, requires_grad=False) for parameter in parameters]
     images, labelled = 0, True
     for done, (inputs, labels) in enumerate(batches, start=1):
         _clear_caches_(module)
-        logits = _logits(module, inputs)
-        labelled = labelled and labels is not None
-        loss = functional.cross_entropy(logits, _targets(logits, labels), reduction="sum")
-        grads = torch.autograd.grad(loss, parameters, allow_unused=True)
+        if loss is None:
+            logits = _logits(module, inputs)
+            labelled = labelled and labels is not None
+            total_loss = functional.cross_entropy(logits, _targets(logits, labels), reduction="sum")
+        else:
+            total_loss = loss(_call(module, inputs), inputs, labels, images)
+        grads = torch.autograd.grad(total_loss, parameters, allow_unused=True)
         for total, grad in zip(sums, grads, strict=True):
             if grad is not None:
                 total.add_(grad)
@@ -269,15 +289,15 @@ def _gradient_sums(
     return sums, images, labelled
 
 
-def _call(module: nn.Module, inputs: Tensor | tuple[Tensor, ...]) -> object:
+def _call(module: nn.Module, inputs: Inputs) -> object:
     return module(*inputs) if isinstance(inputs, tuple) else module(inputs)
 
 
-def _count(inputs: Tensor | tuple[Tensor, ...]) -> int:
+def _count(inputs: Inputs) -> int:
     return len(inputs[0] if isinstance(inputs, tuple) else inputs)
 
 
-def _logits(module: nn.Module, inputs: Tensor | tuple[Tensor, ...]) -> Tensor:
+def _logits(module: nn.Module, inputs: Inputs) -> Tensor:
     output = _call(module, inputs)
     if isinstance(output, (tuple, list)) and output:
         output = output[0]

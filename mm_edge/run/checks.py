@@ -77,6 +77,18 @@ def require_trainable(model: LoadedModel, recover: str) -> None:
         )
 
 
+def require_gradients(model: LoadedModel, loss: str | None) -> None:
+    """Refuse a training loss for a network without gradients.
+
+    Raises:
+        UsageError: there is a loss, and the network exists only as .onnx.
+    """
+    if loss is not None and model.module is None:
+        raise UsageError(
+            f"--loss {loss} needs gradients, and an .onnx file has none; give the checkpoint with --arch, or a .pt2"
+        )
+
+
 def _precisions(given: Circumstances) -> None:
     # In the registry's order, so that the same request is always refused for the same reason.
     for name, precision in PRECISIONS.items():

@@ -34,8 +34,8 @@ from mm_edge.run.job import IMAGES_PER_BATCH, Job
 from mm_edge.run.make import MakeSettings
 from mm_edge.run.measure import how_to_measure
 from mm_edge.run.networks import Network, Networks, labels_of, provenance_of
-from mm_edge.run.shares import add_shares
 from mm_edge.run.score import channel_signals
+from mm_edge.run.shares import add_shares
 from mm_edge.run.sustain import sustain
 from mm_edge.select import UNCOMPARED, choose, judge_budget, mark_pareto
 

@@ -17,6 +17,7 @@ from mm_edge.load.data import DataSplits
 from mm_edge.load.models import LoadedModel
 from mm_edge.progress import Stages
 from mm_edge.records import Budget, Candidate, asked_budgets
+from mm_edge.run.loss import UserLoss
 from mm_edge.run.metric import UserMetric
 from mm_edge.run.recoveries import RECOVERIES, Recovery
 from mm_edge.run.request import Request
@@ -42,6 +43,7 @@ class Job:
         stages: shows and times the current stage.
         labels: boxes or masks of the photos; None without --labels.
         metric: the user's figure of merit; None without --metric.
+        loss: the user's training loss; None without --loss.
         notes: the warnings of the report, in the order they were found.
     """
 
@@ -55,6 +57,7 @@ class Job:
     stages: Stages
     labels: Labels | None = None
     metric: UserMetric | None = None
+    loss: UserLoss | None = None
     notes: list[str] = field(default_factory=list)
 
     @property

@@ -17,7 +17,7 @@ from mm_edge.formats.precisions import PRECISIONS
 from mm_edge.formats.registry import FORMATS
 from mm_edge.load.presets import COLOURS, LAYOUTS, PRESETS, RESIZES
 from mm_edge.plan.kinds import KINDS
-from mm_edge.plan.signals import SIGNALS
+from mm_edge.plan.signals import SIGNALS, need_gradient
 from mm_edge.plan.strategies import STRATEGIES
 from mm_edge.records import Constraints
 from mm_edge.recover.closed_form.selections import SELECTIONS
@@ -132,6 +132,7 @@ class ModelOptions:
         (),
         InputShapes(),
         help="Shape of an input of an .onnx, batch included; sizes it leaves open stay open. Repeatable.",
+        python_help="Shapes by the names of the module's arguments, which example_input is checked against.",
         section=MODEL,
         metavar="NAME=SHAPE",
         spelled="--input",
@@ -244,6 +245,14 @@ class Request(ModelOptions):
         help="Your own figure of merit, called with each artifact; this runs the code in it.",
         section=DATA,
         metavar="FILE.py:CALLABLE",
+    )
+    loss: str | None = option(
+        None,
+        Text("FILE.py:CALLABLE"),
+        help="Your own training loss, whose gradient signals score by; this runs the code in it.",
+        section=PRUNING,
+        metavar="FILE.py:CALLABLE",
+        shown="cross-entropy with labels, else random projections of the outputs",
     )
     out: Path = option(  # noqa: RUF009
         Path("mm-edge-run"), Folder(), help="Run directory.", section=FILES, metavar="DIR", shown="mm-edge-MODEL"
@@ -416,6 +425,17 @@ def labels_need_photos(request: Request, given: Collection[str]) -> str | None:
     return None
 
 
+def loss_needs_gradients(request: Request, given: Collection[str]) -> str | None:
+    """Refuse a loss without images, or where nothing is scored by gradients."""
+    if request.loss is None:
+        return None
+    if request.data is None:
+        return f"--loss {request.loss} is taken on calibration images; give --data PATH with it"
+    if not need_gradient(request.signals) and request.ranges != "observed":
+        return f"--loss {request.loss} is for signals that need gradients; give --signals gradient,product with it"
+    return None
+
+
 def epochs_need_finetuning(request: Request, given: Collection[str]) -> str | None:
     """Refuse epochs without fine-tuning, which alone has them."""
     if "epochs" in given and not RECOVERIES[request.recover].has_epochs:
@@ -454,6 +474,7 @@ def sustained_is_for_measuring(request: Request, given: Collection[str]) -> str 
 RULES: tuple[Rule, ...] = (
     recovery_needs_images,
     labels_need_photos,
+    loss_needs_gradients,
     epochs_need_finetuning,
     selection_needs_moments,
     latency_table_needs_a_budget_of_time,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -97,12 +98,14 @@ def _gradients(job: Job) -> Float32Arrays:
     if job.data is None or not len(job.data.calibration):
         job.note("no calibration images: signal magnitude only; give --data PATH for the other signals")
         return {}
-    supervised = job.model.info.num_classes is not None and job.data.labelled
+    supervised = job.loss is not None or (job.model.info.num_classes is not None and job.data.labelled)
     key = job.key(data=job.data_key, images=GRADIENT_IMAGES, **({} if supervised else {"loss": "projections"}))
+    key |= _loss_key(job)
     stored = job.store.load_arrays("gradients", key)
     if stored is None:
         images = job.data.calibration.take(GRADIENT_IMAGES)
-        take = gradients if supervised else projected_gradients
+        loss = None if job.loss is None else job.loss.on(images)
+        take = partial(gradients, loss=loss) if supervised else projected_gradients
         with job.stages.stage("gradients") as advance:
             found = take(job.model.module, _Batches(images, _gradient_batch(job.model)), job.request.seed, advance)
         stored = found.values
@@ -114,15 +117,20 @@ def _gradients(job: Job) -> Float32Arrays:
 def _products(job: Job, layers: tuple[Layer, ...]) -> Float32Arrays:
     """Return GraSP's Hessian-gradient products, which are stored."""
     assert job.model.module is not None and job.data is not None
-    key = job.key(data=job.data_key, images=GRASP_IMAGES)
+    key = job.key(data=job.data_key, images=GRASP_IMAGES) | _loss_key(job)
     stored = job.store.load_arrays("hessian_gradients", key)
     if stored is None:
-        images = _Batches(job.data.calibration.take(GRASP_IMAGES), _gradient_batch(job.model))
+        taken = job.data.calibration.take(GRASP_IMAGES)
+        images, loss = _Batches(taken, _gradient_batch(job.model)), None if job.loss is None else job.loss.on(taken)
         names = [layer.fqn for layer in layers]
         with job.stages.stage("hessian-gradient products") as advance:
-            stored = hessian_gradient_products(job.model.module, images, names, job.request.seed, advance)
+            stored = hessian_gradient_products(job.model.module, images, names, job.request.seed, advance, loss)
         job.store.save_arrays("hessian_gradients", key, stored)
     return stored
+
+
+def _loss_key(job: Job) -> dict[str, str]:
+    return {} if job.loss is None else {"loss": f"{job.loss.code.rpartition(':')[2]} {job.loss.digest}"}
 
 
 class _Batches:

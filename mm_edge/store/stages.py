@@ -127,6 +127,8 @@ class RunStore:
         check_folder(folder)
         self.folder = folder
         self._stages = folder / STAGES
+        self._was_there = folder.is_dir()
+        self._is_new = not self._was_there or next(folder.iterdir(), None) is None
         try:
             self._stages.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder) as probe:
@@ -217,6 +219,19 @@ class RunStore:
                 shutil.rmtree(path)
             elif path.name not in (LOCK, *RESERVED):
                 path.unlink()
+
+    def discard(self) -> None:
+        """Remove what a refused run left in a folder that was empty or not there before, while it holds the lock.
+
+        A folder with candidates stays: they were made before the refusal and took their time.
+        """
+        if not self._is_new or (self.folder / "candidates").exists():
+            return
+        for name in self.owned:
+            (self.folder / name).unlink(missing_ok=True)
+        shutil.rmtree(self._stages)
+        if not self._was_there and next(self.folder.iterdir(), None) is None:
+            self.folder.rmdir()
 
     def save_json(self, name: str, key: Mapping[str, Any], value: Any, files: Iterable[Path] = ()) -> None:
         """Store `value` (records allowed), and the digests of `files` in the directory that belong to it.

@@ -46,6 +46,18 @@ def test_a_convolution_read_twice_keeps_its_batch_normalisation() -> None:
     assert compare(onnx_runner(model), onnx_runner(raw.model), noise(raw), "noise").max_rel_err < 1e-5
 
 
+def test_names_stay_unique_where_a_shared_convolution_keeps_its_batch_normalisation() -> None:
+    body = (
+        "a = Conv(x, w) n = BatchNormalization(a, s, t, m, q) r = Relu(n)"
+        " b = Conv(r, w) o = BatchNormalization(b, s, t, m, q) y = Relu(o)"
+    )
+    buffers = {"m": np.arange(3, dtype=np.float32), "q": np.ones(3, np.float32)}
+    raw = tiny("float[1,3,4,4] x", body, {"w": (3, 3, 1, 1), "s": (3,), "t": (3,)}, buffers=buffers)
+    model = deploy(raw.model.clone(), keep_names=True)
+    assert len({node.name for node in model.graph}) == len(list(model.graph)) == 6
+    assert compare(onnx_runner(model), onnx_runner(raw.model), noise(raw), "noise").max_rel_err < 1e-5
+
+
 def test_what_is_computed_from_weights_alone_is_folded_for_the_device() -> None:
     raw = tiny(
         "float[1,3] x", "t = Transpose(w) s = Mul(t, two) y = MatMul(x, s)", {"w": (4, 3)}, {"two": np.float32(2)}

@@ -76,3 +76,31 @@ def test_gathered_tables_are_left_alone() -> None:
 
     raw = export_raw(Biased().eval(), torch.zeros(1, 3, 4, 4))
     assert "table" in raw.parameters and not raw.folded
+
+
+def test_a_projection_of_constant_queries_and_of_keys_loses_the_same_columns_from_both() -> None:
+    class Attending(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.queries = nn.Parameter(torch.randn(1, 5, 16))
+            self.conv = nn.Conv2d(3, 16, 1)
+            self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            tokens = self.conv(x).flatten(2).transpose(1, 2)
+            found: torch.Tensor = self.attention(self.queries, tokens, tokens, need_weights=False)[0]
+            return found
+
+    torch.manual_seed(0)
+    module = Attending().eval()
+    x = torch.randn(2, 3, 4, 4)
+    raw = export_raw(module, x[:1])
+    structure = read_structure(raw)
+    (tokens,) = (group for group in structure.groups if "conv.weight" in group.tensors)
+    assert {"queries", "attention.in_proj_weight"} <= set(tokens.tensors)
+    keep = {tokens.leaf: np.arange(16) % 4 != 1}
+    compact = onnx_runner(deploy(materialise(raw, structure, keep)))
+    with torch.no_grad():
+        for name, mask in mask_tensors(structure, keep).items():
+            module.get_parameter(name).mul_(torch.from_numpy(mask.dense()))
+    assert compare(compact, torch_runner(module), x.numpy(), "noise").max_rel_err < 1e-5

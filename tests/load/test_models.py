@@ -23,6 +23,7 @@ from torch import nn
 
 from mm_edge.errors import ModelError
 from mm_edge.load.models import LoadOptions, load_model, wrap_module
+from mm_edge.load.network import count_classes
 
 NONE = LoadOptions()
 IMAGENET = (0.485, 0.456, 0.406)
@@ -631,3 +632,11 @@ def test_an_input_the_network_cannot_take(tmp_path: Path) -> None:
     torch.save({"arch": "test_resnet", "state_dict": make().state_dict()}, path)
     message = refuse(path, LoadOptions(input_size=(4, 32, 32)))
     assert message.startswith("the network does not accept an input of shape (1, 4, 32, 32): RuntimeError: ")
+
+
+def test_embeddings_and_single_columns_are_no_class_scores() -> None:
+    probabilities = torch.tensor([[1.0, 0.0, 0.0]])
+    assert count_classes(probabilities) == count_classes(torch.tensor([[-0.5, 2.0, 0.1]])) == 3
+    assert count_classes(torch.tensor([[0.6, -0.8]])) is None
+    assert count_classes(torch.tensor([[0.6]])) is None
+    assert count_classes(torch.zeros(1, 3, 4)) is None

@@ -230,3 +230,25 @@ def test_weights_keep_their_values(tmp_path: Path) -> None:
     weights = {item.name: onnx.numpy_helper.to_array(item) for item in artifact(found).graph.initializer}
     rows = random_weights(KERNELS)["w"].reshape(8, 3)
     assert all(any(np.array_equal(row, other) for other in rows) for row in weights["w"].reshape(-1, 3))
+
+
+@pytest.mark.parametrize(
+    ("body", "columns", "classes"),
+    [
+        ("y = Gemm(x, w)", 4, 4),
+        ("a = Gemm(x, w) y = Softmax(a)", 4, 4),
+        ("a = Gemm(x, w) y = Tanh(a)", 4, None),
+        ("a = Gemm(x, w) y = LpNormalization(a)", 4, None),
+        ("a = Gemm(x, w) l = ReduceL2<axes=[1]>(a) c = Clip(l, e) y = Div(a, c)", 4, None),
+        ("a = Gemm(x, w) y = Div(a, e)", 4, 4),
+        ("y = Gemm(x, w)", 1, None),
+    ],
+)
+def test_class_scores_have_two_columns_and_no_fixed_length(
+    tmp_path: Path, body: str, columns: int, classes: int | None
+) -> None:
+    path = write(
+        tmp_path / "net.onnx", f"(float[1,3] x) {{ {body} }}", {"w": (3, columns)}, {"e": np.float32(1e-6)},
+        outputs=f"float[1,{columns}] y",
+    )  # fmt: skip
+    assert load(path).info.num_classes == classes

@@ -126,6 +126,33 @@ def test_a_duplicated_input_channel_is_recovered_exactly() -> None:
     assert not (found.keep[group.leaf][2] and found.keep[group.leaf][7])
 
 
+@pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (2, 2), (4, 2)])
+def test_a_transposed_convolution_makes_up_for_a_channel_that_the_others_determine(kernel: int, stride: int) -> None:
+    torch.manual_seed(0)
+    first = nn.Conv2d(3, 6, 3)
+    second = nn.ConvTranspose2d(6, 4, kernel, stride, padding=kernel // 2 - stride // 2)
+    module = nn.Sequential(first, second).eval()
+    with torch.no_grad():
+        for tensor in (first.weight, first.bias):
+            assert tensor is not None
+            tensor[5] = 0.7 * tensor[1] - 1.2 * tensor[3]
+    raw = export_raw(module, torch.zeros(1, 3, 9, 9))
+    structure = read_structure(raw)
+    context = build_context(raw, structure, np.random.default_rng(0).standard_normal((60, 3, 9, 9), dtype=np.float32))
+    (group,) = structure.groups
+    keep = {group.leaf: np.arange(6) != 5}
+    tensors = screen(context, keep, {"1.weight": 1e-6})
+    expected = second.weight.detach().numpy().copy()
+    expected[1] += 0.7 * expected[5]
+    expected[3] -= 1.2 * expected[5]
+    expected[5] = 0
+    np.testing.assert_allclose(tensors["1.weight"], expected, atol=1e-3)
+    assert second.bias is not None
+    np.testing.assert_allclose(tensors["1.bias"], second.bias.detach().numpy(), atol=1e-3)
+    found = recover_closed_form(context, keep, {group.leaf: 5}, select="signal")
+    assert found.kl_held_back is not None and found.kl_held_back < 1e-4
+
+
 @pytest.mark.parametrize("ridge", [0.01, 0.3, np.inf])
 def test_the_ridge_pulls_to_the_dense_weights(ridge: float) -> None:
     generator = np.random.default_rng(0)

@@ -21,6 +21,13 @@ CONVOLUTIONS = {
     "uneven": nn.Conv2d(4, 6, (3, 1), padding=(0, 2)),
     "grouped": nn.Conv2d(4, 6, 3, groups=2, padding=1),
     "depthwise": nn.Conv2d(4, 4, 5, groups=4, padding=2),
+    "transposed": nn.ConvTranspose2d(4, 6, 3, padding=1),
+    "transposed 1x1": nn.ConvTranspose2d(4, 6, 1),
+    "transposed by 2": nn.ConvTranspose2d(4, 6, 2, stride=2),
+    "transposed, overlapping": nn.ConvTranspose2d(4, 6, 4, stride=2, padding=1),
+    "transposed, uneven": nn.ConvTranspose2d(
+        4, 6, (3, 5), stride=(3, 2), padding=(0, 2), output_padding=(1, 0), dilation=2
+    ),
 }
 
 

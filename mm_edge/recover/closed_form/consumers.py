@@ -8,6 +8,9 @@ addition or non-linearity, what follows is affine per channel (bias, BatchNorm, 
 Solved for y, this says what the product should be when the sum A should be the dense network's:
 
     y = (A - skip - offset) / scale
+
+A transposed convolution is read as the convolution it equals: over its input with stride - 1 zeros between positions,
+with the kernel turned round. Its weight is solved like any other; the rows of h hold the zeros too.
 """
 
 from __future__ import annotations
@@ -30,7 +33,8 @@ MOVES = frozenset("Transpose Reshape Squeeze Unsqueeze Flatten Identity Dropout"
 class Window:
     """The patch that a convolution reads for an output position, one number per spatial axis in every field.
 
-    `before` and `after` are the numbers of padded positions at the two ends of an axis.
+    `before` and `after` are the numbers of padded positions at the two ends of an axis. `spread` is, for a transposed
+    convolution, how far apart the input's positions are once zeros stand between them; 1 for every other.
     """
 
     kernel: tuple[int, ...]
@@ -38,6 +42,12 @@ class Window:
     dilations: tuple[int, ...]
     before: tuple[int, ...]
     after: tuple[int, ...]
+    spread: tuple[int, ...]
+
+    @property
+    def is_point(self) -> bool:
+        """Whether every output position reads one input position."""
+        return all(size == 1 for size in self.kernel + self.spread) and not any(self.before + self.after)
 
 
 @dataclass(frozen=True)
@@ -63,6 +73,7 @@ class Consumer:
         groups: the number of independent blocks.
         window: the patch a convolution reads; None for a matrix product.
         shift: the tensor that takes up a change of the mean output; None if there is none.
+        turned: whether the kernel is applied turned round, as by a transposed convolution.
     """
 
     node: str
@@ -71,16 +82,20 @@ class Consumer:
     groups: int
     window: Window | None
     shift: Shift | None
+    turned: bool = False
 
     def matrix(self, weight: Array) -> Float64Array:
         """Return `weight` as blocks (groups, outputs per group, K)."""
-        rows = np.moveaxis(weight, self.in_axis, 1) if weight.ndim > 1 else weight[:, None]
+        rows = np.moveaxis(self._turn(weight), self.in_axis, 1) if weight.ndim > 1 else weight[:, None]
         return np.asarray(rows, dtype=np.float64).reshape(self.groups, rows.shape[0] // self.groups, -1)
 
     def weight_of(self, blocks: Float64Array, like: Array) -> Array:
         """Return the blocks of `matrix` in the layout and type of `like`."""
         rows = np.moveaxis(like, self.in_axis, 1)
-        return np.moveaxis(blocks.reshape(rows.shape), 1, self.in_axis).astype(like.dtype)
+        return self._turn(np.moveaxis(blocks.reshape(rows.shape), 1, self.in_axis)).astype(like.dtype)
+
+    def _turn(self, weight: Array) -> Array:
+        return np.flip(weight, tuple(range(2, weight.ndim))) if self.turned else weight
 
 
 @dataclass(frozen=True)
@@ -103,9 +118,11 @@ class ProductPath:
 
 
 def read_consumers(raw: RawGraph, graph: RunnableGraph) -> tuple[Consumer, ...]:
-    """Return, in graph order, every Conv, Gemm and MatMul whose weight is a parameter that nothing else reads.
+    """Return, in graph order, the products whose weight is a parameter that nothing else reads.
 
+    They are Conv, ConvTranspose, Gemm and MatMul.
     A weight that is computed before it is used (weight standardisation) is left out: its columns cannot be solved for.
+    So is a transposed convolution in groups, of which whole groups are removed.
     """
     found = []
     for node in graph.nodes:
@@ -150,7 +167,7 @@ def columns(data: Array, consumer: Consumer, positions: IntArray) -> Float32Arra
     """
     if consumer.window is None:
         rows = data.reshape(-1, data.shape[-1])[positions]
-    elif all(size == 1 for size in consumer.window.kernel) and not any(consumer.window.before + consumer.window.after):
+    elif consumer.window.is_point:
         rows = _strided(data[0], consumer.window).reshape(data.shape[1], -1)[:, positions].T
     else:
         rows = _patches(data[0], consumer.window, positions)
@@ -164,7 +181,7 @@ def count_positions(graph: RunnableGraph, consumer: Consumer) -> int:
 
 
 def _consumer(raw: RawGraph, graph: RunnableGraph, node: onnx.NodeProto) -> Consumer | None:
-    if node.op_type not in ("Conv", "Gemm", "MatMul") or not graph.is_computed(node.input[0]):
+    if node.op_type not in ("Conv", "ConvTranspose", "Gemm", "MatMul") or not graph.is_computed(node.input[0]):
         return None
     weight, turned = _origin(graph, node.input[1])
     if weight not in raw.parameters or len(graph.read_at[weight]) != 1 or graph.arrays[weight].ndim < 2:
@@ -174,11 +191,17 @@ def _consumer(raw: RawGraph, graph: RunnableGraph, node: onnx.NodeProto) -> Cons
     if node.op_type == "Conv":
         window = _window(attributes, graph.arrays[weight].shape[2:], graph.shapes[node.input[0]][2:])
         groups, in_axis = int(attributes.get("group", 1)), 1
+    elif node.op_type == "ConvTranspose":
+        window = _transposed_window(attributes, graph, node)
+        if window is None or attributes.get("group", 1) != 1:
+            return None
     elif graph.arrays[weight].ndim != 2 or attributes.get("transA") or attributes.get("alpha", 1.0) != 1.0:
         return None
     elif turned != bool(attributes.get("transB")):
         in_axis = 1
-    return Consumer(node.name, weight, in_axis, groups, window, _shift(raw, graph, node))
+    return Consumer(
+        node.name, weight, in_axis, groups, window, _shift(raw, graph, node), turned=node.op_type == "ConvTranspose"
+    )
 
 
 def _origin(graph: RunnableGraph, value: str) -> tuple[str, bool]:
@@ -203,7 +226,32 @@ def _window(attributes: dict[str, Any], kernel: tuple[int, ...], size: tuple[int
         ]
         less, more = tuple(item // 2 for item in total), tuple(item - item // 2 for item in total)
         pads = less + more if mode == "SAME_UPPER" else more + less
-    return Window(tuple(kernel), strides, dilations, pads[: len(kernel)], pads[len(kernel) :])
+    return Window(tuple(kernel), strides, dilations, pads[: len(kernel)], pads[len(kernel) :], (1,) * len(kernel))
+
+
+def _transposed_window(attributes: dict[str, Any], graph: RunnableGraph, node: onnx.NodeProto) -> Window | None:
+    """Return what a transposed convolution reads of its spread input; None where it cuts off what it makes.
+
+    Padding of the convolution it equals: (kernel - 1) * dilation - pads. What is missing at the end to the size of the
+    result is its output padding.
+    """
+    kernel = graph.arrays[node.input[1]].shape[2:] if node.input[1] in graph.arrays else ()
+    if not kernel or "output_shape" in attributes or attributes.get("auto_pad", b"NOTSET") != b"NOTSET":
+        return None
+    rank = len(kernel)
+    ones = (1,) * rank
+    strides, dilations = tuple(attributes.get("strides", ones)), tuple(attributes.get("dilations", ones))
+    reach = [(edge - 1) * dilation for edge, dilation in zip(kernel, dilations, strict=True)]
+    before = tuple(size - pad for size, pad in zip(reach, attributes.get("pads", [0] * rank), strict=False))
+    sides = graph.shapes[node.input[0]][2:]
+    spread = [(side - 1) * stride + 1 for side, stride in zip(sides, strides, strict=True)]
+    results = graph.shapes[node.output[0]][2:]
+    after = tuple(
+        result + size - first - side for result, size, first, side in zip(results, reach, before, spread, strict=True)
+    )
+    if min(before + after) < 0:
+        return None
+    return Window(tuple(kernel), ones, dilations, before, after, strides)
 
 
 def _shift(raw: RawGraph, graph: RunnableGraph, node: onnx.NodeProto) -> Shift | None:
@@ -266,7 +314,7 @@ def _follow(graph: RunnableGraph, value: str, index: IntArray) -> tuple[onnx.Nod
 def _vector(graph: RunnableGraph, name: str, value: str, index: IntArray) -> Array:
     bias = np.asarray(graph.constant(name), dtype=np.float64)
     shape = graph.shapes[value]
-    if graph.nodes[graph.made_at[value]].op_type == "Conv":
+    if graph.nodes[graph.made_at[value]].op_type in ("Conv", "ConvTranspose"):
         bias = bias.reshape(1, -1, *[1] * (len(shape) - 2))
     found = _spread(bias, shape, index)
     return np.zeros(index.shape[1]) if found is None else found
@@ -300,9 +348,19 @@ def _strided(image: Array, window: Window) -> Array:
     return image[(slice(None), *(slice(None, None, stride) for stride in window.strides))]
 
 
+def _spread_out(image: Array, spread: tuple[int, ...]) -> Array:
+    """Return `image` (C, *spatial) with its positions `spread` apart and zeros between them."""
+    if all(size == 1 for size in spread):
+        return image
+    sizes = [(side - 1) * step + 1 for side, step in zip(image.shape[1:], spread, strict=True)]
+    found = np.zeros((image.shape[0], *sizes), dtype=image.dtype)
+    found[(slice(None), *(slice(None, None, step) for step in spread))] = image
+    return found
+
+
 def _patches(image: Array, window: Window, positions: IntArray) -> Array:
     """Return the patches of `image` (C, *spatial) at flat output positions, (positions, C * kernel)."""
-    padded = np.pad(image, [(0, 0), *zip(window.before, window.after, strict=True)])
+    padded = np.pad(_spread_out(image, window.spread), [(0, 0), *zip(window.before, window.after, strict=True)])
     sizes = [
         (side - (edge - 1) * dilation - 1) // stride + 1
         for side, edge, dilation, stride in zip(
