@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from mm_edge.errors import visible
 from mm_edge.records import Candidate, Report
 from mm_edge.report.compare import Comparison, show_change
 from mm_edge.report.files import PAGE
@@ -31,7 +32,7 @@ _ONLY_WHERE_WIDE = ("file", "memory")
 def print_report(report: Report, console: Console) -> None:
     """Print `report`: dense first, then every candidate; where they are many, those of pick_candidates."""
     candidates = pick_candidates(report)
-    console.print(Text(_one_line(write_headline(report)), style="bold"))
+    console.print(Text(visible(write_headline(report)), style="bold"))
     console.print()
     figures = (_list_dense_figures(report), *(_list_figures(c) for c in candidates))
     unmeasured = [title for title in figures[0] if all(cells[title] in ("", NOT_MEASURED) for cells in figures)]
@@ -67,7 +68,7 @@ def _fill_table_(
     for c, cells in zip(candidates, figures[1:], strict=True):
         is_chosen = chosen is not None and c.id == chosen.id
         mark = (">" if is_chosen else " ") + ("*" if c.pareto else " ")
-        shown = [mark, _one_line(names[c.id]), *(cells[title] for title in titles)]
+        shown = [mark, visible(names[c.id]), *(cells[title] for title in titles)]
         table.add_row(*map(Text, shown), style="bold green" if is_chosen else None)
 
 
@@ -113,7 +114,7 @@ def print_paths(report: Report, folder: Path, console: Console) -> None:
     for label, path in places.items():
         if path is not None and path.exists():
             # A path may be longer than the terminal is wide; broken into lines it could not be copied.
-            console.print(f"{label + ':':13} {_one_line(str(path))}", soft_wrap=True, highlight=False, markup=False)
+            console.print(f"{label + ':':13} {visible(str(path))}", soft_wrap=True, highlight=False, markup=False)
 
 
 def print_comparison(comparison: Comparison, console: Console) -> None:
@@ -127,7 +128,7 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
         row, quality = run.row, run.overview.quality
         shown = show_percent(row.quality) if quality is None or quality.is_fraction else show_number(row.quality)
         cells = [run.name, row.id, shown, show_ratio(row.speedup), show_ms(row.p50), show_bytes(row.file_bytes)]
-        table.add_row(*(Text(_one_line(cell)) for cell in cells))
+        table.add_row(*(Text(visible(cell)) for cell in cells))
     console.print(table)
     for run, changes, differences in zip(comparison.runs[1:], comparison.changes, comparison.differences, strict=True):
         console.print()
@@ -150,9 +151,4 @@ def _write_legend(report: Report, candidates: tuple[Candidate, ...], unmeasured:
 
 
 def _print_line(console: Console, label: str, text: str) -> None:
-    console.print(Text.assemble((f"{label}: ", "bold"), _one_line(text)))
-
-
-def _one_line(text: str) -> str:
-    """Replace control characters, because names come from files and could send commands to the terminal."""
-    return "".join(char if char.isprintable() else " " for char in text)
+    console.print(Text.assemble((f"{label}: ", "bold"), visible(text)))
