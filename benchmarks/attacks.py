@@ -22,6 +22,8 @@ Writes benchmarks/results/attacks.json: the counts by area, and every case that 
 from __future__ import annotations
 
 import argparse
+import faulthandler
+import gc
 import hashlib
 import importlib
 import json
@@ -72,7 +74,7 @@ from attack_watch import watch  # noqa: E402
 from reports import candidate, make_report  # noqa: E402
 from scripted import HOST  # noqa: E402
 
-LIMIT_S = float(os.environ.get("ATTACK_LIMIT_S", "60"))
+LIMIT_S = int(os.environ.get("ATTACK_LIMIT_S", "60"))
 MEMORY_BYTES = 2 << 30
 CAP_BYTES = 6 << 30  # of address space, beyond what the process has when a case starts
 KINDS = ("executed", "network", "traceback", "slow", "memory", "touched", "code", "escape")
@@ -526,6 +528,7 @@ def _child(case: Case, folder: Path, events: Path, output: Path, whole: bool) ->
             variables = {"ATTACK_EVENTS": str(events), "ATTACK_ALLOWED": str(folder), "ATTACK_PROGRAM": case.program}
             os.execve(sys.executable, [sys.executable, "-m", "mm_edge.cli", *case.argv],
                       {**os.environ, **variables, "PYTHONPATH": paths_})  # fmt: skip
+        faulthandler.dump_traceback_later(LIMIT_S - 2, file=sys.stderr)  # says where a slow case is
         watch(os.open(events, os.O_WRONLY | os.O_APPEND), str(folder), case.program)
         try:
             cli.main(case.argv, prog_name="mm-edge", standalone_mode=True)
@@ -596,13 +599,15 @@ def make_case(area: str, rng: random.Random, folder: Path, honest: Honest) -> Ca
 
 def is_whole(case: Case, number: int, every: int) -> bool:
     """Whether the case runs from the start of Python; commands of the benchmark do not exist there."""
-    return number % every == 0 and case.argv[0] not in COMMANDS
+    return number % every == every - 1 and case.argv[0] not in COMMANDS
 
 
 def run(work: Path, args: argparse.Namespace) -> dict[str, Any]:
     honest = Honest(work)
     cli.commands.update(COMMANDS)
     warm_up(work, honest)
+    gc.collect()
+    gc.freeze()  # a collection in a fork would copy every page
     baseline = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     names = [name for name, (_, share) in AREAS.items() for _ in range(share)]
     tried: Counter[str] = Counter()
@@ -697,7 +702,7 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--whole-every", type=int, default=25, help="One case in this many runs from the start of Python."
+        "--whole-every", type=int, default=100, help="One case in this many runs from the start of Python."
     )
     parser.add_argument("--area", help="Only areas whose name holds this.")
     parser.add_argument("--only", type=int, nargs="+", help="Only cases of these numbers.")

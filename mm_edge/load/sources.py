@@ -45,6 +45,7 @@ MOST_PHOTO_BYTES = 256 << 20
 # Bounds of a folder of photos, which is listed before it is read.
 MOST_FILES = 5_000_000
 LISTING_S = 20.0
+DEEPEST_TAR = 3  # tars inside tars
 # What `batches` yields for an image without a label.
 NO_LABEL = -1
 
@@ -197,6 +198,8 @@ def _open_reader(path: Path) -> Any:
     elif not path.is_file():
         raise DataError(f"'{path}' is neither a file nor a folder; give a folder or tar of photos")
     try:
+        if path.is_file():
+            _check_tar(path)
         return ReaderImageFolder(str(path)) if path.is_dir() else ReaderImageInTar(str(path), cache_tarinfo=False)
     except tarfile.TarError as error:
         raise DataError(f"'{path}' is not a tar, or it is cut short: {first_line(error)}") from error
@@ -220,6 +223,31 @@ def _check_extent(path: Path) -> None:
                 f"'{path}' is too large to be a folder of photos: {count:,} files were found and there are more; give "
                 "the folder that holds the photos"
             )
+
+
+def _check_tar(path: Path) -> None:
+    """Refuse a tar whose headers promise more than its file holds: timm would read on for as long as they say.
+
+    Raises:
+        DataError: a member ends behind the end of the file, or there are more than MOST_FILES.
+        tarfile.TarError: it is no tar.
+    """
+    with tarfile.open(path, "r:") as archive:
+        _check_members(path, archive, path.stat().st_size, 0)
+
+
+def _check_members(path: Path, archive: tarfile.TarFile, size: int, depth: int) -> None:
+    count = 0
+    while (member := archive.next()) is not None:
+        archive.members.clear()  # else every header is kept
+        count += 1
+        if count > MOST_FILES or depth > DEEPEST_TAR:
+            raise DataError(f"'{path}' has more members than a tar of photos; give a folder or tar of photos")
+        if member.isreg() and (member.issparse() or member.offset_data + member.size > size):
+            raise DataError(f"'{path}' is cut short or damaged: {member.name} ends behind the end of the file")
+        if member.isreg() and member.name.lower().endswith(".tar"):
+            with tarfile.open(fileobj=archive.extractfile(member), mode="r:") as inner:
+                _check_members(path, inner, member.size, depth + 1)
 
 
 def _siblings(path: Path) -> dict[str, Path]:
