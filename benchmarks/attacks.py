@@ -1,9 +1,9 @@
 """Gives mm-edge damaged and hostile files, options and devices, and counts what must not happen.
 
-A case is made from its seed and number by tests/hostile_files.py, in a folder of its own beside files of "the user". The
-command runs in a fork of a process that has imported everything, under caps on memory, processor time and file size;
-one case in --whole-every runs as a process of its own, from the start of Python. Each is watched (attack_watch.py), its
-output is read, and the folder is compared with what it was. Counted by area:
+A case is made from its seed and number by tests/hostile_files.py, in a folder of its own beside files of "the user".
+The command runs in a fork of a process that has imported everything, under caps on memory and file size, CASES_PER_FORK
+of them one after the other; one case in --whole-every runs as a process of its own, from the start of Python. Each is
+watched (attack_watch.py), its output is read, and the folder is compared with what it was. Counted by area:
 
     executed    a program was started, or a pickle's payload ran
     network     an address was used
@@ -22,6 +22,7 @@ Writes benchmarks/results/attacks.json: the counts by area, and every case that 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import faulthandler
 import gc
 import hashlib
@@ -76,6 +77,7 @@ from scripted import HOST  # noqa: E402
 
 LIMIT_S = int(os.environ.get("ATTACK_LIMIT_S", "60"))
 MEMORY_BYTES = 2 << 30
+CASES_PER_FORK = 25
 CAP_BYTES = 6 << 30  # of address space, beyond what the process has when a case starts
 KINDS = ("executed", "network", "traceback", "slow", "memory", "touched", "code", "escape")
 LONGEST = 500
@@ -87,11 +89,19 @@ FILE_CODES = frozenset((0, 2))
 
 @dataclass(frozen=True)
 class Case:
-    """A command line, run in a folder; `codes` are the exit codes it may end with, `program` what it may start."""
+    """A command line, run in a folder; `codes` are the exit codes it may end with."""
 
     argv: list[str]
     codes: frozenset[int] = FILE_CODES
-    program: str = ""
+
+
+@dataclass
+class Ended:
+    """How a command ended: its exit code (negative for a signal), its peak of memory, whether it had to be stopped."""
+
+    code: int
+    peak_bytes: int
+    slow: bool
 
 
 @dataclass
@@ -362,18 +372,19 @@ def device_answers(rng: random.Random, folder: Path, honest: Honest) -> Case:
     script = rng.choice(("cat answer", "cat answer", "cat answer answer", "cat answer; exit 3", "kill -9 $$",
                          "cat answer >&2", "head -c 70000000 /dev/zero", "printf '\\033[2J' >&2; exit 1"))  # fmt: skip
     _write(folder, DEVICE, f"cat >/dev/null; {script}\n".encode())
-    return Case(["device", command], frozenset((0, 1)), program=DEVICE)
+    return Case(["device", command], frozenset((0, 1)))
 
 
-_OPTIONS = ("--target", "--data", "--labels", "--split", "--signals", "--strategies", "--ranges", "--kinds", "--input-sizes",
-            "--recover", "--select", "--macs", "--max-drop", "--latency", "--speedup", "--size", "--host", "--precision",
-            "--formats", "--seed", "--keep", "--judge", "--mean", "--std", "--preprocess", "--scale", "--layout", "--input",
-            "--input-size", "--arch", "--metric", "--epochs")  # fmt: skip
+_OPTIONS = (
+    "--target --data --labels --split --signals --strategies --ranges --kinds --input-sizes --recover --select --macs "
+    "--max-drop --latency --speedup --size --host --precision --formats --seed --keep --judge --mean --std --preprocess "
+    "--scale --layout --input --input-size --arch --metric --epochs"
+).split()
 
 
 def options(rng: random.Random, folder: Path, honest: Honest) -> Case:
     _write(folder, "net.onnx", honest.onnx)
-    argv = ["prune-export", "net.onnx", "--out", "out", "--no-bench", "--strategies", "nothing"]
+    argv = ["prune-export", "net.onnx", "--out", "out", "--no-bench", "--data", "missing"]
     for name in rng.sample(_OPTIONS, rng.choice((1, 2))):
         value = rng.choice(
             (rng.choice(hostile.TEXTS)[:3000], str(rng.choice(hostile.NUMBERS)), "9" * 4000, "1," * 500, "1e999")
@@ -410,8 +421,8 @@ def paths(rng: random.Random, folder: Path, honest: Honest) -> Case:
         ["load", given], ["load", given], ["inspect", given], ["evaluate", "net.onnx", "--data", given],
         ["labels", given], ["targets", "show", given], ["report", given], ["bench", given],
         ["prune-export", given, "--out", "out", "--no-bench"],
-        ["prune-export", "net.onnx", "--out", given, "--no-bench", "--strategies", "nothing"],
-        ["prune-export", "net.onnx", "--out", "out", "--no-bench", "--data", given, "--strategies", "nothing"],
+        ["prune-export", "net.onnx", "--out", given, "--no-bench", "--data", "missing"],
+        ["prune-export", "net.onnx", "--out", "out", "--no-bench", "--data", given, "--metric", "missing.py:f"],
     )))  # fmt: skip
 
 
@@ -439,7 +450,8 @@ def folders(rng: random.Random, folder: Path, honest: Honest) -> Case:
     elif kind == 3:
         _write(out, "report.json", b"{}")
         (out / ".mm-edge" / "run.json").write_text('{"tool": "mm-edge", "layout": 1}')
-    argv = ["prune-export", "net.onnx", "--out", "out", "--no-bench", "--strategies", "nothing"]
+    argv = ["prune-export", "net.onnx", "--out", "out", "--no-bench", "--strategies", "balanced"]
+    argv += [] if kind == 2 and rng.random() < 0.3 else ["--data", "missing"]  # some go on to the lock and the files
     return Case([*argv, *(["--fresh"] if rng.random() < 0.5 else [])], frozenset((2,)))
 
 
@@ -449,10 +461,10 @@ AREAS: dict[str, tuple[Area, int]] = {
     "checkpoint: members": (checkpoint_members, 6),
     "checkpoint: pickles": (checkpoint_pickles, 6),
     "checkpoint: tensors": (checkpoint_tensors, 5),
-    "checkpoint: arguments": (checkpoint_arguments, 5),
+    "checkpoint: arguments": (checkpoint_arguments, 4),
     "exported program": (exported_program, 7),
     "safetensors": (safetensors_file, 7),
-    "hub folder": (hub_folder, 4),
+    "hub folder": (hub_folder, 2),
     "onnx: bytes": (onnx_bytes, 8),
     "onnx: fields": (onnx_fields, 9),
     "arrays": (arrays, 5),
@@ -470,102 +482,163 @@ AREAS: dict[str, tuple[Area, int]] = {
 # ---- one case
 
 
-def run_case(case: Case, folder: Path, honest_bytes: int, *, whole: bool) -> Found:
+def run_case(case: Case, folder: Path, runner: Runner, *, whole: bool) -> Found:
     """Run one case in its folder and return what was seen."""
     (folder / "user").mkdir()
     _write(folder / "user", "notes.txt", b"precious")
     (folder / "tmp").mkdir()
     before = _snapshot(folder)
-    events, output = folder.parent / "events", folder.parent / "output"
-    events.write_bytes(b"")
+    runner.events.write_bytes(b"")
     start = time.monotonic()
-    process = os.fork()
-    if not process:
-        _child(case, folder, events, output, whole)
-    code, peak, slow = _wait(process)
+    ended = runner.run_whole(case) if whole else runner.run(case)
     seconds = time.monotonic() - start
-    text = output.read_bytes().decode("utf-8", "replace")
-    seen = events.read_text(errors="replace").splitlines()
-    counted = _judge(case, code, text, seen)
-    counted += ["slow"] * slow
-    counted += ["memory"] * (peak > honest_bytes + MEMORY_BYTES or _MEMORY.search(text) is not None)
+    text = runner.output.read_bytes().decode("utf-8", "replace")
+    seen = runner.events.read_text(errors="replace").splitlines()
+    counted = _judge(case, ended, text, seen)
+    counted += ["memory"] * (ended.peak_bytes > runner.honest_bytes + MEMORY_BYTES or _MEMORY.search(text) is not None)
     counted += ["executed"] * ((folder / hostile.CANARY).exists() or (folder / "user" / hostile.CANARY).exists())
     after = _snapshot(folder)
     counted += ["touched"] * any(after.get(name) != digest for name, digest in before.items())
-    return Found(sorted(set(counted)), seconds, code, peak, text[-1500:], seen)
+    return Found(sorted(set(counted)), seconds, ended.code, ended.peak_bytes, text[-1500:], seen)
 
 
-def _child(case: Case, folder: Path, events: Path, output: Path, whole: bool) -> None:
-    """Become the command; never return."""
-    code = 70
-    try:
+class Runner:
+    """Runs command lines in the folder `case`, in a fork that serves CASES_PER_FORK of them and is under the caps."""
+
+    def __init__(self, work: Path, honest_bytes: int) -> None:
+        self.honest_bytes = honest_bytes
+        self.folder, self.events, self.output = work / "case", work / "case.events", work / "case.output"
+        self._process = 0
+        self._served = 0
+        self._ask, self._answers = -1, -1
+
+    def run(self, case: Case) -> Ended:
+        if not self._process or self._served == CASES_PER_FORK:
+            self.stop()
+            self._start()
+        self._served += 1
+        os.write(self._ask, json.dumps(case.argv).encode() + b"\n")
+        slow = not select.select([self._answers], [], [], LIMIT_S)[0]
+        answer = b"" if slow else os.read(self._answers, 4096)
+        if answer:
+            code, peak = json.loads(answer)
+            return Ended(code, peak, False)
+        return self._kill(slow)
+
+    def run_whole(self, case: Case) -> Ended:
+        """Run a command from the start of Python."""
+        self.stop()
+        process = os.fork()
+        if not process:
+            self._become(case)
+        handle = os.pidfd_open(process)
+        slow = not select.select([handle], [], [], LIMIT_S)[0]
+        os.close(handle)
+        self._process = process
+        return self._kill(slow)
+
+    def stop(self) -> None:
+        """End the fork, if there is one."""
+        if self._process:
+            self._kill(False)
+
+    def _kill(self, slow: bool) -> Ended:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process, signal.SIGKILL)  # with what it left running
+        _, status, usage = os.wait4(self._process, 0)
+        for number in (self._ask, self._answers):
+            if number >= 0:
+                os.close(number)
+        self._process, self._ask, self._answers = 0, -1, -1
+        return Ended(os.waitstatus_to_exitcode(status), usage.ru_maxrss * 1024, slow)
+
+    def _start(self) -> None:
+        asked, self._ask = os.pipe()
+        self._answers, answering = os.pipe()
+        self._served = 0
+        self._process = os.fork()
+        if not self._process:
+            try:
+                self._serve(asked, answering)
+            finally:
+                os._exit(71)
+        os.close(asked)
+        os.close(answering)
+
+    def _prepare(self) -> None:
+        """Set this process's caps and surroundings."""
         os.setpgid(0, 0)
-        os.chdir(folder)
-        os.environ.update(
-            TMPDIR=str(folder / "tmp"),
-            TORCHINDUCTOR_CACHE_DIR=str(folder / "tmp"),
-            COLUMNS="200",
-            HOME=str(folder / "tmp"),
-        )
+        place = str(self.folder / "tmp")
+        os.environ.update(TMPDIR=place, TORCHINDUCTOR_CACHE_DIR=place, HOME=place, COLUMNS="200")
         tempfile.tempdir = None
-        file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        nothing = os.open(os.devnull, os.O_RDONLY)
-        for number, target in ((nothing, 0), (file, 1), (file, 2)):
-            os.dup2(number, target)
         used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-        limits = {
-            resource.RLIMIT_AS: used + CAP_BYTES,
-            resource.RLIMIT_CPU: LIMIT_S + 30,
-            resource.RLIMIT_FSIZE: 1 << 30,
-            resource.RLIMIT_CORE: 0,
-        }
+        limits = {resource.RLIMIT_AS: used + CAP_BYTES, resource.RLIMIT_FSIZE: 1 << 30, resource.RLIMIT_CORE: 0}
         for kind, limit in limits.items():
             resource.setrlimit(kind, (limit, limit))
-        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
-        if whole:
-            place = str(ROOT / "benchmarks" / "attack_start")
-            paths_ = os.pathsep.join((place, str(ROOT)))
-            variables = {"ATTACK_EVENTS": str(events), "ATTACK_ALLOWED": str(folder), "ATTACK_PROGRAM": case.program}
-            os.execve(sys.executable, [sys.executable, "-m", "mm_edge.cli", *case.argv],
-                      {**os.environ, **variables, "PYTHONPATH": paths_})  # fmt: skip
-        faulthandler.dump_traceback_later(LIMIT_S - 2, file=sys.stderr)  # says where a slow case is
-        watch(os.open(events, os.O_WRONLY | os.O_APPEND), str(folder), case.program)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+
+    def _redirect(self) -> None:
+        file = os.open(self.output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+        os.close(file)
+        os.chdir(self.folder)
+
+    def _become(self, case: Case) -> None:
         try:
-            cli.main(case.argv, prog_name="mm-edge", standalone_mode=True)
-            code = 0
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+            self._prepare()
+            self._redirect()
+            places = os.pathsep.join((str(ROOT / "benchmarks" / "attack_start"), str(ROOT)))
+            told = {"ATTACK_EVENTS": str(self.events), "ATTACK_ALLOWED": str(self.folder), "ATTACK_PROGRAM": DEVICE}
+            argv = [sys.executable, "-m", "mm_edge.cli", *case.argv]
+            os.execve(sys.executable, argv, {**os.environ, **told, "PYTHONPATH": places})
+        finally:
+            os._exit(71)
+
+    def _serve(self, asked: int, answering: int) -> None:
+        self._prepare()
+        self._redirect()
+        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+        requests = os.fdopen(asked)
+        watch(os.open(self.events, os.O_WRONLY | os.O_APPEND), str(self.folder), DEVICE)
+        while line := requests.readline():
+            self._redirect()
+            Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+            code = run_command(json.loads(line))
+            found = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
+            os.write(answering, json.dumps([code, int(found[1]) * 1024 if found else 0]).encode())
+
+
+def run_command(argv: list[str]) -> int:
+    """Run the command line in this process; return its exit code, 70 for an exception that it let out."""
+    faulthandler.dump_traceback_later(LIMIT_S - 2, file=sys.stderr)  # says where a slow case is
+    try:
+        cli.main(argv, prog_name="mm-edge", standalone_mode=True)
+        return 0
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 0 if end.code is None else 1
     except BaseException:
         traceback.print_exc()
+        return 70
     finally:
+        faulthandler.cancel_dump_traceback_later()
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(code)
 
 
-def _wait(process: int) -> tuple[int, int, bool]:
-    """Return the exit code (negative for a signal), the peak of memory, and whether it had to be stopped."""
-    handle = os.pidfd_open(process)
-    slow = not select.select([handle], [], [], LIMIT_S)[0]
-    try:
-        os.killpg(process, signal.SIGKILL)  # also what it left running
-    except ProcessLookupError:
-        pass
-    os.close(handle)
-    _, status, usage = os.wait4(process, 0)
-    return os.waitstatus_to_exitcode(status), usage.ru_maxrss * 1024, slow
-
-
-def _judge(case: Case, code: int, text: str, events: list[str]) -> list[str]:
+def _judge(case: Case, ended: Ended, text: str, events: list[str]) -> list[str]:
     counted = [line.partition(" ")[0] for line in events]
-    died = code < 0 and "slow" not in counted
+    code = ended.code
+    if ended.slow:
+        return [*counted, "slow"]
+    died = code < 0 or code == 71
     if "Traceback (most recent call last)" in text or died or code == 70:
         counted.append("traceback")
     elif code not in case.codes:
         counted.append("code")
     if code:
         lines = [line for line in text.splitlines() if line.startswith("mm-edge: error:")]
-        if len(lines) != 1 or len(lines[0]) > LONGEST + 20 or text.rstrip().splitlines()[-1] != lines[0]:
+        if len(lines) != 1 or len(lines[0]) > LONGEST + 20 or text.rstrip("\n").splitlines()[-1] != lines[0]:
             counted.append("code")
     if _RAW.search(text):
         counted.append("escape")
@@ -582,7 +655,7 @@ def _snapshot(folder: Path) -> dict[str, str]:
             path = Path(place) / name
             mode = path.lstat().st_mode
             if stat.S_ISLNK(mode):
-                found[str(path)] = os.readlink(path)
+                found[str(path)] = str(path.readlink())
             elif stat.S_ISREG(mode):
                 found[str(path)] = hashlib.sha256(path.read_bytes()).hexdigest()
             else:
@@ -602,6 +675,20 @@ def is_whole(case: Case, number: int, every: int) -> bool:
     return number % every == every - 1 and case.argv[0] not in COMMANDS
 
 
+def show(number: int, area: str, case: Case, found: Found, longest: int) -> dict[str, Any]:
+    """Return what is printed and recorded of a case."""
+    return {
+        "number": number,
+        "area": area,
+        "argv": [item[:80] for item in case.argv],
+        "counted": found.counted,
+        "code": found.code,
+        "seconds": round(found.seconds, 2),
+        "events": found.events[:3],
+        "output": found.output[-longest:],
+    }
+
+
 def run(work: Path, args: argparse.Namespace) -> dict[str, Any]:
     honest = Honest(work)
     cli.commands.update(COMMANDS)
@@ -609,6 +696,7 @@ def run(work: Path, args: argparse.Namespace) -> dict[str, Any]:
     gc.collect()
     gc.freeze()  # a collection in a fork would copy every page
     baseline = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    runner = Runner(work, baseline)
     names = [name for name, (_, share) in AREAS.items() for _ in range(share)]
     tried: Counter[str] = Counter()
     counts: dict[str, Counter[str]] = defaultdict(Counter)
@@ -627,7 +715,7 @@ def run(work: Path, args: argparse.Namespace) -> dict[str, Any]:
         folder.mkdir()
         case = make_case(area, rng, folder, honest)
         whole = is_whole(case, number, args.whole_every)
-        found = run_case(case, folder, baseline, whole=whole)
+        found = run_case(case, folder, runner, whole=whole)
         shutil.rmtree(folder)
         tried[area] += 1
         wholes += whole
@@ -635,9 +723,7 @@ def run(work: Path, args: argparse.Namespace) -> dict[str, Any]:
         codes[area][found.code] += 1
         slowest, largest = max(slowest, found.seconds), max(largest, found.peak_bytes - baseline)
         if found.counted or args.show:
-            shown = {"number": number, "area": area, "argv": [item[:80] for item in case.argv], "counted": found.counted,
-                     "code": found.code, "seconds": round(found.seconds, 2), "events": found.events[:3],
-                     "output": found.output[-args.keep_output :]}  # fmt: skip
+            shown = show(number, area, case, found, args.keep_output)
             failures += [shown] if found.counted else []
             print(json.dumps(shown), file=sys.stderr, flush=True)
         if number % 500 == 499:
@@ -646,6 +732,7 @@ def run(work: Path, args: argparse.Namespace) -> dict[str, Any]:
                 file=sys.stderr,
                 flush=True,
             )
+    runner.stop()
     total = Counter[str]()
     for counter in counts.values():
         total.update(counter)
@@ -702,7 +789,7 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--whole-every", type=int, default=100, help="One case in this many runs from the start of Python."
+        "--whole-every", type=int, default=250, help="One case in this many runs from the start of Python."
     )
     parser.add_argument("--area", help="Only areas whose name holds this.")
     parser.add_argument("--only", type=int, nargs="+", help="Only cases of these numbers.")

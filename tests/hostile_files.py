@@ -11,7 +11,9 @@ import json
 import random
 import struct
 import tarfile
+import warnings
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,9 +41,9 @@ class Net(nn.Module):
 """
 # Texts that lie on a terminal, or that code might take for something else.
 TEXTS = (
-    "\x1b[2J\x1b[31mdone", "\u202egnp.exe", "\n\nmm-edge: all is well", "\x00", "\x07\x08\r", "x" * 100_000, "[red]b[/]",
-    "../../etc/passwd", "%s%n{0}{x}", "<script>alert(1)</script>", "\ud7ff\ufffe", "𝒳" * 400, "", " ", "-", "--out", "~",
-    "\u2066a\u2069", "\x9b31m", "$(touch canary)", "`touch canary`", "; touch canary",
+    "\x1b[2J\x1b[31mdone", "\u202egnp.exe", "\n\nmm-edge: all is well", "\x00", "\x07\x08\r", "x" * 100_000,
+    "[red]b[/]", "../../etc/passwd", "%s%n{0}{x}", "<script>alert(1)</script>", "\ud7ff\ufffe", "\U0001d4b3" * 400, "",
+    " ", "-", "--out", "~", "\u2066a\u2069", "\x9b31m", "$(touch canary)", "`touch canary`", "; touch canary",
 )  # fmt: skip
 NUMBERS = (0, -1, 1, 2**31, 2**63, -(2**63), 10**400, 1e308, -0.0, 5e-324, float("nan"), float("inf"), True)
 
@@ -305,11 +307,23 @@ def damage_zip(content: bytes, rng: random.Random) -> bytes:
             return [(name, data + bytes(rng.choice((1, 1 << 20, 80 << 20))))]
         return [(name, b"")]
 
-    import warnings
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return rezip(content, change, packed=kind == 5 or rng.random() < 0.2)
+
+
+def quantised(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor as torch's deprecated quantised type holds it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8)
+
+
+def nested() -> torch.Tensor:
+    """Return a nested tensor."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])
 
 
 def odd_state(rng: random.Random) -> dict[str, Any]:
@@ -322,7 +336,7 @@ def odd_state(rng: random.Random) -> dict[str, Any]:
             lambda: tensor.to(torch.float8_e4m3fn),
             lambda: tensor.to(torch.float8_e5m2),
             lambda: tensor.to_sparse(),
-            lambda: torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8),
+            lambda: quantised(tensor),
             lambda: torch.empty_like(tensor, device="meta"),
             lambda: torch.zeros(1).expand(1 << 20, 1 << 10),
             lambda: torch.zeros(1).expand(1 << 40),
@@ -334,7 +348,7 @@ def odd_state(rng: random.Random) -> dict[str, Any]:
             lambda: tensor.bool(),
             lambda: torch.zeros((1,) * 60),
             lambda: torch.zeros(0, 3),
-            lambda: torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)]),
+            nested,
             lambda: tensor.reshape(-1)[::2],
             lambda: tensor.numpy(),
             lambda: "not a tensor",
@@ -401,11 +415,16 @@ def _change_attribute(proto: onnx.ModelProto, rng: random.Random) -> None:
     node.attribute.append(onnx.helper.make_attribute(name, value))
 
 
+_OPERATORS = (
+    "Softmax", "Tile", "Expand", "Resize", "Loop", "If", "NonZero", "Einsum", "ConvTranspose", "RandomNormal", "Pad",
+    "Slice", "Shape", "QLinearConv", "Custom",
+)  # fmt: skip
+
+
 def _change_operator(proto: onnx.ModelProto, rng: random.Random) -> None:
     node = rng.choice(list(proto.graph.node))
     if rng.random() < 0.7:
-        node.op_type = rng.choice(("Softmax", "Tile", "Expand", "Resize", "Loop", "If", "NonZero", "Einsum", "ConvTranspose",
-                                   "RandomNormal", "Pad", "Slice", "Shape", "QLinearConv", "Custom", *TEXTS[:4]))  # fmt: skip
+        node.op_type = rng.choice((*_OPERATORS, *TEXTS[:4]))
     else:
         node.domain = rng.choice(("com.microsoft", "x", *TEXTS[:3]))
 
@@ -588,6 +607,4 @@ def hostile_photo(rng: random.Random, photo: bytes) -> bytes:
 
 
 def _chunk(kind: bytes, data: bytes) -> bytes:
-    import zlib
-
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import logging
 import signal
 import sys
 import threading
@@ -112,6 +113,8 @@ class Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command."""
+        # Libraries log what they cannot do, with tracebacks; without a handler Python would print it on stderr.
+        logging.getLogger().addHandler(logging.NullHandler())
         try:
             with _stopping_signals():
                 return super().invoke(ctx)

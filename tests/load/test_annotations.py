@@ -205,7 +205,9 @@ def test_what_is_no_label_is_one_line(tmp_path: Path, monkeypatch: pytest.Monkey
     assert refusal(tmp_path / "none") == f"--labels 'PATH' does not exist; {advice}"
     assert refusal(tmp_path) == "--labels 'PATH' holds no .png masks; give the folder with one mask for each photo"
     assert refusal(write(tmp_path, "{")).startswith("--labels 'PATH' is not JSON: JSONDecodeError: ")
-    assert refusal(write(tmp_path, "[" * 100_000)).startswith("--labels 'PATH' is not JSON: ValueError: JSON that is nested too deep")
+    assert refusal(write(tmp_path, "[" * 100_000)).startswith(
+        "--labels 'PATH' is not JSON: ValueError: JSON that is nested too deep"
+    )
     monkeypatch.setattr("mm_edge.load.annotations.MOST_BYTES", 10)
     reason = "is larger than 0 MiB; leave out photos not in --data"
     assert refusal(write(tmp_path, COCO)) == f"--labels 'PATH' {reason}"
