@@ -8,7 +8,7 @@ watched (attack_watch.py), its output is read, and the folder is compared with w
     executed    a program was started, or a pickle's payload ran
     network     an address was used
     traceback   a traceback was printed, or the process died of a signal
-    slow        it took more than 60 s
+    slow        it took more than 60 s; three times that for one that runs from the start of Python
     memory      it took over 2 GiB more than the same command on an honest file, or reached the cap
     touched     a file outside --out, or the user's inside it, was changed
     code        an exit code that the case does not allow, or an error that is not one line of at most 500 characters
@@ -77,6 +77,7 @@ from scripted import HOST  # noqa: E402
 
 LIMIT_S = int(os.environ.get("ATTACK_LIMIT_S", "60"))
 MEMORY_BYTES = 2 << 30
+STARTS = 3  # times as long for a whole process: on a loaded machine the imports alone take most of a minute
 CASES_PER_FORK = 25
 CAP_BYTES = 6 << 30  # of address space, beyond what the process has when a case starts
 KINDS = ("executed", "network", "traceback", "slow", "memory", "touched", "code", "escape")
@@ -377,8 +378,8 @@ def device_answers(rng: random.Random, folder: Path, honest: Honest) -> Case:
 
 _OPTIONS = (
     "--target --data --labels --split --signals --strategies --ranges --kinds --input-sizes --recover --select --macs "
-    "--max-drop --latency --speedup --size --host --precision --formats --seed --keep --judge --mean --std --preprocess "
-    "--scale --layout --input --input-size --arch --metric --epochs"
+    "--max-drop --latency --speedup --size --host --precision --formats --seed --keep --judge --mean --std "
+    "--preprocess --scale --layout --input --input-size --arch --metric --epochs"
 ).split()
 
 
@@ -532,7 +533,7 @@ class Runner:
         if not process:
             self._become(case)
         handle = os.pidfd_open(process)
-        slow = not select.select([handle], [], [], LIMIT_S)[0]
+        slow = not select.select([handle], [], [], STARTS * LIMIT_S)[0]
         os.close(handle)
         self._process = process
         return self._kill(slow)
