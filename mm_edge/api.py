@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import nn
 
 from mm_edge.errors import UsageError, unknown_name
 from mm_edge.load.models import LoadedModel, LoadOptions, wrap_module
-from mm_edge.progress import Stages
+from mm_edge.progress import Stages, Terminal
 from mm_edge.records import Report
 from mm_edge.report.summary import find_chosen, write_headline
 from mm_edge.report.values import show_bytes, show_ms, show_percent, show_ratio
@@ -114,7 +113,7 @@ def prune_export(
         )
         return wrap_module(module, *examples, name=name, mean=request.mean, std=request.std, photos=photos)
 
-    return run_job(load, request, Stages(Console(stderr=True)))
+    return run_job(load, request, Stages(Terminal(stderr=True)))
 
 
 def _check_examples(examples: tuple[Any, ...]) -> None:

@@ -7,8 +7,16 @@ Each message says what was given, what is allowed and what to do next, in one li
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
+
+# The longest message that is shown, in characters.
+LONGEST_MESSAGE = 500
+# Names are compared with allowed ones up to this length; comparing takes the square of it.
+_COMPARED = 100
+_RUNTIME = re.compile(r"(?:\w+: )?\[ONNXRuntimeError\] : \d+ : [A-Z_]+ : ")
 
 
 class MMEdgeError(Exception):
@@ -55,10 +63,52 @@ class BenchError(JobError):
     """A measurement could not be made."""
 
 
+def visible(text: str) -> str:
+    """Return `text` with everything that does not print written as an escape, such as \\x1b, \\n or \\u202e.
+
+    Names come from files and devices: they could send commands to a terminal, forge lines, or turn text around.
+    """
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def one_message(text: str) -> str:
+    """Return `text` in one visible line of LONGEST_MESSAGE characters at most; the remedy at its end is kept."""
+    shown = visible(text[: 4 * LONGEST_MESSAGE] + text[4 * LONGEST_MESSAGE :][-LONGEST_MESSAGE:])
+    if len(shown) <= LONGEST_MESSAGE:
+        return shown
+    half = (LONGEST_MESSAGE - 5) // 2
+    return f"{shown[:half]} ... {shown[-half:]}"
+
+
+@contextlib.contextmanager
+def reading(
+    what: str, kind: type[MMEdgeError], remedy: str = "it is damaged, or not what it is taken for"
+) -> Iterator[None]:
+    """Turn whatever is raised while `what` is read into `kind`: libraries raise anything on a file made to harm.
+
+    Raises:
+        MMEdgeError: one was raised, or `kind` in place of any other exception, which is its cause.
+    """
+    try:
+        yield
+    except MMEdgeError:
+        raise
+    except OSError as error:
+        raise kind(f"{what} cannot be read: {error.strerror or first_line(error)}") from error
+    except Exception as error:
+        raise kind(f"{what} cannot be used ({first_line(error)}); {remedy}") from error
+
+
 def first_line(error: BaseException) -> str:
-    """Return the kind and first line of an error, for messages of one line."""
+    """Return the kind and first line of an error, for messages of one line; of ONNX Runtime's only what it says."""
     text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+    if not text:
+        return type(error).__name__
+    if _RUNTIME.match(text[0]):
+        return _RUNTIME.sub("", text[0], count=1)
+    return f"{type(error).__name__}: {text[0]}"
 
 
 def cause_line(error: BaseException) -> str:
@@ -68,7 +118,7 @@ def cause_line(error: BaseException) -> str:
 
 def nearest(name: str, allowed: Iterable[str], count: int = 3) -> list[str]:
     """Return up to `count` of the `allowed` names most like `name`, best first."""
-    return difflib.get_close_matches(name, list(allowed), n=count, cutoff=0.4)
+    return difflib.get_close_matches(name[:_COMPARED], list(allowed), n=count, cutoff=0.4)
 
 
 def unknown_name(kind: str, name: str, allowed: Iterable[str]) -> str:

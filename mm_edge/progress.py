@@ -6,7 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -17,12 +17,28 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.segment import Segment
+
+from mm_edge.errors import visible
 
 # Reports progress: (steps done, of how many).
 Advance = Callable[[int, int], None]
 
 LOG_INTERVAL_S = 10.0
 SHOWN = 3  # stages to come that are shown by name beside the current one
+
+
+class Terminal(Console):
+    """A console on which text cannot act: what does not print is shown as an escape, apart from ends of lines."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        """Yield the segments of a renderable with visible text; those of rich that move the cursor stay."""
+        for segment in super().render(renderable, options):
+            if segment.control or segment.text.isprintable() or segment.text == "\n":
+                yield segment
+            else:
+                text = "\n".join(visible(line) for line in segment.text.split("\n"))
+                yield Segment(text, segment.style, segment.control)
 
 
 class Stages:
@@ -47,7 +63,7 @@ class Stages:
     def tell(self, line: str) -> None:
         """Show one line, for example that a lost connection is made again."""
         if self._console is not None:
-            self._console.print(line, highlight=False, markup=False)
+            self._console.print(visible(line), highlight=False, markup=False)
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[Advance]:

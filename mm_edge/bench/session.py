@@ -245,7 +245,14 @@ def run_model(model: Path, images: Path, target: Target, *, transport: Transport
         raise BenchError(f"{transport.name} sent outputs that are not base64") from error
     if len(data) != 4 * math.prod(shape):
         raise BenchError(f"{transport.name} sent {len(data)} bytes for outputs of shape {shape}")
-    return np.frombuffer(data, dtype="<f4").reshape(shape).astype(np.float32)
+    outputs = np.frombuffer(data, dtype="<f4").reshape(shape).astype(np.float32)
+    bad = int(np.isnan(outputs.reshape(count, -1)).any(axis=1).sum())
+    if bad:
+        raise BenchError(
+            f"{transport.name} sent NaN for {bad} of {count} images: {model.name} does not run right there; try "
+            "another provider or precision"
+        )
+    return outputs
 
 
 def run_model_in_pieces(model: Path, pieces: Sequence[Path], target: Target, *, transport: Transport) -> Float32Array:
@@ -472,6 +479,8 @@ def _checked_info(info: Mapping[str, Any], device: str) -> dict[str, Any]:
     for key, kinds in _INFO_KINDS.items():
         if key not in info or not isinstance(info[key], kinds):
             raise BenchError(f"{device} sent {key} {info.get(key)!r}; the answer was refused")
+        if type(info[key]) is int and not 0 <= info[key] < 1 << 60:
+            raise BenchError(f"{device} sent {key} {info[key]!r}; the answer was refused")
         if isinstance(info[key], list) and not all(isinstance(item, str) for item in info[key]):
             raise BenchError(f"{device} sent {key} that are not names; the answer was refused")
     return {key: info[key] for key in _INFO_KINDS}

@@ -40,7 +40,7 @@ import click
 
 from mm_edge.bench import worker  # reads the features of this machine; it imports nothing from mm_edge
 from mm_edge.bench.transports import TRANSPORTS
-from mm_edge.errors import TargetError, unknown_name
+from mm_edge.errors import TargetError, reading, unknown_name
 
 OP_CLASSES = ("conv", "pointwise", "depthwise", "grouped", "matmul")
 DATA_TYPES = ("fp32", "int8", "fp16", "bf16")
@@ -49,6 +49,7 @@ ISAS = ("x86_64", "aarch64", "host")
 SOURCED_CLAIMS = ("multiples", "data_types", "n_m", "threads")
 MAX_MULTIPLE = 256
 MAX_THREADS = 256
+LONGEST_PROFILE = 1 << 20  # bytes
 
 _PACKAGE = Path(__file__).parent.parent
 # An installed package holds the profiles as mm_edge/targets; in a checkout they lie beside the package.
@@ -252,10 +253,15 @@ def parse_target(path: Path) -> Target:
             gives file and line.
     """
     try:
+        if path.stat().st_size > LONGEST_PROFILE:
+            raise TargetError(
+                f"{path}: {path.stat().st_size} bytes are no profile; they have at most {LONGEST_PROFILE}"
+            )
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise TargetError(f"{path}: cannot be read as UTF-8 text ({error})") from error
-    return _Parser(path, text).parse()
+    with reading(str(path), TargetError):
+        return _Parser(path, text).parse()
 
 
 class _Parser:

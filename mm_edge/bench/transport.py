@@ -7,6 +7,7 @@ it is used.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import selectors
@@ -19,7 +20,7 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 from mm_edge.bench import worker
-from mm_edge.errors import BenchError
+from mm_edge.errors import BenchError, visible
 from mm_edge.records import parse_json
 from mm_edge.store import hash_file
 
@@ -126,10 +127,19 @@ class Finished:
         stdout: its output.
         stderr: the end of its error output.
         stopped: why it was stopped, "timeout" or "output"; None if it ended by itself.
+        limit_s: the seconds it was given.
     """
 
-    def __init__(self, returncode: int | None, stdout: bytes, stderr: bytes, stopped: str | None) -> None:
-        """Keep the four values."""
+    def __init__(
+        self,
+        returncode: int | None,
+        stdout: bytes,
+        stderr: bytes,
+        stopped: str | None,
+        limit_s: float = DEFAULT_TIMEOUT_S,
+    ) -> None:
+        """Keep the five values."""
+        self.limit_s = limit_s
         self.returncode = returncode
         self.stdout = stdout
         self.stderr = stderr
@@ -151,8 +161,8 @@ def hash_sent_file(path: Path) -> str:
 
 
 def printable(text: str, limit: int = 200) -> str:
-    """Return `text`, which a device sent, without control characters and cut to `limit` characters."""
-    clean = "".join(c if c.isprintable() else " " for c in text).strip()
+    """Return `text`, which a device sent, visible and cut to `limit` characters."""
+    clean = visible(text[: limit + 1].strip())
     return clean if len(clean) <= limit else clean[:limit] + "..."
 
 
@@ -170,16 +180,22 @@ def run_bounded(
         )
     except OSError as error:
         raise BenchError(f"cannot run {argv[0]}: {error.strerror}") from error
+    deadline = time.monotonic() + timeout_s
     with process:
         try:
-            stopped, out, err = _pump(process, stdin, time.monotonic() + timeout_s)
+            stopped, out, err = _pump(process, stdin, deadline)
         finally:
             if process.poll() is None and sys.exc_info()[0] is not None:
                 process.kill()
+        if not stopped:
+            # A process that closed its pipes may still run: the limit holds until it has ended.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, deadline - time.monotonic()))
+            stopped = "timeout" if process.poll() is None else None
         if stopped:
             process.kill()
         code = process.wait()
-    return Finished(None if stopped else code, out, err, stopped)
+    return Finished(None if stopped else code, out, err, stopped, timeout_s)
 
 
 def _pump(process: subprocess.Popen[bytes], stdin: bytes, deadline: float) -> tuple[str | None, bytes, bytes]:
@@ -223,7 +239,10 @@ def decode_answer(finished: Finished, device: str) -> dict[str, Any]:
         BenchError: the process was stopped, died or printed no answer, or the answer is an error.
     """
     if finished.stopped == "timeout":
-        raise BenchError(f"the worker on {device} did not answer in time and was stopped")
+        raise BenchError(
+            f"the worker on {device} did not answer within {finished.limit_s:.0f} s and was stopped; see that "
+            "the device is up and idle, and run the same again"
+        )
     if finished.stopped == "output":
         raise BenchError(f"the worker on {device} sent more than {MAX_ANSWER_BYTES >> 20} MB; the answer was refused")
     reply = _find_reply(finished.stdout)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from mm_edge.bench import MINIMUM_PAIRS
-from mm_edge.errors import UsageError
+from mm_edge.errors import UsageError, visible
 
 if TYPE_CHECKING:
     import numpy as np
@@ -48,8 +47,9 @@ def bench(
     for model in models:
         if not model.is_file():
             raise UsageError(f"model '{model}' does not exist")
+        if not model.stat().st_size:
+            raise UsageError(f"model '{model}' is empty; write it again")
 
-    from rich.console import Console
     from rich.markup import escape
 
     from mm_edge.bench.comparison import Comparison, compare_models
@@ -57,14 +57,15 @@ def bench(
     from mm_edge.bench.session import read_info
     from mm_edge.bench.tables import print_comparison
     from mm_edge.bench.target import load_target, resolve_host
+    from mm_edge.progress import Terminal
     from mm_edge.records import to_json
 
     profile = load_target(target_name)
-    with open_transport(profile, host, partial(click.echo, err=True)) as transport:
+    with open_transport(profile, host, _tell) as transport:
         info = read_info(transport)
         target = resolve_host(profile, info["isa"], info["flags"])
         comparison = Comparison(models, target, transport, pairs, samples, audit)
-        with Console(stderr=True).status("reading what the device is") as status:
+        with Terminal(stderr=True).status("reading what the device is") as status:
             document = compare_models(
                 comparison,
                 compare=_compare,
@@ -74,7 +75,11 @@ def bench(
     if as_json:
         click.echo(json.dumps(to_json(document), indent=2))
     else:
-        print_comparison(document)
+        print_comparison(document, Terminal(), Terminal(stderr=True))
+
+
+def _tell(line: str) -> None:
+    click.echo(visible(line), err=True)
 
 
 def _compare(model: Path, outputs: npt.NDArray[np.float32], inputs: npt.NDArray[np.float32], kind: str) -> Parity:

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from mm_edge.cli.options import RecordCommand, load
-from mm_edge.errors import UsageError
+from mm_edge.errors import UsageError, visible
 from mm_edge.run.request import ModelOptions, make_model_options
 
 PHOTOS = ("mean", "std", "preprocess", "scale", "colours", "resize", "layout")
@@ -34,19 +34,18 @@ def evaluate(model: Path, data: str, as_json: bool, **given: Any) -> None:
         raise UsageError(f"'{model}' is not an .onnx; evaluate takes what prune-export or another exporter wrote")
     options = make_model_options(**given)
 
-    from rich.console import Console
-
     from mm_edge.load.data import open_data
+    from mm_edge.progress import Terminal
     from mm_edge.quality.evaluation import compare_logits, run_onnx
 
     loaded = load(str(model), options, only_run=True)
     splits = open_data(data, loaded.input, loaded.info.num_classes, (0.0, 0.0, 1.0), inputs=loaded.inputs)
-    with Console(stderr=True).status("evaluating"):
+    with Terminal(stderr=True).status("evaluating"):
         logits = run_onnx(model, splits.test.batches(32), 2)
     labels = splits.test.labels
     accuracy = None if labels is None else compare_logits(logits, labels, None).accuracy_top1
     for warning in (*loaded.warnings, *splits.warnings):
-        click.echo(f"warning: {warning}", err=True)
+        click.echo(f"warning: {visible(warning)}", err=True)
     if not len(logits):
         raise UsageError(f"'{data}' has no images to evaluate on")
     if as_json:

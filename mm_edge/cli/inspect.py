@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mm_edge.cli.options import RecordCommand, load
+from mm_edge.errors import visible
 from mm_edge.run.request import ModelOptions, make_model_options
 
 if TYPE_CHECKING:
@@ -25,11 +26,10 @@ def inspect(model: str, as_json: bool, html: Path | None, **given: Any) -> None:
     """Show layers, roles, ranges and coupled groups, and what is pinned and why."""
     options = make_model_options(**given)
 
-    from rich.console import Console
-
     from mm_edge.plan.inspection import describe_model
+    from mm_edge.progress import Terminal
 
-    with Console(stderr=True).status("exporting"):
+    with Terminal(stderr=True).status("exporting"):
         document = describe_model(load(model, options, guess_sizes=True), options.keep, options.judge)
     if html is not None:
         from mm_edge.report import save_page
@@ -43,17 +43,16 @@ def inspect(model: str, as_json: bool, html: Path | None, **given: Any) -> None:
 
 
 def _print(document: dict[str, Any]) -> None:
-    from rich.console import Console
-
+    from mm_edge.progress import Terminal
     from mm_edge.report.page.inspection import summarize
 
-    console = Console()
+    console = Terminal()
     for item in document["inputs"]:
-        console.print(_describe_input(item), markup=False, highlight=False)
+        console.print(visible(_describe_input(item)), markup=False, highlight=False)
     for warning in document["warnings"]:
-        console.print(f"warning: {warning}", markup=False, highlight=False)
+        console.print(f"warning: {visible(warning)}", markup=False, highlight=False)
     for line in _describe_compared(document["compared"]):
-        console.print(line, markup=False, highlight=False)
+        console.print(visible(line), markup=False, highlight=False)
     console.print(summarize(document), markup=False, highlight=False)
     layers = _table(f"{len(document['layers'])} prunable layers", "layer", "role", "shape", "MACs", "sparsity", "row")
     for layer in document["layers"]:
@@ -100,7 +99,7 @@ def _table(title: str, *columns: str) -> Table:
 def _add_row_(table: Table, *cells: str) -> None:
     from rich.text import Text
 
-    table.add_row(*map(Text, cells))
+    table.add_row(*(Text(visible(cell)) for cell in cells))
 
 
 def _describe_input(item: dict[str, Any]) -> str:

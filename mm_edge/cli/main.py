@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import logging
+import signal
+import sys
+import threading
 from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +16,7 @@ import click
 from click.exceptions import NoArgsIsHelpError
 
 from mm_edge import __version__
-from mm_edge.errors import MMEdgeError
+from mm_edge.errors import MMEdgeError, one_message
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,9 @@ class Entry:
         command: click.Command = getattr(importlib.import_module(self.module), self.name)
         return command
 
+
+# Commands that keep what they make in a run folder.
+RUNS = ("prune-export", "demo")
 
 SUBCOMMANDS = {
     "prune-export": Entry(
@@ -105,25 +113,59 @@ class Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command."""
+        # Libraries log what they cannot do, with tracebacks; without a handler Python would print it on stderr.
+        logging.getLogger().addHandler(logging.NullHandler())
         try:
-            return super().invoke(ctx)
+            with _stopping_signals():
+                return super().invoke(ctx)
         except MMEdgeError as error:
-            click.echo(f"mm-edge: error: {error}", err=True)
+            _say(f"error: {error}")
             ctx.exit(error.exit_code)
         except click.UsageError as error:
             if isinstance(error, NoArgsIsHelpError):
                 raise
             path = error.ctx.command_path if error.ctx is not None else "mm-edge"
             message = error.format_message().rstrip(".")
-            click.echo(f"mm-edge: error: {message[:1].lower()}{message[1:]}; see: {path} --help", err=True)
+            _say(f"error: {message[:1].lower()}{message[1:]}; see: {path} --help")
             ctx.exit(error.exit_code)
         except OSError as error:
             where = f" '{error.filename}'" if error.filename else ""
-            click.echo(f"mm-edge: error: the system refused{where}: {error.strerror or error}", err=True)
+            _say(f"error: the system refused{where}: {error.strerror or error}")
             ctx.exit(1)
         except (KeyboardInterrupt, click.Abort):
-            click.echo("mm-edge: interrupted; what was made is kept, the same command goes on from there", err=True)
+            _say(_interruption(ctx))
             ctx.exit(1)
+
+
+def _say(line: str) -> None:
+    click.echo(f"mm-edge: {one_message(line)}", err=True)
+
+
+def _interruption(ctx: click.Context) -> str:
+    """Return what is true of a command that was stopped: runs go on, unless they were told to start anew."""
+    if ctx.invoked_subcommand not in RUNS:
+        return "interrupted"
+    anew = " without --fresh" if "--fresh" in sys.argv else ""
+    return f"interrupted; what was made is kept, the same command{anew} goes on from there"
+
+
+@contextlib.contextmanager
+def _stopping_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end the command as Ctrl-C does, where Python may change that."""
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        kinds = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+        # One that the parent has set to be ignored, as nohup does, stays ignored.
+        before = {kind: signal.signal(kind, stop) for kind in kinds if signal.getsignal(kind) == signal.SIG_DFL}
+    try:
+        yield
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
 
 
 COMPLETION = """\b

@@ -36,12 +36,10 @@ def prune_export(model: str, dynamic_batch: bool, **given: Any) -> None:
 
 def run(model: str, request: Request) -> None:
     """Run the job on the model at that path, and print its report."""
-    from rich.console import Console
-
     from mm_edge.api import run_job
-    from mm_edge.progress import Stages
+    from mm_edge.progress import Stages, Terminal
     from mm_edge.report import print_paths, print_report
 
-    result = run_job(lambda: load(model, request), request, Stages(Console(stderr=True)))
-    print_report(result, Console())
-    print_paths(result, result.folder, Console())
+    result = run_job(lambda: load(model, request), request, Stages(Terminal(stderr=True)))
+    print_report(result, Terminal())
+    print_paths(result, result.folder, Terminal())

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from mm_edge.errors import JobError, UsageError
+from mm_edge.errors import JobError, UsageError, reading, visible
+
+if TYPE_CHECKING:
+    from mm_edge.records import Report
 
 PATH = click.Path(path_type=Path)
 
@@ -47,21 +51,27 @@ def report(
 
 
 def _show(folder: Path, open_page: bool, html: Path | None) -> None:
-    from rich.console import Console
-
-    from mm_edge.report import PAGE, print_paths, print_report, read_report, save_page
+    from mm_edge.report import PAGE, read_report
 
     found = read_report(folder)
     place = folder if folder.is_dir() else folder.parent
     page = place / PAGE if html is None else html
-    if html is not None or (open_page and not page.exists()):
+    with reading(f"the report in '{folder}'", UsageError):
+        _write_and_print(found, place, page, html is not None or (open_page and not page.exists()))
+    if open_page:
+        click.launch(str(page))
+
+
+def _write_and_print(found: Report, place: Path, page: Path, write: bool) -> None:
+    from mm_edge.progress import Terminal
+    from mm_edge.report import print_paths, print_report, save_page
+
+    if write:
         from mm_edge.report.page import write_page
 
         save_page(page, write_page(found, place))
-    print_report(found, Console())
-    print_paths(found, place, Console())
-    if open_page:
-        click.launch(str(page))
+    print_report(found, Terminal())
+    print_paths(found, place, Terminal())
 
 
 def _compare(
@@ -79,21 +89,21 @@ def _compare(
     if open_page and html is None:
         raise UsageError("--open shows a page and a comparison has none yet; give --html FILE with it")
 
-    from rich.console import Console
-
+    from mm_edge.progress import Terminal
     from mm_edge.report import read_report
     from mm_edge.report.compare import compare_runs, find_regressions
     from mm_edge.report.terminal import print_comparison
 
-    comparison = compare_runs([(folder, read_report(folder)) for folder in folders])
+    with reading("one of the reports", UsageError):
+        comparison = compare_runs([(folder, read_report(folder)) for folder in folders])
     regressions = find_regressions(comparison, fail_if_slower, fail_if_worse)
-    print_comparison(comparison, Console())
+    print_comparison(comparison, Terminal())
     if html is not None:
         from mm_edge.report import save_page
         from mm_edge.report.page.comparison import write_comparison_page
 
         save_page(html, write_comparison_page(comparison))
-        click.echo(f"page:         {html}")
+        click.echo(f"page:         {visible(str(html))}")
     if open_page:
         click.launch(str(html))
     if regressions:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from mm_edge.errors import BenchError
+from mm_edge.errors import BenchError, visible
 
 if TYPE_CHECKING:
     from mm_edge.bench.target import Target
@@ -33,9 +32,9 @@ def list_command(as_json: bool) -> None:
         return
 
     from rich.box import SIMPLE
-    from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
+
+    from mm_edge.progress import Terminal
 
     table = Table(box=SIMPLE)
     for heading in ("target", "ISA", "threads", "transport", "here", "description"):
@@ -43,9 +42,14 @@ def list_command(as_json: bool) -> None:
     for profile in profiles:
         here = "yes" if matches_this_machine(profile) else ""
         table.add_row(
-            profile.name, profile.isa, str(profile.threads), profile.transport, here, escape(profile.description)
+            _shown(profile.name),
+            profile.isa,
+            str(profile.threads),
+            profile.transport,
+            here,
+            _shown(profile.description),
         )
-    Console().print(table)
+    Terminal().print(table)
     click.echo(f"your own profiles: {user_folder()}")
 
 
@@ -62,14 +66,14 @@ def show_command(name: str, as_json: bool) -> None:
         click.echo(json.dumps(to_json(target), indent=2))
         return
 
-    from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
 
-    console = Console()
-    console.print(f"[bold]{escape(target.name)}[/bold]: {escape(target.description)}")
+    from mm_edge.progress import Terminal
+
+    console = Terminal()
+    console.print(f"[bold]{_shown(target.name)}[/bold]: {_shown(target.description)}")
     for label, values in _facts(target):
-        console.print(f"  {label}: {escape(values)}")
+        console.print(f"  {label}: {_shown(values)}")
     table = Table(title="channel multiples")
     data_types = list(dict.fromkeys(key for by_type in target.multiples.values() for key in by_type))
     for heading in ("operator", *data_types):
@@ -78,7 +82,18 @@ def show_command(name: str, as_json: bool) -> None:
         table.add_row(op_class, *(str(target.multiple(op_class, data_type)) for data_type in data_types))
     console.print(table)
     for claim, source in target.sources.items():
-        console.print(f"  {escape(claim)}: {escape(source)}")
+        console.print(f"  {_shown(claim)}: {_shown(source)}")
+
+
+def _shown(text: str) -> str:
+    """Return text of a profile or a device as rich prints it: visible, and no markup."""
+    from rich.markup import escape
+
+    return escape(visible(text))
+
+
+def _tell(line: str) -> None:
+    click.echo(visible(line), err=True)
 
 
 def _facts(target: Target) -> Iterator[tuple[str, str]]:
@@ -108,7 +123,7 @@ def check_command(name: str, host: str | None, as_json: bool) -> None:
     from mm_edge.bench.transport import LocalTransport
     from mm_edge.records import to_json
 
-    profile, tell = load_target(name), partial(click.echo, err=True)
+    profile, tell = load_target(name), _tell
     with LocalTransport() if host is None else open_transport(profile, host, tell) as transport:
         info = read_info(transport)
         device = transport.name
@@ -124,8 +139,7 @@ def check_command(name: str, host: str | None, as_json: bool) -> None:
 
 
 def _print_machine(record: Mapping[str, Any]) -> None:
-    from rich.console import Console
-    from rich.markup import escape
+    from mm_edge.progress import Terminal
 
     keys = (
         "cpu_model",
@@ -143,13 +157,13 @@ def _print_machine(record: Mapping[str, Any]) -> None:
         "onnxruntime",
         "providers",
     )
-    console = Console()
+    console = Terminal()
     for key in keys:
         value = record[key]
         text = ", ".join(value) if isinstance(value, list) else str(value)
-        console.print(f"  {key}: {escape(text) if value not in (None, []) else 'not reported'}")
+        console.print(f"  {key}: {_shown(text) if value not in (None, []) else 'not reported'}")
     for doubt in record["doubts"]:
-        console.print(f"  [yellow]doubt[/yellow]: {escape(doubt)}")
+        console.print(f"  [yellow]doubt[/yellow]: {_shown(doubt)}")
 
 
 @targets.command("setup")
@@ -158,7 +172,7 @@ def setup_command(what: str) -> None:
     """Build the arm64 emulator in your cache, without root: arm64 Debian packages and wheels, run by qemu-user."""
     from mm_edge.bench import qemu
 
-    folder = qemu.setup(partial(click.echo, err=True))
+    folder = qemu.setup(_tell)
     click.echo(f"{what} is ready in {folder}: use it with '--host qemu' and any arm64 target")
 
 

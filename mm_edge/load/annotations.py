@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 from mm_edge.arrays import Array, Float64Array, IntArray
-from mm_edge.errors import DataError, first_line
+from mm_edge.errors import DataError, first_line, reading
 from mm_edge.load.photos import Fit, pixels_of
 from mm_edge.records import InputSpec, parse_json
 
@@ -140,6 +140,11 @@ def open_labels(path: str | Path) -> Labels:
         DataError: there is no such file or folder, or it does not hold labels.
     """
     path = Path(path)
+    with reading(f"--labels '{path}'", DataError):
+        return _open(path)
+
+
+def _open(path: Path) -> Labels:
     if path.is_dir():
         masks = {str(PurePosixPath(file.relative_to(path).with_suffix(""))): file for file in path.rglob("*.png")}
         if not masks:

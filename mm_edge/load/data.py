@@ -22,7 +22,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from mm_edge.arrays import Array, BoolArray, Float32Array, IntArray
-from mm_edge.errors import DataError
+from mm_edge.errors import DataError, reading
 from mm_edge.load.network import ModelInput
 from mm_edge.load.photos import Bytes, normalise, pixels_of, with_channels
 from mm_edge.load.ready import ReadyPool, open_ready
@@ -343,6 +343,18 @@ def open_data(
         DataError: the path, the images or the fractions cannot be used as given.
     """
     _check_split(split)
+    with reading(f"--data '{path}'", DataError):
+        return _open(path, spec, num_classes, split, seed, inputs)
+
+
+def _open(
+    path: str,
+    spec: InputSpec,
+    num_classes: int | None,
+    split: tuple[float, float, float],
+    seed: int,
+    inputs: Sequence[ModelInput],
+) -> DataSplits:
     ready = open_ready(path, spec, num_classes, inputs)
     if ready is not None:
         pool = ReadyPool(ready[0], spec)

@@ -8,6 +8,7 @@ as tensors only.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import warnings
@@ -21,11 +22,11 @@ import torch
 from torch import nn
 
 from mm_edge.errors import ModelError, first_line
-from mm_edge.load.weights import check_expansion, check_file
+from mm_edge.load.weights import check_expansion, check_file, check_sums
 from mm_edge.records import parse_json
 
 _OPERATOR = re.compile(
-    r"torch\.ops\.(aten|prims|torchvision)\.(?!__|from_file)\w+(\.(?!__)\w+)?$"
+    r"torch\.ops\.(aten|prims|torchvision)\.(?!__|from_file|_print|save|load|warn|set_|set\.|_test_|_debug|_cufft|_assert|record_stream|hash_)\w+(\.(?!__)\w+)?$"
     r"|torch\.ops\.higher_order\.(wrap_with_set_grad_enabled|wrap_with_autocast|cond|scan|while_loop|map_impl)$"
     r"|torch\.sym_\w+$|math\.[a-z0-9]+$"
     r"|_operator\.(getitem|add|sub|mul|floordiv|truediv|mod|neg|pos|eq|ne|lt|le|gt|ge|and_|or_|not_|pow)$"
@@ -54,7 +55,7 @@ def read_exported(path: Path, trust_pickle: bool) -> tuple[nn.Module, tuple[int,
     if not trust_pickle:
         _check_archive(path)
     try:
-        with _tensors_only(not trust_pickle), warnings.catch_warnings():
+        with _tensors_only(not trust_pickle), _without_logs(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program = torch.export.load(str(path))
             # The module's own guards are Python source from the file: not generated.
@@ -71,6 +72,17 @@ def _example_shape(program: torch.export.ExportedProgram) -> tuple[int, ...] | N
         if isinstance(value, torch.Tensor):
             return tuple(value.shape)
     return None
+
+
+@contextmanager
+def _without_logs() -> Iterator[None]:
+    """Keep torch's own log of what it could not read off the terminal; the error says it."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 @contextmanager
@@ -94,8 +106,11 @@ def _check_archive(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
             check_expansion(path, archive)
+            check_sums(path, archive)
             documents = [parse_json(archive.read(name)) for name in names if _is_program(name)]
-    except (zipfile.BadZipFile, OSError, ValueError) as error:
+    except ModelError:
+        raise
+    except Exception as error:  # zipfile raises many kinds on a damaged archive
         raise ModelError(f"'{path}' is damaged; save it again with torch.export.save") from error
     # torch finds members regardless of case, so two that differ in case alone would hide one from this check.
     if len({name.lower() for name in names}) != len(names):

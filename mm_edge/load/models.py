@@ -16,7 +16,7 @@ import timm
 import torch
 from torch import nn
 
-from mm_edge.errors import ModelError
+from mm_edge.errors import ModelError, reading
 from mm_edge.load.arguments import check_name, check_sizes
 from mm_edge.load.exported import read_exported
 from mm_edge.load.matching import precision_warnings
@@ -36,7 +36,7 @@ from mm_edge.load.onnx_file import read_onnx
 from mm_edge.load.preprocessing import read_preprocessing
 from mm_edge.load.timm_models import base_name, build_from_registry, build_from_tensors, known_timm_name
 from mm_edge.load.user_code import USER_CODE, build_user_module
-from mm_edge.load.weights import WeightsFile, check_finite, read_weights, zip_members
+from mm_edge.load.weights import WeightsFile, check_file, check_finite, read_weights, zip_members
 from mm_edge.records import InputSpec, ModelInfo
 from mm_edge.store import hash_file
 
@@ -92,10 +92,19 @@ def load_model(source: str, options: LoadOptions) -> LoadedModel:
     """
     if source.startswith("timm:"):
         return _finish(build_from_registry(source.removeprefix("timm:"), options), options)
+    with reading(f"'{source}'", ModelError):
+        return _load_file(source, options)
+
+
+def _load_file(source: str, options: LoadOptions) -> LoadedModel:
     path = Path(source)
     if not path.exists() and timm.is_model(base_name(source)):
         raise ModelError(f"model '{source}' does not exist; for timm's network of that name give timm:{source}")
+    if not path.is_dir():
+        check_file(path)  # before anything opens what may be no plain file
     if path.suffix == ".onnx":
+        if options.arch is not None:
+            raise ModelError(f"--arch is for weights, and '{path}' holds its own network; leave it out")
         return _load_onnx(path, options)
     if path.suffix == ".pt2" or any(name.endswith("archive_format") for name in zip_members(path)):
         return _load_exported(path, options)

@@ -21,6 +21,9 @@ from mm_edge.records import InputSpec
 # The fields that an option of the same name states.
 STATED_BY_OPTION = ("mean", "std", "scale", "colours", "resize")
 
+# Pixels in 0..65535 and their deviations are far from it, and so is its inverse.
+_LARGEST = 1e6
+
 _Config = Mapping[str, Any]
 
 
@@ -130,7 +133,7 @@ def _first(sources: Sequence[_Config], key: str, usable: Any) -> Any:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
+    return isinstance(value, (int, float)) and math.isfinite(_float(value))
 
 
 def _per_channel(
@@ -148,6 +151,9 @@ def _per_channel(
             )
         return tuple(float(value) for value in option) * (channels // len(option)), None
     stated = next((found for source in sources if (found := _numbers(source.get(key)))), None)
+    if stated is not None and not all(_is_usable(key, value) for value in stated):
+        shown = ",".join(f"{value:g}" for value in stated[:4])
+        raise ModelError(f"the file states the {key} {shown}, which no photo can have; give --{key}")
     values = stated or tuple(default)
     if len(values) == channels:
         return values, None
@@ -156,9 +162,22 @@ def _per_channel(
     return (average,) * channels, text if stated and len(values) > 1 else None
 
 
+def _is_usable(key: str, value: float) -> bool:
+    """Whether a mean or std that a file states can be one, of pixels in any scale."""
+    return math.isfinite(value) and abs(value) <= _LARGEST and (key != "std" or abs(value) >= 1 / _LARGEST)
+
+
 def _numbers(value: Any) -> tuple[float, ...] | None:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return (float(value),)
+        return (_float(value),)
     if isinstance(value, (list, tuple)) and value and all(isinstance(item, (int, float)) for item in value):
-        return tuple(float(item) for item in value)
+        return tuple(_float(item) for item in value)
     return None
+
+
+def _float(value: float) -> float:
+    """Return a number as float; a whole number beyond the range of floats is infinite."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf

@@ -177,11 +177,15 @@ def _declared_bytes(what: str, file: IO[bytes]) -> int:
 
 
 def _check_bytes(path: Path, total: int) -> None:
-    if total > READY_BYTES:
+    if not 0 <= total <= READY_BYTES:
         raise DataError(
-            f"'{path}' holds {total / 2**20:,.0f} MB of arrays, and at most {READY_BYTES / 2**20:,.0f} MB are kept in "
+            f"'{path}' holds {_megabytes(total)} MB of arrays, and at most {READY_BYTES / 2**20:,.0f} MB are kept in "
             "memory; give fewer examples"
         )
+
+
+def _megabytes(count: int) -> str:
+    return f"{count >> 20:,}" if count < 1 << 80 else "over 10^18"
 
 
 # ---- the user's code

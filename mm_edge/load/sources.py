@@ -7,8 +7,11 @@ in one folder are not, and where the network is no classifier labels are left ou
 from __future__ import annotations
 
 import io
+import os
 import re
+import stat
 import tarfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -37,6 +40,12 @@ _DATASET_SPEC = re.compile(r"(?:hfds|hfids|tfds|wds|torch)/", re.IGNORECASE)
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 _JPEG_END = b"\xff\xd9"
 _JPEG_TAIL = 1024  # cameras and editors leave some bytes after the marker
+# A larger file is no photo.
+MOST_PHOTO_BYTES = 256 << 20
+# Bounds of a folder of photos, which is listed before it is read.
+MOST_FILES = 5_000_000
+LISTING_S = 20.0
+DEEPEST_TAR = 3  # tars inside tars
 # What `batches` yields for an image without a label.
 NO_LABEL = -1
 
@@ -80,10 +89,13 @@ class _ReaderSource:
 
     def _read(self, index: int) -> io.BytesIO:
         if isinstance(self._reader, ReaderImageFolder):
+            _check_photo_file(Path(self._reader.samples[index][0]).stat())
             with self._reader[index][0] as file:
                 return io.BytesIO(file.read())
         # The same bytes as timm's reader gives, without the open tar it keeps.
         member, _, inner_tar = self._reader.samples[index]
+        if not member.isreg() or member.size > MOST_PHOTO_BYTES:
+            raise OSError("no photo: a link, a device, or too large")
         with self._path.open("rb") as file:
             file.seek(member.offset_data + (inner_tar.offset_data if inner_tar is not None else 0))
             return io.BytesIO(file.read(member.size))
@@ -110,6 +122,12 @@ class _ReaderSource:
         files = [Path(name) for name, _ in self._reader.samples] if folder else [self._path]
         stamps = [(stat.st_size, stat.st_mtime_ns) for stat in map(Path.stat, files)]
         return repr((self.labels.tolist(), [str(file) for file in files], stamps))
+
+
+def _check_photo_file(status: os.stat_result) -> None:
+    """Raise OSError for what must not be opened: a device or a pipe would never end."""
+    if not stat.S_ISREG(status.st_mode) or status.st_size > MOST_PHOTO_BYTES:
+        raise OSError("no photo: a device, a pipe, or too large")
 
 
 class _DatasetSource:
@@ -175,7 +193,13 @@ def open_sources(path: str, is_classifier: bool) -> tuple[dict[str, Source], Par
 def _open_reader(path: Path) -> Any:
     if path.is_file() and path.suffix.lower() != ".tar":
         raise DataError(f"'{path}' is no folder, .tar, .npz or .npy; unpack it, or give a folder of photos")
+    if path.is_dir():
+        _check_extent(path)
+    elif not path.is_file():
+        raise DataError(f"'{path}' is neither a file nor a folder; give a folder or tar of photos")
     try:
+        if path.is_file():
+            _check_tar(path)
         return ReaderImageFolder(str(path)) if path.is_dir() else ReaderImageInTar(str(path), cache_tarinfo=False)
     except tarfile.TarError as error:
         raise DataError(f"'{path}' is not a tar, or it is cut short: {first_line(error)}") from error
@@ -183,6 +207,47 @@ def _open_reader(path: Path) -> Any:
         raise DataError(f"'{path}' holds no images (.png, .jpg, .jpeg)") from error
     except OSError as error:
         raise DataError(f"'{path}' cannot be read: {first_line(error)}") from error
+
+
+def _check_extent(path: Path) -> None:
+    """Refuse a folder that takes too long to list, such as the root of a disk; links are followed, as timm does.
+
+    Raises:
+        DataError: it holds more than MOST_FILES, or is not listed within LISTING_S.
+    """
+    count, deadline = 0, time.monotonic() + LISTING_S
+    for _, _, files in os.walk(path, followlinks=True):
+        count += len(files)
+        if count > MOST_FILES or time.monotonic() > deadline:
+            raise DataError(
+                f"'{path}' is too large to be a folder of photos: {count:,} files were found and there are more; give "
+                "the folder that holds the photos"
+            )
+
+
+def _check_tar(path: Path) -> None:
+    """Refuse a tar whose headers promise more than its file holds: timm would read on for as long as they say.
+
+    Raises:
+        DataError: a member ends behind the end of the file, or there are more than MOST_FILES.
+        tarfile.TarError: it is no tar.
+    """
+    with tarfile.open(path, "r:") as archive:
+        _check_members(path, archive, path.stat().st_size, 0)
+
+
+def _check_members(path: Path, archive: tarfile.TarFile, size: int, depth: int) -> None:
+    count = 0
+    while (member := archive.next()) is not None:
+        archive.members.clear()  # else every header is kept
+        count += 1
+        if count > MOST_FILES or depth > DEEPEST_TAR:
+            raise DataError(f"'{path}' has more members than a tar of photos; give a folder or tar of photos")
+        if member.isreg() and (member.issparse() or member.offset_data + member.size > size):
+            raise DataError(f"'{path}' is cut short or damaged: {member.name} ends behind the end of the file")
+        if member.isreg() and member.name.lower().endswith(".tar"):
+            with tarfile.open(fileobj=archive.extractfile(member), mode="r:") as inner:
+                _check_members(path, inner, member.size, depth + 1)
 
 
 def _siblings(path: Path) -> dict[str, Path]:

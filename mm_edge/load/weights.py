@@ -7,6 +7,7 @@ arguments) is the only further type allowed. A pickle that names anything else i
 from __future__ import annotations
 
 import argparse
+import contextlib
 import pickle
 import pickletools
 import re
@@ -31,6 +32,10 @@ _HARMLESS_GLOBALS = re.compile(r"torch\.|collections\.OrderedDict$|argparse\.Nam
 _WRAPPER_PREFIXES = re.compile(r"^(?:model\.|module\.|_orig_mod\.)+")
 # What an archive may hold beside the bytes of its file: records of torch, and small compressed members.
 EXPANSION_BYTES = 64 << 20
+_CHUNK = 1 << 20
+_TRAINED = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+# A tensor that repeats values of a file, as an expanded one does, may be this large.
+_SMALL_BYTES = 1 << 20
 _FOLDER_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -65,8 +70,9 @@ def read_weights(path: Path, trust_pickle: bool) -> WeightsFile | nn.Module:
         return _read_folder(path, trust_pickle)
     check_file(path)
     if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
+        with _damage_is_told(path), zipfile.ZipFile(path) as archive:
             check_expansion(path, archive)
+            check_sums(path, archive)
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     return _interpret(path, _load_pickled(path, trust_pickle))
@@ -100,12 +106,34 @@ def check_expansion(path: Path, archive: zipfile.ZipFile) -> None:
         )
 
 
+def check_sums(path: Path, archive: zipfile.ZipFile) -> None:
+    """Compare every member of an archive with its checksum: torch itself reads changed weights without a word.
+
+    Raises:
+        ModelError: a member is not what was written.
+    """
+    for item in archive.infolist():
+        with archive.open(item) as member:
+            while member.read(_CHUNK):
+                pass  # reading to the end compares
+
+
+@contextmanager
+def _damage_is_told(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except ModelError:
+        raise
+    except Exception as error:  # zipfile raises many kinds on a damaged archive
+        raise ModelError(f"'{path}' is damaged or cut short; copy or save it again") from error
+
+
 def zip_members(path: Path) -> list[str]:
     """Return the member names of a zip archive, [] if `path` is not one."""
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.namelist()
-    except (zipfile.BadZipFile, OSError):
+    except Exception:  # zipfile raises many kinds on a damaged archive
         return []
 
 
@@ -131,6 +159,32 @@ def check_finite(tensors: Mapping[str, torch.Tensor], path: str) -> None:
             f"'{path}': {count} of {tensors[name].numel()} values of {name} are NaN or infinite{more}; "
             "give weights from before training diverged"
         )
+
+
+def check_plain(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Refuse tensors that hold no values of their own in a type that networks are trained in.
+
+    Raises:
+        ModelError: one is sparse, quantised, nested, complex, in 8 bits or less, without data, or one value repeated.
+    """
+    for name, tensor in tensors.items():
+        what = _oddity(tensor)
+        if what is not None:
+            raise ModelError(f"'{path}': {name} is {what}; save the dense weights in float32, float16 or bfloat16")
+
+
+def _oddity(tensor: torch.Tensor) -> str | None:
+    if tensor.is_meta:
+        return "without data (a meta tensor)"
+    if tensor.is_quantized:
+        return "quantised"
+    if tensor.is_nested or tensor.layout is not torch.strided:
+        return "nested" if tensor.is_nested else f"sparse ({tensor.layout})"
+    if tensor.is_complex() or (tensor.is_floating_point() and tensor.dtype not in _TRAINED):
+        return f"in {str(tensor.dtype).removeprefix('torch.')}"
+    if tensor.numel() * tensor.element_size() > max(_SMALL_BYTES, tensor.untyped_storage().nbytes()):
+        return f"{tensor.numel()} values of which the file holds fewer"
+    return None
 
 
 def _load_pickled(path: Path, trust_pickle: bool) -> Any:
@@ -194,7 +248,8 @@ def _pickle_streams(path: Path) -> Iterator[bytes]:
         with zipfile.ZipFile(path) as archive:
             for name in archive.namelist():
                 if name.endswith("data.pkl"):
-                    yield archive.read(name)
+                    with contextlib.suppress(Exception):  # a damaged member is reported by who reads it whole
+                        yield archive.read(name)
         return
     # The old format is several pickles one after the other: each ends with STOP (".").
     data = path.read_bytes()
@@ -219,6 +274,7 @@ def _interpret(path: Path, data: Any) -> WeightsFile | nn.Module:
     if not tensors:
         found = ", ".join(str(name) for name in list(data)[:6]) or "nothing"
         raise ModelError(f"'{path}' holds no weights; looked under {', '.join(_STATE_KEYS)}; found {found}")
+    check_plain(tensors, path)
     config, arch = _describe_checkpoint(data) if key else ({}, None)
     kind = "state_dict" if not key else "checkpoint, EMA weights" if key.endswith("_ema") else "checkpoint"
     return WeightsFile(path, kind, tensors, arch, config)
@@ -260,6 +316,7 @@ def _read_safetensors(path: Path) -> WeightsFile:
         raise ModelError(f"'{path}' is not a safetensors file, or it is cut short: {first_line(error)}") from error
     if not tensors:
         raise ModelError(f"'{path}' holds no tensors")
+    check_plain(tensors, path)
     config = {key: _from_json_text(value) for key, value in metadata.items()}
     arch = metadata.get("arch") or metadata.get("architecture")
     return WeightsFile(path, "safetensors", tensors, arch, config)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mm_edge.errors import UsageError
-from mm_edge.records import SCHEMA_VERSION, Report, from_json, parse_json, to_json
+from mm_edge.records import LONGEST_JSON, SCHEMA_VERSION, Report, from_json, parse_json, to_json
 from mm_edge.report.markdown import write_markdown
 from mm_edge.report.page import write_page
 from mm_edge.store import write_atomically
@@ -32,13 +32,18 @@ def write_report(report: Report, folder: Path) -> None:
     if to_json(from_json(Report, parse_json(text))) != parse_json(text):
         raise ValueError("the report does not come back from JSON as it went")
     write_atomically(folder / "report.json", text.encode())
-    write_atomically(folder / "report.md", write_markdown(report).encode())
-    write_atomically(folder / PAGE, write_page(report, folder).encode())
+    write_atomically(folder / "report.md", _encoded(write_markdown(report)))
+    write_atomically(folder / PAGE, _encoded(write_page(report, folder)))
 
 
 def save_page(path: Path, page: str) -> None:
     """Write a page, whole or not at all."""
-    write_atomically(path, page.encode())
+    write_atomically(path, _encoded(page))
+
+
+def _encoded(text: str) -> bytes:
+    """Return text as UTF-8; file names that are no UTF-8 are escaped, for they must not lose a report."""
+    return text.encode("utf-8", "backslashreplace")
 
 
 def read_report(path: Path) -> Report:
@@ -48,7 +53,11 @@ def read_report(path: Path) -> Report:
         UsageError: there is none, it is not a report, or a newer mm-edge wrote it.
     """
     file = path / "report.json" if path.is_dir() else path
+    if file.exists() and not file.is_file():
+        raise UsageError(f"'{file}' is no file; give a folder that mm-edge prune-export or mm-edge demo wrote")
     try:
+        if file.stat().st_size > LONGEST_JSON:
+            raise ValueError("longer than any report")
         data = parse_json(file.read_bytes())
     except FileNotFoundError as error:
         raise UsageError(
@@ -65,7 +74,7 @@ def read_report(path: Path) -> Report:
         )
     try:
         report = from_json(Report, data)
-    except ValueError as error:
+    except (ValueError, OverflowError, RecursionError) as error:
         raise UsageError(f"'{file}' is not a report of mm-edge: {error}") from error
     where = _find_non_finite(data, "Report")
     if where is not None:

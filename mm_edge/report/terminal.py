@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from mm_edge.errors import visible
 from mm_edge.records import Candidate, Report
 from mm_edge.report.compare import Comparison, show_change
 from mm_edge.report.files import PAGE
@@ -35,7 +36,7 @@ _MARK_COLUMNS = 3
 def print_report(report: Report, console: Console) -> None:
     """Print `report`: dense first, then every candidate; where they are many, those of pick_candidates."""
     candidates = pick_candidates(report)
-    console.print(Text(_one_line(write_headline(report)), style="bold"))
+    console.print(Text(visible(write_headline(report)), style="bold"))
     console.print()
     fastest = find_chosen(report) or max(candidates, key=lambda c: c.speedup or 0.0, default=None)
     figures = (_list_dense_figures(report), *(_list_figures(c, fastest) for c in candidates))
@@ -94,7 +95,7 @@ def _fill_table_(
     for c, cells in zip(candidates, figures[1:], strict=True):
         is_chosen = chosen is not None and c.id == chosen.id
         mark = (">" if is_chosen else " ") + ("*" if c.pareto else " ")
-        shown = [mark, _one_line(names[c.id]), *(cells[title] for title in titles)]
+        shown = [mark, visible(names[c.id]), *(cells[title] for title in titles)]
         table.add_row(*map(Text, shown), style="bold green" if is_chosen else None)
 
 
@@ -150,7 +151,7 @@ def print_paths(report: Report, folder: Path, console: Console) -> None:
     for label, path in places.items():
         if path is not None and path.exists():
             # A path may be longer than the terminal is wide; broken into lines it could not be copied.
-            console.print(f"{label + ':':13} {_one_line(str(path))}", soft_wrap=True, highlight=False, markup=False)
+            console.print(f"{label + ':':13} {visible(str(path))}", soft_wrap=True, highlight=False, markup=False)
 
 
 def print_comparison(comparison: Comparison, console: Console) -> None:
@@ -164,7 +165,7 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
         row, quality = run.row, run.overview.quality
         shown = show_percent(row.quality) if quality is None or quality.is_fraction else show_number(row.quality)
         cells = [run.name, row.id, shown, show_ratio(row.speedup), show_ms(row.p50), show_bytes(row.file_bytes)]
-        table.add_row(*(Text(_one_line(cell)) for cell in cells))
+        table.add_row(*(Text(visible(cell)) for cell in cells))
     console.print(table)
     for run in comparison.runs:
         if run.row.same_as:
@@ -196,9 +197,4 @@ def _write_legend(report: Report, candidates: tuple[Candidate, ...], unmeasured:
 
 
 def _print_line(console: Console, label: str, text: str) -> None:
-    console.print(Text.assemble((f"{label}: ", "bold"), _one_line(text)))
-
-
-def _one_line(text: str) -> str:
-    """Replace control characters, because names come from files and could send commands to the terminal."""
-    return "".join(char if char.isprintable() else " " for char in text)
+    console.print(Text.assemble((f"{label}: ", "bold"), visible(text)))
