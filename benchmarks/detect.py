@@ -83,7 +83,8 @@ def read_photos(source: Path) -> Iterator[tuple[str, bytes]]:
 def prune(args: argparse.Namespace, seen: Path, out: Path) -> tuple[Report, float]:
     """Run prune-export as a user would; return its report and how many seconds it took."""
     started = time.monotonic()
-    command = [sys.executable, "-m", "mm_edge.cli", "prune-export", str(args.model), "--data", str(seen)]
+    program = ("-m", "mm_edge.cli") if args.walk else (str(ROOT / "benchmarks" / "without_walk.py"),)
+    command = [sys.executable, *program, "prune-export", str(args.model), "--data", str(seen)]
     command += ["--out", str(out), "--macs", ",".join(map(str, args.macs)), "--recover", args.recover]
     command += ["--signals", "magnitude", "--strategies", args.strategies, *args.rest]
     subprocess.run(command if args.bench else [*command, "--no-bench"], check=True)
@@ -179,6 +180,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "options": args.rest,
         "seconds": round(seconds, 1),
         "mm_edge": mm_edge.__version__,
+        "walked": args.walk,
         "rows": {},
     }
     by_id = {candidate.id: candidate for candidate in report.candidates}
@@ -189,7 +191,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         else:
             entry["rows"][budget.asked] = describe(winner, report) | judge.row(out / winner.artifact)
         print(budget.asked, entry["rows"][budget.asked], file=sys.stderr)
-        save(args, args.recover, entry)
+        save(args, entry_name(args), entry)
     return entry
 
 
@@ -211,6 +213,10 @@ def measure_onnxsim(args: argparse.Namespace) -> dict[str, Any]:
 
 def run_folder(args: argparse.Namespace) -> Path:
     return Path(args.work) / f"{args.model.stem}-{args.recover}"
+
+
+def entry_name(args: argparse.Namespace) -> str:
+    return args.recover if args.walk else f"{args.recover}, screened"
 
 
 def save(args: argparse.Namespace, key: str, entry: dict[str, Any]) -> None:
@@ -245,6 +251,7 @@ def main() -> None:
     parser.add_argument("--macs", type=float, nargs="+", default=FRACTIONS)
     parser.add_argument("--onnxsim", type=float, nargs="+", metavar="MACS", help="only what onnxsim keeps at these")
     parser.add_argument("--bench", action="store_true", help="measure speed-ups on this machine")
+    parser.add_argument("--walk", action=argparse.BooleanOptionalAction, default=True, help="see without_walk.py")
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = sys.argv[1:]
     cut = arguments.index("--") if "--" in arguments else len(arguments)

@@ -193,7 +193,8 @@ def read_pages(args: argparse.Namespace, model: Path | None) -> dict[str, Any]:
 def prune(args: argparse.Namespace, source: Path, photos: Path, out: Path) -> float:
     """Run prune-export as a user would; return how many seconds it took."""
     started = time.monotonic()
-    command = [sys.executable, "-m", "mm_edge.cli", "prune-export", str(source), "--data", str(photos)]
+    program = ("-m", "mm_edge.cli") if args.walk else (str(ROOT / "benchmarks" / "without_walk.py"),)
+    command = [sys.executable, *program, "prune-export", str(source), "--data", str(photos)]
     command += ["--out", str(out), "--input", "x=" + ",".join(map(str, args.input))]
     command += ["--preprocess", PRESETS[args.stage], "--macs", ",".join(map(str, args.macs))]
     command += ["--strategies", args.strategies, "--signals", "magnitude", "--input-sizes", "none", "--no-bench"]
@@ -213,6 +214,7 @@ def measure(args: argparse.Namespace) -> None:
         "model": source.name,
         "rapidocr": rapidocr.__version__ if hasattr(rapidocr, "__version__") else None,
         "mm_edge": mm_edge.__version__,
+        "walked": args.walk,
         "input": list(args.input),
         "photos_seen": args.seen,
         "pages": args.pages,
@@ -231,7 +233,7 @@ def measure(args: argparse.Namespace) -> None:
         winner = by_id.get(budget.winner or "")
         if winner is not None and winner.artifact is not None:
             fraction = winner.macs / report.dense.macs
-            row["macs_fraction"] = round(fraction, 4)
+            row |= {"macs_fraction": round(fraction, 4), "recovered_by": winner.recovered_by}
             row |= read_pages(args, out / winner.artifact)
             save(args, entry)
             if args.onnxsim:
@@ -254,6 +256,7 @@ def main() -> None:
     parser.add_argument("--strategies", default="min_conservative", help="made as well; only budgets count")
     parser.add_argument("--macs", type=float, nargs="+", default=FRACTIONS)
     parser.add_argument("--onnxsim", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--walk", action=argparse.BooleanOptionalAction, default=True, help="see without_walk.py")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     args.input = args.input or {"det": (1, 3, 320, 320), "rec": (1, 3, 48, 320)}[args.stage]
