@@ -12,6 +12,9 @@ that the report names as the winner of that budget.
     python benchmarks/detect.py nudenet.onnx --photos imagenet-sample-1k.tar --work WORK -- --preprocess yolo
     python benchmarks/detect.py nudenet.onnx --photos imagenet-sample-1k.tar --work WORK --recover tune -- ...
 
+    python benchmarks/detect.py nudenet.onnx --photos imagenet-sample-1k.tar --work WORK --onnxsim 0.95 0.9
+
+The last compares onnxsim's pruning with the dense file of a run that is in WORK already; onnxsim 0.8.1 must be there.
 What follows `--` goes to prune-export: how photos become inputs, the input's size. The result goes under the model's
 name and the recovery into benchmarks/results/detect.json, or --results.
 """
@@ -25,6 +28,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +36,7 @@ import mm_edge
 
 # isort: split
 import numpy as np
+from onnxsim_peer import try_onnxsim
 from PIL import Image
 
 from mm_edge.load.photos import normalise, pixels_of
@@ -78,7 +83,8 @@ def read_photos(source: Path) -> Iterator[tuple[str, bytes]]:
 def prune(args: argparse.Namespace, seen: Path, out: Path) -> tuple[Report, float]:
     """Run prune-export as a user would; return its report and how many seconds it took."""
     started = time.monotonic()
-    command = [sys.executable, "-m", "mm_edge.cli", "prune-export", str(args.model), "--data", str(seen)]
+    program = ("-m", "mm_edge.cli") if args.walk else (str(ROOT / "benchmarks" / "without_walk.py"),)
+    command = [sys.executable, *program, "prune-export", str(args.model), "--data", str(seen)]
     command += ["--out", str(out), "--macs", ",".join(map(str, args.macs)), "--recover", args.recover]
     command += ["--signals", "magnitude", "--strategies", args.strategies, *args.rest]
     subprocess.run(command if args.bench else [*command, "--no-bench"], check=True)
@@ -119,16 +125,12 @@ def find_detector(model: Path, photos: list[Path], spec: InputSpec) -> AnswerRea
     raise SystemExit(f"{model}: its outputs are of no known layout of a detector")
 
 
-def describe(candidate: Candidate, report: Report, found: Answers, dense: Answers) -> dict[str, Any]:
-    likeness = compare_answers(found, dense)
+def describe(candidate: Candidate, report: Report) -> dict[str, Any]:
     fraction = candidate.macs / report.dense.macs
     return {
         "id": candidate.id,
         "macs_fraction": round(fraction, 4),
         "params_fraction": round(candidate.params / report.dense.params, 4),
-        "map50": likeness.map50_to_dense,
-        "map": likeness.map_to_dense,
-        "boxes_found": sum(map(len, above(found.boxes or []))),
         "speedup": candidate.speedup,
         "speedup_times_macs_fraction": None if candidate.speedup is None else round(candidate.speedup * fraction, 4),
         "recovered_by": candidate.recovered_by,
@@ -136,39 +138,92 @@ def describe(candidate: Candidate, report: Report, found: Answers, dense: Answer
     }
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
-    seen, unseen = cut_photos(args.photos, args.work, args.seen, args.seed)
-    unseen = unseen[: args.unseen]
-    out = args.work / f"{args.model.stem}-{args.recover}"
-    report, seconds = prune(args, seen, out)
+@dataclass(frozen=True)
+class Judge:
+    """The dense network's boxes on the unseen photos, and how another file's are compared with them."""
+
+    photos: list[Path]
+    spec: InputSpec
+    reader: AnswerReader
+    dense: Answers
+
+    def row(self, model: Path) -> dict[str, Any]:
+        found = detect_all(self.reader, model, self.photos, self.spec)
+        likeness = compare_answers(found, self.dense)
+        count = sum(map(len, above(found.boxes or [])))
+        return {"map50": likeness.map50_to_dense, "map": likeness.map_to_dense, "boxes_found": count}
+
+
+def open_judge(args: argparse.Namespace, out: Path, report: Report) -> Judge:
+    photos = cut_photos(args.photos, args.work, args.seen, args.seed)[1][: args.unseen]
     spec = from_json(InputSpec, report.data["preprocessing"])
-    reader = find_detector(out / "dense.onnx", unseen, spec)
-    dense = detect_all(reader, out / "dense.onnx", unseen, spec)
-    itself = compare_answers(dense, dense)
-    rows = {}
-    by_id = {candidate.id: candidate for candidate in report.candidates}
-    for budget in report.budgets:
-        winner = by_id.get(budget.winner or "")
-        if winner is None or winner.artifact is None:
-            rows[budget.asked] = {"id": None, "reason": budget.reason}
-            continue
-        rows[budget.asked] = describe(winner, report, detect_all(reader, out / winner.artifact, unseen, spec), dense)
-        print(budget.asked, rows[budget.asked], file=sys.stderr)
-    assert reader.head is not None
-    return {
+    reader = find_detector(out / "dense.onnx", photos, spec)
+    return Judge(photos, spec, reader, detect_all(reader, out / "dense.onnx", photos, spec))
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    seen = cut_photos(args.photos, args.work, args.seen, args.seed)[0]
+    out = run_folder(args)
+    report, seconds = prune(args, seen, out)
+    judge = open_judge(args, out, report)
+    itself = compare_answers(judge.dense, judge.dense)
+    assert judge.reader.head is not None
+    entry: dict[str, Any] = {
         "model": args.model.name,
         "sha256": report.model.sha256,
-        "layout": reader.head.layout,
+        "layout": judge.reader.head.layout,
         "photos_seen": len(list(seen.iterdir())),
-        "photos_unseen": len(unseen),
+        "photos_unseen": len(judge.photos),
         "boxes": itself.boxes,
         "dense_against_itself": [itself.map50_to_dense, itself.map_to_dense],
         "recover": args.recover,
         "options": args.rest,
         "seconds": round(seconds, 1),
         "mm_edge": mm_edge.__version__,
-        "rows": rows,
+        "walked": args.walk,
+        "rows": {},
     }
+    by_id = {candidate.id: candidate for candidate in report.candidates}
+    for budget in report.budgets:
+        winner = by_id.get(budget.winner or "")
+        if winner is None or winner.artifact is None:
+            entry["rows"][budget.asked] = {"id": None, "reason": budget.reason}
+        else:
+            entry["rows"][budget.asked] = describe(winner, report) | judge.row(out / winner.artifact)
+        print(budget.asked, entry["rows"][budget.asked], file=sys.stderr)
+        save(args, entry_name(args), entry)
+    return entry
+
+
+def measure_onnxsim(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what onnxsim's pruning keeps, against the dense file of a run that is there already."""
+    out = run_folder(args)
+    report = from_json(Report, json.loads((out / "report.json").read_text()))
+    judge = open_judge(args, out, report)
+    (name,) = Runner(out / "dense.onnx").inputs
+    found: dict[str, Any] = {"boxes": compare_answers(judge.dense, judge.dense).boxes, "rows": {}}
+    for fraction in args.onnxsim:
+        file = args.work / f"{args.model.stem}-onnxsim-{fraction}.onnx"
+        row = try_onnxsim(args.model, name, (1, *judge.spec.shape), fraction, file, judge.row)
+        print("onnxsim", fraction, row, file=sys.stderr)
+        found["rows"][f"{fraction:g}"] = row
+        save(args, "onnxsim", found)
+    return found
+
+
+def run_folder(args: argparse.Namespace) -> Path:
+    return Path(args.work) / f"{args.model.stem}-{args.recover}"
+
+
+def entry_name(args: argparse.Namespace) -> str:
+    return args.recover if args.walk else f"{args.recover}, screened"
+
+
+def save(args: argparse.Namespace, key: str, entry: dict[str, Any]) -> None:
+    """Write an entry after every row, so that a run that is stopped leaves what it measured."""
+    results = json.loads(args.results.read_text()) if args.results.is_file() else {}
+    results.setdefault(args.model.stem, {})[key] = entry
+    args.results.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def print_table(entry: dict[str, Any]) -> None:
@@ -194,24 +249,18 @@ def main() -> None:
     parser.add_argument("--recover", default="closed-form")
     parser.add_argument("--strategies", default="min_conservative", help="made as well; only budgets count")
     parser.add_argument("--macs", type=float, nargs="+", default=FRACTIONS)
+    parser.add_argument("--onnxsim", type=float, nargs="+", metavar="MACS", help="only what onnxsim keeps at these")
     parser.add_argument("--bench", action="store_true", help="measure speed-ups on this machine")
+    parser.add_argument("--walk", action=argparse.BooleanOptionalAction, default=True, help="see without_walk.py")
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = sys.argv[1:]
-    own, rest = (
-        (arguments[: arguments.index("--")], arguments[arguments.index("--") + 1 :])
-        if "--" in arguments
-        else (
-            arguments,
-            [],
-        )
-    )
-    args = parser.parse_args(own)
-    args.rest = rest
-    entry = measure(args)
-    results = json.loads(args.results.read_text()) if args.results.is_file() else {}
-    results.setdefault(args.model.stem, {})[args.recover] = entry
-    args.results.write_text(json.dumps(results, indent=1) + "\n")
-    print_table(entry)
+    cut = arguments.index("--") if "--" in arguments else len(arguments)
+    args = parser.parse_args(arguments[:cut])
+    args.rest = arguments[cut + 1 :]
+    if args.onnxsim:
+        measure_onnxsim(args)
+    else:
+        print_table(measure(args))
 
 
 if __name__ == "__main__":

@@ -13,9 +13,9 @@ names as the winner. RapidOCR then reads the test pages with this file in place 
                           count. A line that was not found counts as empty, and no line costs more than its length.
     macs_fraction         multiply-adds against dense, at the input of calibration
 
-onnxsim's structured pruning is tried on the simplified file. Its sparsity is found by bisection, so that it has at
-least our candidate's MACs. The result goes under the stage into benchmarks/results/ocr.json, or --results. It is
-written after every row, so that a run that is stopped leaves what it measured.
+onnxsim's structured pruning is tried on the simplified file (onnxsim_peer.py). Its sparsity is found by bisection, so
+that it has at least our candidate's MACs. The result goes under the stage into benchmarks/results/ocr.json, or
+--results. It is written after every row, so that a run that is stopped leaves what it measured.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ import argparse
 import json
 import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +34,11 @@ import mm_edge
 
 # isort: split
 import numpy as np
-import onnx
-import onnxsim
 import rapidocr
+from onnxsim_peer import try_onnxsim
 from PIL import Image, ImageDraw, ImageFont
 from rapidocr.utils.process_img import get_rotate_crop_image
 
-from mm_edge.graph.groups import read_structure
-from mm_edge.graph.onnx_graph import raw_from_onnx
-from mm_edge.load.network import ModelInput
 from mm_edge.records import Report, from_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -194,47 +190,15 @@ def read_pages(args: argparse.Namespace, model: Path | None) -> dict[str, Any]:
     return {"character_accuracy": round(1 - wrong / length, 4), "characters": length}
 
 
-def count_macs(model: Path, shape: tuple[int, ...]) -> int:
-    return int(read_structure(raw_from_onnx(model, [ModelInput("x", shape, shape, shape, "float32")])).macs())
-
-
-def onnxsim_at(args: argparse.Namespace, source: Path, fraction: float, out: Path) -> dict[str, Any]:
-    """Prune by onnxsim to the fewest MACs that are at least `fraction` of dense, and read the test pages with it."""
-    simplified, _ = onnxsim.simplify(str(source))
-    dense = count_macs(source, args.input)
-    low, high, best = 0.0, 1.0, 1.0
-    for _ in range(7):
-        sparsity = (low + high) / 2
-        pruned = onnxsim.apply_structured_pruning_cpp(simplified, sparsity=sparsity)
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "pruned.onnx"
-            onnx.save(pruned, str(path))
-            left = count_macs(path, args.input) / dense
-            if left >= fraction:
-                low, best = sparsity, left
-                path.replace(out)
-            else:
-                high = sparsity
-    if not out.is_file():
-        return {"reason": f"no sparsity leaves {fraction} of the MACs or more"}
-    return {"sparsity": low, "macs_fraction": round(best, 4), **read_pages(args, out)}
-
-
-def try_onnxsim(args: argparse.Namespace, source: Path, fraction: float, out: Path) -> dict[str, Any]:
-    try:
-        return onnxsim_at(args, source, fraction, out)
-    except Exception as error:  # a peer may fail in any way; its row says how
-        return {"error": f"{type(error).__name__}: {str(error)[:200]}"}
-
-
 def prune(args: argparse.Namespace, source: Path, photos: Path, out: Path) -> float:
     """Run prune-export as a user would; return how many seconds it took."""
     started = time.monotonic()
-    command = [sys.executable, "-m", "mm_edge.cli", "prune-export", str(source), "--data", str(photos)]
+    program = ("-m", "mm_edge.cli") if args.walk else (str(ROOT / "benchmarks" / "without_walk.py"),)
+    command = [sys.executable, *program, "prune-export", str(source), "--data", str(photos)]
     command += ["--out", str(out), "--input", "x=" + ",".join(map(str, args.input))]
     command += ["--preprocess", PRESETS[args.stage], "--macs", ",".join(map(str, args.macs))]
     command += ["--strategies", args.strategies, "--signals", "magnitude", "--input-sizes", "none", "--no-bench"]
-    subprocess.run([*command, "--recover", "closed-form"], check=True)
+    subprocess.run([*command, "--split", args.split, "--recover", "closed-form"], check=True)
     return time.monotonic() - started
 
 
@@ -250,6 +214,7 @@ def measure(args: argparse.Namespace) -> None:
         "model": source.name,
         "rapidocr": rapidocr.__version__ if hasattr(rapidocr, "__version__") else None,
         "mm_edge": mm_edge.__version__,
+        "walked": args.walk,
         "input": list(args.input),
         "photos_seen": args.seen,
         "pages": args.pages,
@@ -257,7 +222,6 @@ def measure(args: argparse.Namespace) -> None:
         "dense": read_pages(args, None),
         "rows": {},
     }
-    save(args, entry)
     print("dense", entry["dense"], file=sys.stderr)
     out = args.work / f"run-{args.stage}-{args.seen}-{'-'.join(map(str, args.macs))}"
     entry["seconds"] = round(prune(args, source, write_photos(args), out), 1)
@@ -269,11 +233,13 @@ def measure(args: argparse.Namespace) -> None:
         winner = by_id.get(budget.winner or "")
         if winner is not None and winner.artifact is not None:
             fraction = winner.macs / report.dense.macs
-            row["macs_fraction"] = round(fraction, 4)
+            row |= {"macs_fraction": round(fraction, 4), "recovered_by": winner.recovered_by}
             row |= read_pages(args, out / winner.artifact)
             save(args, entry)
             if args.onnxsim:
-                row["onnxsim"] = try_onnxsim(args, source, fraction, out / f"onnxsim-{fraction:.3f}.onnx")
+                file = out / f"onnxsim-{fraction:.3f}.onnx"
+                judge = partial(read_pages, args)
+                row["onnxsim"] = try_onnxsim(source, "x", args.input, fraction, file, judge)
         save(args, entry)
         print(budget.asked, row, file=sys.stderr)
 
@@ -284,11 +250,13 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--input", type=lambda text: tuple(map(int, text.split(","))), default=None)
     parser.add_argument("--seen", type=int, default=100, help="photos that prune-export is given")
+    parser.add_argument("--split", default="0.8,0.1,0.1", help="as of prune-export")
     parser.add_argument("--pages", type=int, default=20, help="test pages")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--strategies", default="min_conservative", help="made as well; only budgets count")
     parser.add_argument("--macs", type=float, nargs="+", default=FRACTIONS)
     parser.add_argument("--onnxsim", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--walk", action=argparse.BooleanOptionalAction, default=True, help="see without_walk.py")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     args.input = args.input or {"det": (1, 3, 320, 320), "rec": (1, 3, 48, 320)}[args.stage]

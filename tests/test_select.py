@@ -22,7 +22,7 @@ from mm_edge.records import (
     MetricValue,
     OutputFidelity,
 )
-from mm_edge.select import choose, doubt_loss, judge_budget, mark_pareto
+from mm_edge.select import choose, doubt_loss, judge_budget, mark_pareto, quality
 
 DENSE = DenseFigures(
     accuracy_top1=0.90,
@@ -324,6 +324,14 @@ def test_boxes_masks_and_outputs_decide_where_there_are_no_classes() -> None:
     assert chosen is not None and chosen.id == "better"
     chosen = choose(UNLABELLED, [boxes, better], Constraints(max_drop=5))
     assert chosen is not None and chosen.id == "boxes"
+
+
+def test_equal_boxes_at_half_overlap_are_told_apart_by_larger_overlaps() -> None:
+    def boxes(name: str, mean: float) -> Candidate:
+        return compared(name, 5.0, fidelity=Fidelity({}, map50_to_dense=1.0, map_to_dense=mean))
+
+    assert max([boxes("loose", 0.8), boxes("tight", 0.9)], key=quality).id == "tight"
+    assert quality(compared("classes", 5.0, agreement_top1=0.9, kl_to_dense=0.2)) == (0.9, -0.2)
 
 
 def test_the_users_metric_decides_before_likeness() -> None:

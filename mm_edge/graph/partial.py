@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx.numpy_helper
 import onnx_ir as ir
 import onnx_ir.passes.common as ir_passes
 
@@ -63,16 +64,10 @@ def constant_values(graph: ir.Graph, *, static_shapes: bool = False) -> set[ir.V
     return constant
 
 
-def open_part(
-    model: ir.Model,
-    given: Sequence[str],
-    wanted: Sequence[str],
-    arrays: Mapping[str, Array] | None = None,
-    threads: int = 1,
-) -> Part:
+def open_part(model: ir.Model, given: Sequence[str], wanted: Sequence[str], threads: int = 1) -> Part:
     """Return the nodes of `model` that compute the values `wanted` from the values `given`, ready to run.
 
-    `arrays` replaces initialisers by name, each with an array of the same shape. `threads` is as for `open_session`.
+    `threads` is as for `open_session`.
 
     Raises:
         ValueError: a name is unknown, or `wanted` needs an input of the graph that is not `given`.
@@ -81,12 +76,14 @@ def open_part(
     computed = [name for name in wanted if name not in given]
     if not computed:
         return Part(None, tuple(given), tuple(wanted))
-    graph = ir.convenience.extract(model.graph, given, computed)
-    for name, value in graph.initializers.items():
-        if arrays is not None and name in arrays:
-            value.const_value = ir.tensor(np.asarray(arrays[name], order="C"), name=name)
-    content = ir.to_proto(ir.Model(graph, ir_version=model.ir_version)).SerializeToString()
+    content = _cut_out(model, given, computed).SerializeToString()
     return Part(open_session(content, threads), tuple(given), tuple(wanted))
+
+
+def _cut_out(model: ir.Model, given: Sequence[str], wanted: Sequence[str]) -> onnx.ModelProto:
+    """Return the nodes of `model` that compute the values `wanted` from the values `given`."""
+    graph = ir.convenience.extract(model.graph, given, wanted)
+    return ir.to_proto(ir.Model(graph, ir_version=model.ir_version))
 
 
 def run_constants(model: ir.Model, names: Sequence[str]) -> Arrays:
@@ -130,6 +127,8 @@ class RunnableGraph:
         self._positions = {node.name: index for index, node in enumerate(self.nodes)}
         self._constant = {"", *(value.name for value in constant_values(model.graph) if value.name is not None)}
         self._crossing = self._crossing_sizes()
+        # The part that was opened last; graphs that hold other arrays share it.
+        self._cut: dict[tuple[tuple[str, ...], tuple[str, ...]], onnx.ModelProto] = {}
 
     def holding(self, arrays: Mapping[str, Array]) -> RunnableGraph:
         """Return the same graph with other `arrays`, each of the name and shape of one it has."""
@@ -169,7 +168,20 @@ class RunnableGraph:
 
     def open(self, given: Sequence[str], wanted: Sequence[str]) -> Part:
         """Return the part of the graph that computes `wanted` from `given`, ready to run."""
-        return open_part(self._model, given, wanted, self.arrays)
+        computed = tuple(name for name in wanted if name not in given)
+        if not computed:
+            return Part(None, tuple(given), tuple(wanted))
+        # Several arrays are tried for one weight, one after the other, and each time the same part is opened.
+        key = (tuple(given), computed)
+        if key not in self._cut:
+            self._cut.clear()
+            self._cut[key] = _cut_out(self._model, given, computed)
+        proto = self._cut[key]
+        for tensor in proto.graph.initializer:
+            if tensor.name in self.arrays:
+                array = np.asarray(self.arrays[tensor.name], order="C")
+                tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
+        return Part(open_session(proto.SerializeToString()), tuple(given), tuple(wanted))
 
     def _last_read(self, name: str) -> int:
         return len(self.nodes) if name in self.outputs else max(self.read_at.get(name, [-1]))

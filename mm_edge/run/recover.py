@@ -38,10 +38,7 @@ def walk_front(
     """
     if all(network.recovery is None for network in networks):
         return list(candidates)
-    marked = mark_pareto(candidates, dense)
-    front = [
-        item for item in marked if item.kind == "structured" and (item.pareto or _is_of_budget(item, plans[item.id]))
-    ]
+    front = _worth_walking(networks, plans, candidates, dense)
 
     def walk(index: int, candidate: Candidate, plan: Plan, screened: str) -> Candidate:
         step = "walk, held out" if settings.held_out else "walk"
@@ -52,6 +49,24 @@ def walk_front(
 
     with job.stages.stage("walk the front") as advance:
         return _improve(job, candidates, front, plans, walk, lambda done: advance(done, len(front)))
+
+
+def _worth_walking(
+    networks: Networks, plans: Mapping[str, Plan], candidates: Sequence[Candidate], dense: DenseFigures
+) -> list[Candidate]:
+    """Return the structured candidates to walk: those on the front and of the budgets.
+
+    Where class scores are not what is compared, only the best of each budget is walked. The screened candidates by a
+    signal are then far behind those by sensitivity, and a walk of a detector takes minutes.
+    """
+    structured = [item for item in candidates if item.kind == "structured"]
+    recovery = networks.dense.recovery
+    if recovery is not None and recovery.judged.class_scores is None:
+        return worth_training(structured, dense)
+    marked = mark_pareto(candidates, dense)
+    return [
+        item for item in marked if item.kind == "structured" and (item.pareto or _is_of_budget(item, plans[item.id]))
+    ]
 
 
 def improve_front(

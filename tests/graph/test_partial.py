@@ -8,7 +8,8 @@ import onnx_ir as ir
 import pytest
 from tiny_graphs import noise, tiny
 
-from mm_edge.graph.partial import constant_values, open_part, run_constants
+from mm_edge.graph import partial
+from mm_edge.graph.partial import RunnableGraph, constant_values, open_part, run_constants
 from mm_edge.quality.parity import onnx_runner
 
 
@@ -33,8 +34,22 @@ def test_a_part_computes_what_the_whole_computes_with_other_arrays_too() -> None
     (whole,) = onnx_runner(raw.model)(image[None])
     np.testing.assert_array_equal(tail["y"], whole)
     np.testing.assert_array_equal(tail["r"], head["r"])
-    zeros = {"v": np.zeros((4, 2), np.float32)}
-    assert not open_part(raw.model, ("r",), ("y",), zeros).run(head)["y"].any()
+    graph = RunnableGraph(raw.model.clone())
+    zero = graph.holding({"v": np.zeros((4, 2), np.float32)})
+    for network, expected in ((graph, whole), (zero, 0 * whole), (graph, whole)):
+        np.testing.assert_array_equal(network.open(("r",), ("y",)).run(head)["y"], expected)
+
+
+def test_the_same_part_with_other_arrays_is_cut_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = tiny("float[1,3] x", "a = MatMul(x, w) y = MatMul(a, v)", {"w": (3, 4), "v": (4, 2)})
+    graph = RunnableGraph(raw.model.clone())
+    cut: list[object] = []
+    original = partial._cut_out
+    monkeypatch.setattr(partial, "_cut_out", lambda *given: cut.append(given[1:]) or original(*given))
+    for network in (graph, graph.holding({"v": np.zeros((4, 2), np.float32)})):
+        network.open(("a",), ("y",))
+    network.open(("x",), ("y",))
+    assert cut == [(("a",), ("y",)), (("x",), ("y",))]
 
 
 def test_constants_are_computed_without_the_input() -> None:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -22,7 +23,7 @@ from mm_edge.graph.export import RawGraph, export_raw
 from mm_edge.graph.groups import read_structure
 from mm_edge.graph.partial import Frontier, RunnableGraph
 from mm_edge.quality.divergences import kl_per_image, kl_per_row
-from mm_edge.recover.closed_form import structured
+from mm_edge.recover.closed_form import judging, structured
 from mm_edge.recover.closed_form.branches import empty
 from mm_edge.recover.closed_form.consumers import read_consumers
 from mm_edge.recover.closed_form.context import RecoveryContext, _answering, build_context, pruned_graph
@@ -54,6 +55,20 @@ def halved(logits: Float32Array) -> Float32Array:
 
 
 # ---- the scale
+
+
+def test_of_many_class_scores_some_rows_give_the_scale(
+    less_sure: RecoveryContext, plain: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = plain.context.answers
+    monkeypatch.setattr(judging, "SCALED_MOST", 1)
+    monkeypatch.setattr(judging, "SCALED_SAMPLE", found[0].size // 2)
+    searched: list[int] = []
+    monkeypatch.setattr(
+        judging, "best_scale", lambda wanted, own: searched.append(len(wanted)) or best_scale(wanted, own)
+    )
+    assert judge_answers(less_sure, found).scale == pytest.approx(0.5, rel=1e-3)
+    assert searched == [math.ceil(len(found[0]) / 2)]
 
 
 def answers(rows: int = 40, classes: int = 12, seed: int = 0) -> Float32Array:

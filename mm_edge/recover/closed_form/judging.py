@@ -31,8 +31,10 @@ SCALES = (0.2, 5.0)
 SCALE_STEPS = 20
 SCALE_STEP = 1e-3
 SCALE_LEAP = 0.3
-# The most class scores that a scale is searched for: the search holds several copies of them in float64.
-SCALED_MOST = 1 << 24
+# Of more class scores than SCALED_MOST, as a text recogniser has, the scale is searched for on rows with about
+# SCALED_SAMPLE: the search passes over them up to SCALE_STEPS times in float64.
+SCALED_MOST = 1 << 22
+SCALED_SAMPLE = 1 << 19
 
 
 @dataclass(frozen=True)
@@ -81,9 +83,10 @@ def measure_of(kind: AnswerKind) -> Divergence:
 
 
 def _best_scale(context: RecoveryContext, found: AnswerArrays) -> float:
-    if not context.answering or found[0].size > SCALED_MOST:
+    if not context.answering:
         return 1.0
-    dense, scores = (array.reshape(-1, array.shape[-1]) for array in (context.answers[0], found[0]))
+    step = math.ceil(found[0].size / SCALED_SAMPLE) if found[0].size > SCALED_MOST else 1
+    dense, scores = (array.reshape(-1, array.shape[-1])[::step] for array in (context.answers[0], found[0]))
     return best_scale(dense, scores)
 
 
