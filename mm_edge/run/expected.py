@@ -5,6 +5,7 @@ from __future__ import annotations
 from mm_edge.records import Budget
 from mm_edge.run.job import Job
 from mm_edge.run.plan import combining_stage
+from mm_edge.run.score import needs_gradient
 
 
 def expected_stages(job: Job) -> tuple[str, ...]:
@@ -19,7 +20,7 @@ def expected_stages(job: Job) -> tuple[str, ...]:
         "sensitivities": _solves(job) and structured,
         "blocks": _solves(job) and bool(job.budgets),
         "dense model": True,
-        "gradients": with_data and job.model.module is not None and job.request.signals != ("magnitude",),
+        "gradients": with_data and job.model.module is not None and needs_gradient(job.request),
         "scores": True,
         "plan": True,
         "latency table": timed and job.request.allocate_by == "latency" and any(map(_is_time, job.budgets)),

@@ -56,30 +56,39 @@ def channel_signals(request: Request) -> tuple[str, ...]:
     return request.signals if request.select == "signal" else (pick_one(request.signals),)
 
 
-def _signals_needed(job: Job) -> tuple[str, ...]:
-    """Return the signals that decide anything, and note those that do not."""
+def signals_needed(request: Request) -> tuple[str, ...]:
+    """Return the signals that decide anything: one, where only structured candidates are made and channels are chosen."""
+    return channel_signals(request) if set(request.kinds) == {"structured"} else request.signals
+
+
+def needs_gradient(request: Request) -> bool:
+    """Whether weights are scored, or ranges observed, by gradients."""
+    return need_gradient(signals_needed(request)) or request.ranges == "observed"
+
+
+def _note_idle_signals(job: Job) -> None:
+    """Note the signals that change nothing."""
     request = job.request
     used = channel_signals(request)
     idle = [name for name in request.signals if name not in used]
     if not idle or "structured" not in request.kinds:
-        return request.signals
-    only = set(request.kinds) == {"structured"}
-    spared = "; no gradient is taken" if only and not need_gradient(used) else ""
+        return
+    spared = "" if need_gradient(signals_needed(request)) else "; no gradient is taken"
     verb = "changes" if len(idle) == 1 else "change"
     job.note(
         f"{' and '.join(idle)} {verb} nothing in structured candidates, because --select {request.select} "
         f"chooses their channels{spared}: each network is made once and carries all its names; "
         "--select signal makes one per signal"
     )
-    return used if only else request.signals
 
 
 def score_network(job: Job, dense: Network) -> tuple[Scores, dict[str, SparsityRange]]:
     """Return the scores of the signals that decide something and can be computed, and the ranges before constraints."""
     weights = read_layer_weights(dense.raw, dense.layers)
     gradient: Float32Arrays = {}
-    signals = _signals_needed(job)
-    if need_gradient(signals) or job.request.ranges == "observed":
+    _note_idle_signals(job)
+    signals = signals_needed(job.request)
+    if needs_gradient(job.request):
         gradient = _gradients(job)
         if not gradient:
             signals = without_gradient(signals)
