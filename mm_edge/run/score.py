@@ -57,7 +57,7 @@ def channel_signals(request: Request) -> tuple[str, ...]:
 
 
 def signals_needed(request: Request) -> tuple[str, ...]:
-    """Return the signals that decide anything: one, where only structured candidates are made and channels are chosen."""
+    """Return the signals that decide anything; one is enough where the closed form chooses every channel."""
     return channel_signals(request) if set(request.kinds) == {"structured"} else request.signals
 
 
