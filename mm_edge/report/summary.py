@@ -43,6 +43,11 @@ def write_headline(report: Report) -> str:
 def _uncompared_sentence(report: Report) -> str | None:
     if not report.candidates or any(c.was_compared for c in report.candidates):
         return None
+    if report.data.get("validation"):
+        return (
+            "Nothing was compared with the dense network, because the sizes of its outputs depend on the image, and "
+            "none of these candidates is recommended; give the .onnx without non-maximum suppression, or --metric."
+        )
     return (
         "Nothing was compared with the dense network, so these candidates may be unusable and none is recommended; to "
         "find out give --data PATH with photos."

@@ -34,7 +34,7 @@ from mm_edge.run.make import MakeSettings
 from mm_edge.run.measure import how_to_measure
 from mm_edge.run.networks import Network, Networks, labels_of, provenance_of
 from mm_edge.run.sustain import sustain
-from mm_edge.select import UNCOMPARED, choose, judge_budget, mark_pareto
+from mm_edge.select import UNCOMPARABLE, UNCOMPARED, choose, judge_budget, mark_pareto
 
 
 def finish(
@@ -62,7 +62,7 @@ def finish(
         missed = error
         job.note(str(error))
     if missed is None and chosen is None:
-        job.note(UNCOMPARED)
+        job.note(UNCOMPARED if job.data is None or not len(job.data.validation) else UNCOMPARABLE)
     if chosen is not None:
         candidate = next(item for item in listed if item.id == chosen.id)
         network = networks.at(candidate.input_shape[-1])
