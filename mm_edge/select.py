@@ -44,6 +44,10 @@ UNCOMPARABLE = (
     "boxes after non-maximum suppression do; none is recommended: give the .onnx without that step, or --metric "
     "FILE.py:CALLABLE"
 )
+OTHER_SIZES = (
+    "nothing was compared with the dense network, because its outputs have other shapes at other input sizes; none is "
+    "recommended: leave --input-sizes out, or give --metric FILE.py:CALLABLE"
+)
 _ITSELF_UNCOMPARED = "it was not compared with the dense network and may be unusable; to find out give --data PATH"
 _NEAREST_POINTS = 0.25  # a loss nearer to the limit than this is taken to be this far from it
 

@@ -99,5 +99,5 @@ def _score(network: Network, plan: Plan, settings: MakeSettings, state: Arrays) 
     found = judge_model(model, network.images.validation(), settings.reference, settings.threads)
     if found["fidelity"] is None:
         return Score(found["accuracy_top1"], found["kl_to_dense"])
-    errors = [output.nmse for output in found["fidelity"].outputs.values()]
+    errors = [output.nmse for output in found["fidelity"].outputs.values() if output.nmse is not None]
     return Score(None, sum(errors) / len(errors) if errors else None)

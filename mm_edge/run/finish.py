@@ -34,7 +34,7 @@ from mm_edge.run.make import MakeSettings
 from mm_edge.run.measure import how_to_measure
 from mm_edge.run.networks import Network, Networks, labels_of, provenance_of
 from mm_edge.run.sustain import sustain
-from mm_edge.select import UNCOMPARABLE, UNCOMPARED, choose, judge_budget, mark_pareto
+from mm_edge.select import OTHER_SIZES, UNCOMPARABLE, UNCOMPARED, choose, judge_budget, mark_pareto
 
 
 def finish(
@@ -62,7 +62,7 @@ def finish(
         missed = error
         job.note(str(error))
     if missed is None and chosen is None:
-        job.note(UNCOMPARED if job.data is None or not len(job.data.validation) else UNCOMPARABLE)
+        job.note(_why_uncompared(job, listed))
     if chosen is not None:
         candidate = next(item for item in listed if item.id == chosen.id)
         network = networks.at(candidate.input_shape[-1])
@@ -103,6 +103,13 @@ def finish(
 def skipped_groups(structure: Structure) -> tuple[SkippedGroup, ...]:
     """Return the groups that keep their full width, with the reason."""
     return tuple(SkippedGroup(item.id, item.tensors, item.reason) for item in structure.pinned)
+
+
+def _why_uncompared(job: Job, candidates: Sequence[Candidate]) -> str:
+    if job.data is None or not len(job.data.validation):
+        return UNCOMPARED
+    shape = tuple(job.model.input.shape)
+    return UNCOMPARABLE if any(tuple(item.input_shape) == shape for item in candidates) else OTHER_SIZES
 
 
 def _list_all_names(networks: Networks, candidates: Sequence[Candidate]) -> list[Candidate]:

@@ -193,7 +193,9 @@ def test_the_dense_networks_outputs_teach_whatever_their_shape(
     (solved,) = plain.candidates
     assert trained.stopped is not None and "none was better" not in trained.stopped and "dropped" not in trained.stopped
     assert trained.fidelity is not None and solved.fidelity is not None and len(trained.fidelity.outputs) == 2
-    mine, theirs = ([item.nmse for item in found.outputs.values()] for found in (trained.fidelity, solved.fidelity))
+    mine, theirs = (
+        [item.nmse or 0.0 for item in found.outputs.values()] for found in (trained.fidelity, solved.fidelity)
+    )
     assert np.mean(mine) < np.mean(theirs)
 
 

@@ -6,9 +6,13 @@ import json
 from pathlib import Path
 
 import numpy as np
+import torch
 from click.testing import CliRunner
 from onnx_files import write
+from PIL import Image
+from torch import nn
 
+import mm_edge
 from mm_edge.cli.main import main
 
 BODY = """
@@ -37,4 +41,29 @@ def test_a_file_that_ends_in_suppression_is_pruned_and_nothing_is_recommended(tm
         "FILE.py:CALLABLE"
     ) in report["warnings"]
     text = (tmp_path / "run" / "report.md").read_text()
-    assert "because the sizes of its outputs depend on the image, and none" in " ".join(text.split())
+    assert "Nothing was compared with the dense network, as the warnings explain" in " ".join(text.split())
+
+
+def test_two_outputs_are_not_compared_across_input_sizes_and_the_report_says_so(tmp_path: Path) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 16, 3, 2, 1), nn.Conv2d(16, 4, 1)
+
+        def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            x = self.second(torch.relu(self.first(images))).flatten(2)
+            return x[:, :1], x[:, 1:]
+
+    for number in range(8):
+        pixels = np.random.default_rng(number).integers(0, 255, (24, 24, 3), np.uint8)
+        (tmp_path / "photos").mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(tmp_path / "photos" / f"{number}.png")
+    result = mm_edge.prune_export(
+        Net(), torch.zeros(1, 3, 24, 24), data=tmp_path / "photos", out=tmp_path / "run", bench=False,
+        strategies="balanced", signals="magnitude", input_sizes=16, recover="none",
+    )  # fmt: skip
+    assert result.chosen is None
+    assert (
+        "nothing was compared with the dense network, because its outputs have other shapes at other input sizes; none "
+        "is recommended: leave --input-sizes out, or give --metric FILE.py:CALLABLE"
+    ) in result.warnings
