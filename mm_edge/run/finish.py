@@ -155,7 +155,7 @@ def _test_fidelity(
         return None
     with job.stages.stage("test"):
         outputs = run_outputs(job.dense_file, dense.data.test.batches(IMAGES_PER_BATCH), settings.threads)
-        reference = refer_to_outputs(outputs, dense.spec.shape[1:])
+        reference = refer_to_outputs(outputs, dense.spec.shape[1:], job.has_masks)
         found = run_outputs(job.artifact(candidate), network.data.test.batches(IMAGES_PER_BATCH), settings.threads)
         return compare_outputs(found, reference)
 
