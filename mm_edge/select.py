@@ -38,6 +38,16 @@ UNCOMPARED = (
     "nothing was compared with the dense network, so these candidates may be unusable and none is recommended; to find "
     "out give --data PATH with photos"
 )
+# As UNCOMPARED, where there were images.
+UNCOMPARABLE = (
+    "nothing was compared with the dense network, because the sizes of its outputs depend on the image, as those of "
+    "boxes after non-maximum suppression do; none is recommended: give the .onnx without that step, or --metric "
+    "FILE.py:CALLABLE"
+)
+OTHER_SIZES = (
+    "nothing was compared with the dense network, because its outputs have other shapes at other input sizes; none is "
+    "recommended: leave --input-sizes out, or give --metric FILE.py:CALLABLE"
+)
 _ITSELF_UNCOMPARED = "it was not compared with the dense network and may be unusable; to find out give --data PATH"
 _NEAREST_POINTS = 0.25  # a loss nearer to the limit than this is taken to be this far from it
 

@@ -228,6 +228,12 @@ class ImageSet:
         image = self._pool.decode(index)
         return None if image is None else (image, int(self._pool.source.labels[index]))
 
+    def input(self, position: int) -> tuple[Float32Array, int] | None:
+        """Return what the network takes of the image at `position`, and its label; None if it cannot be read."""
+        index = int(self._members[position])
+        piece = self._pool.read(index)
+        return None if piece is None else (self._pool.stack([piece])[0], int(self._pool.source.labels[index]))
+
     def raw(self, index: int) -> Bytes:
         """Return image `index` decoded, before any preprocessing: uint8 (H, W, 3).
 

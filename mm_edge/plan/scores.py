@@ -257,7 +257,10 @@ def _clear_caches_(module: nn.Module) -> None:
     """Put the module in eval mode by way of training mode.
 
     Attention biases cached by an earlier eval-mode pass hold a graph that is gone; timm's modules drop them on train().
+    An exported program refuses to change its mode, and keeps no such biases.
     """
+    if isinstance(module, torch.fx.GraphModule):
+        return
     module.train()
     module.eval()
 

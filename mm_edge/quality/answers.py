@@ -46,18 +46,19 @@ class AnswerReader:
         return Answers(classes=np.concatenate(maps))
 
 
-def find_reader(outputs: Mapping[str, Array], size: tuple[int, int]) -> AnswerReader | None:
+def find_reader(outputs: Mapping[str, Array], size: tuple[int, int], is_segmenter: bool = False) -> AnswerReader | None:
     """Return how to read the dense network's outputs for images of `size`; None where they are neither.
 
     Args:
         outputs: the outputs for some images by name, images first.
         size: height and width of the input in pixels.
+        is_segmenter: whether the user's labels are masks, so that it must be a segmenter.
     """
     for batch in _batches(outputs, tuple(outputs)):
-        head = find_head(batch, size)
+        head = None if is_segmenter else find_head(batch, size)
         if head is not None:
             return AnswerReader(head=head)
-        segmenter = find_segmenter(batch, size)
+        segmenter = find_segmenter(batch, size, is_segmenter)
         if segmenter is not None:
             return AnswerReader(segmenter=segmenter)
     return None

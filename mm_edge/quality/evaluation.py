@@ -112,9 +112,14 @@ def judge_model(
     return {**NOT_JUDGED, "fidelity": fidelity, "metric": reference.score(answers)}
 
 
-def refer_to_outputs(outputs: Mapping[str, Float32Array], size: tuple[int, int]) -> Reference:
-    """Return the reference of a dense network that is no classifier, from its outputs for images of `size` (H, W)."""
-    reader = find_reader(outputs, size)
+def refer_to_outputs(
+    outputs: Mapping[str, Float32Array], size: tuple[int, int], is_segmenter: bool = False
+) -> Reference:
+    """Return the reference of a dense network that is no classifier, from its outputs for images of `size` (H, W).
+
+    `is_segmenter` says that the user's labels are masks.
+    """
+    reader = find_reader(outputs, size, is_segmenter)
     return Reference(outputs=outputs, reader=reader, answers=None if reader is None else reader.read(outputs))
 
 

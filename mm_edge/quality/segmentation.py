@@ -56,8 +56,11 @@ class Segmenter:
         return np.asarray(values.take(0, axis=self.axis) >= self.threshold, np.int64)
 
 
-def find_segmenter(outputs: Mapping[str, Array], size: tuple[int, int]) -> Segmenter | None:
-    """Return how to read the first of the outputs for some images of `size` that holds a class per pixel, or None."""
+def find_segmenter(outputs: Mapping[str, Array], size: tuple[int, int], is_told: bool = False) -> Segmenter | None:
+    """Return how to read the first of the outputs for some images of `size` that holds a class per pixel, or None.
+
+    Where the user's labels are masks, the network `is_told` to be a segmenter, and the shape of an output is enough.
+    """
     for name, output in outputs.items():
         array = np.asarray(output)
         if array.dtype.kind not in "fiu" or not array.size or not np.isfinite(array).all():
@@ -67,7 +70,8 @@ def find_segmenter(outputs: Mapping[str, Array], size: tuple[int, int]) -> Segme
         )
         if found is not None:
             return found
-    return None
+    shaped = (_find_by_shape(name, np.asarray(output), size) for name, output in outputs.items() if is_told)
+    return next((found for found in shaped if found is not None), None)
 
 
 def class_maps(segmenter: Segmenter, batches: Iterable[Mapping[str, Array]]) -> list[IntArray]:
@@ -140,6 +144,14 @@ def _find_argmax(name: str, array: Array, size: tuple[int, int]) -> Segmenter | 
             usable = _is_smooth(classes) and (array.shape[axis] > 3 or _oppose(array, axis))
         if usable:
             return Segmenter(name, axis, None, _without(array, axis))
+    return None
+
+
+def _find_by_shape(name: str, array: Array, size: tuple[int, int]) -> Segmenter | None:
+    for axis in (1, 3):
+        if array.ndim == 4 and 1 <= array.shape[axis] <= MOST_CLASSES and _fits(_without(array, axis), size):
+            threshold = 0.5 if _are_shares(array) else 0.0
+            return Segmenter(name, axis, threshold if array.shape[axis] == 1 else None, _without(array, axis))
     return None
 
 

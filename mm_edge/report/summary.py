@@ -43,6 +43,8 @@ def write_headline(report: Report) -> str:
 def _uncompared_sentence(report: Report) -> str | None:
     if not report.candidates or any(c.was_compared for c in report.candidates):
         return None
+    if report.data.get("validation"):
+        return "Nothing was compared with the dense network, as the warnings explain, and no candidate is recommended."
     return (
         "Nothing was compared with the dense network, so these candidates may be unusable and none is recommended; to "
         "find out give --data PATH with photos."

@@ -24,13 +24,14 @@ _NO_LABELS = "the images have no labels; give class folders"
 
 @dataclass(frozen=True)
 class Circumstances:
-    """What a request is checked against: the images, the target, whether anything is measured, and the input."""
+    """What a request is checked against: the images, the target, whether anything is measured, and the network."""
 
     request: Request
     data: DataSplits | None
     target: Target
     measured: bool
     spec: InputSpec | None = None
+    is_classifier: bool = True
 
     @property
     def has_calibration_images(self) -> bool:
@@ -49,14 +50,19 @@ class Circumstances:
 
 
 def check_request(
-    request: Request, data: DataSplits | None, target: Target, measured: bool, spec: InputSpec | None = None
+    request: Request,
+    data: DataSplits | None,
+    target: Target,
+    measured: bool,
+    spec: InputSpec | None = None,
+    is_classifier: bool = True,
 ) -> None:
-    """Refuse what cannot be done. `spec` is the input of the model.
+    """Refuse what cannot be done. `spec` is the input of the model, and `is_classifier` says whether it is one.
 
     Raises:
         UsageError: an option needs data or a device that is not there, or the target gains nothing from it.
     """
-    given = Circumstances(request, data, target, measured, spec)
+    given = Circumstances(request, data, target, measured, spec, is_classifier)
     for check in CHECKS:
         check(given)
 
@@ -74,6 +80,11 @@ def require_trainable(model: LoadedModel, recover: str) -> None:
         raise UsageError(
             f"--recover {recover} trains a PyTorch module, and {what} holds none; "
             "give the checkpoint with --arch, or use --recover closed-form"
+        )
+    if len(model.inputs) > 1:
+        raise UsageError(
+            f"--recover {recover} trains networks with one input, and this one takes {len(model.inputs)}; "
+            "use --recover closed-form"
         )
 
 
@@ -119,13 +130,11 @@ def _training_images(given: Circumstances) -> None:
             f"--recover {given.request.recover} trains on calibration images, and there are none; "
             "give --split a first part"
         )
-    if least and not given.has_labels:
-        raise UsageError(f"--recover {given.request.recover} trains on labels, and {_NO_LABELS} or use --recover tune")
 
 
 def _augmentation(given: Circumstances) -> None:
     spec = given.spec
-    if spec is None or not RECOVERIES[given.request.recover].least_images:
+    if spec is None or not given.is_classifier or not RECOVERIES[given.request.recover].least_images:
         return
     plain = InputSpec(spec.shape, spec.mean, spec.std)
     for name in ("resize", "colours", "scale", "layout"):
@@ -139,7 +148,7 @@ def _augmentation(given: Circumstances) -> None:
 
 def _ready_inputs(given: Circumstances) -> None:
     sizes = isinstance(given.request.input_sizes, tuple)
-    trains = RECOVERIES[given.request.recover].least_images > 0
+    trains = given.is_classifier and RECOVERIES[given.request.recover].least_images > 0
     if given.data is None or not (sizes or trains) or given.data.holds_photos:
         return
     if trains:

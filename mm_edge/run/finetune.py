@@ -29,8 +29,8 @@ def finetune_candidate(work: Work) -> Candidate:
         ParityError: the artifact does not agree with its masked model; nothing is kept of it.
     """
     job, plan = work.job, work.plan
-    settings = Settings(epochs=job.request.epochs, seed=job.request.seed)
     model = work.networks.at(plan.side).model
+    settings = _settings(work)
     key = job.key(model, data=job.data_key, plan=plan.digest(), settings=settings, start=work.start)
     name = f"finetuned/{plan.file_name}"
     unfinished = f"{name}-unfinished"
@@ -41,6 +41,16 @@ def finetune_candidate(work: Work) -> Candidate:
     found = load_or_make(job, name, key, lambda: _finetune(work, settings, checkpoints))
     job.store.remove_arrays(unfinished)
     return found
+
+
+def _settings(work: Work) -> Settings:
+    """Return how to fine-tune: by labels where there are some, by the dense network's answers in every case."""
+    job = work.job
+    settings = Settings(epochs=job.request.epochs, seed=job.request.seed)
+    if job.model.info.num_classes is None:
+        return replace(settings, by_outputs=True, label_share=0.0, mixed=0.0)
+    labelled = job.data is not None and job.data.labelled
+    return settings if labelled else replace(settings, label_share=0.0)
 
 
 def _finetune(work: Work, training: Settings, checkpoints: Checkpoints) -> Candidate:
@@ -87,4 +97,7 @@ def _score(network: Network, plan: Plan, settings: MakeSettings, state: Arrays) 
         return None
     model = ir.to_proto(compact_model(network, plan, state)).SerializeToString()
     found = judge_model(model, network.images.validation(), settings.reference, settings.threads)
-    return Score(found["accuracy_top1"], found["kl_to_dense"])
+    if found["fidelity"] is None:
+        return Score(found["accuracy_top1"], found["kl_to_dense"])
+    errors = [output.nmse for output in found["fidelity"].outputs.values() if output.nmse is not None]
+    return Score(None, sum(errors) / len(errors) if errors else None)

@@ -37,7 +37,7 @@ from mm_edge.run.networks import Network, Networks, labels_of, provenance_of
 from mm_edge.run.score import channel_signals
 from mm_edge.run.shares import add_shares
 from mm_edge.run.sustain import sustain
-from mm_edge.select import UNCOMPARED, choose, judge_budget, mark_pareto
+from mm_edge.select import OTHER_SIZES, UNCOMPARABLE, UNCOMPARED, choose, judge_budget, mark_pareto
 
 
 def finish(
@@ -65,7 +65,7 @@ def finish(
         missed = error
         job.note(str(error))
     if missed is None and chosen is None:
-        job.note(UNCOMPARED)
+        job.note(_why_uncompared(job, listed))
     if chosen is not None:
         candidate = next(item for item in listed if item.id == chosen.id)
         network = networks.at(candidate.input_shape[-1])
@@ -119,6 +119,13 @@ def _with_all_ids(job: Job, networks: Networks, candidate: Candidate) -> Candida
     return replace(candidate, also_ids=tuple(ids[1:]))
 
 
+def _why_uncompared(job: Job, candidates: Sequence[Candidate]) -> str:
+    if job.data is None or not len(job.data.validation):
+        return UNCOMPARED
+    shape = tuple(job.model.input.shape)
+    return UNCOMPARABLE if any(tuple(item.input_shape) == shape for item in candidates) else OTHER_SIZES
+
+
 def notes_of_shared_names(candidates: Sequence[Candidate]) -> list[str]:
     """Return notes on strategies that coincide by formula, in widths or under a pattern."""
     shared = dict.fromkeys((item.kind, (item.strategy, *item.also_named)) for item in candidates if item.also_named)
@@ -155,7 +162,7 @@ def _test_fidelity(
         return None
     with job.stages.stage("test"):
         outputs = run_outputs(job.dense_file, dense.data.test.batches(IMAGES_PER_BATCH), settings.threads)
-        reference = refer_to_outputs(outputs, dense.spec.shape[1:])
+        reference = refer_to_outputs(outputs, dense.spec.shape[1:], job.has_masks)
         found = run_outputs(job.artifact(candidate), network.data.test.batches(IMAGES_PER_BATCH), settings.threads)
         return compare_outputs(found, reference)
 

@@ -12,7 +12,7 @@ import torch
 from mm_edge import __version__
 from mm_edge.bench.target import Target
 from mm_edge.bench.transport import Transport
-from mm_edge.load.annotations import Labels
+from mm_edge.load.annotations import Labels, MaskLabels
 from mm_edge.load.data import DataSplits
 from mm_edge.load.models import LoadedModel
 from mm_edge.progress import Stages
@@ -93,6 +93,11 @@ class Job:
     def versions(self) -> dict[str, str]:
         """The versions of mm-edge and of the libraries that results depend on."""
         return {**{name: version(name) for name in LIBRARIES}, "mm-edge": __version__}
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether the user's labels are masks, which makes the network a segmenter."""
+        return isinstance(self.labels, MaskLabels)
 
     @property
     def recovery(self) -> Recovery:

@@ -397,7 +397,7 @@ def _write_dense(job: Job, dense: Network) -> Reference:
 
         if dense.model.info.num_classes is None:
             outputs = run_outputs(file, dense.images.validation(), cores(), count)
-            return _with_labels(job, refer_to_outputs(outputs, dense.spec.shape[1:]))
+            return _with_labels(job, refer_to_outputs(outputs, dense.spec.shape[1:], job.has_masks))
         logits = run_onnx(file, dense.images.validation(), cores(), count)
         # The labels are read after the images, because images that cannot be decoded are left out.
         labels = job.data.validation.labels

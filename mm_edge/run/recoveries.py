@@ -38,7 +38,7 @@ class Recovery:
         trains_sizes: whether it trains networks at smaller input sizes to answer as the dense network does at its own.
         trains: whether it takes gradient steps, so that it needs a PyTorch module.
         has_epochs: whether --epochs limits it.
-        least_images: how many labelled calibration images it needs.
+        least_images: how many calibration images it needs.
     """
 
     help: str

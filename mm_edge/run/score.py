@@ -161,5 +161,7 @@ class _Batches:
 
 def _gradient_batch(model: LoadedModel) -> int:
     """Return how many images a backward pass holds at once: GRADIENT_PIXELS bounds the activations kept for it."""
+    if model.family == "ExportedProgram":
+        return 1  # the batch it was exported for
     _, height, width = model.input.shape
     return max(1, min(IMAGES_PER_BATCH, GRADIENT_PIXELS // (height * width)))

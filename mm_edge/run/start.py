@@ -48,7 +48,7 @@ def start(load: Callable[[], LoadedModel], request: Request, stages: Stages) -> 
             classes, inputs = model.info.num_classes, model.inputs if named else ()
             data = open_data(request.data, model.input, classes, request.split, request.seed, inputs)
     measured = request.bench and (request.host is not None or matches_this_machine(target))
-    check_request(request, data, target, measured, model.input)
+    check_request(request, data, target, measured, model.input, model.info.num_classes is not None)
     metric = None if request.metric is None else open_metric(request.metric)
     loss = None if request.loss is None else open_loss(request.loss)
     labels = None if request.labels is None or data is None else _open_labels(request.labels, data)

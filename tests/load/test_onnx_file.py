@@ -248,7 +248,7 @@ def test_class_scores_have_two_columns_and_no_fixed_length(
     tmp_path: Path, body: str, columns: int, classes: int | None
 ) -> None:
     path = write(
-        tmp_path / "net.onnx", f"(float[1,3] x) {{ {body} }}", {"w": (3, columns)}, {"e": np.float32(1e-6)},
+        tmp_path / "net.onnx", f"(float[1,3] x) {{ {body} }}", {"w": (3, columns)}, {"e": np.array(1e-6, np.float32)},
         outputs=f"float[1,{columns}] y",
     )  # fmt: skip
     assert load(path).info.num_classes == classes

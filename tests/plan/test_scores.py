@@ -295,3 +295,13 @@ def test_projected_gradient_takes_dicts_and_refuses_what_depends_on_no_weight() 
         projected_gradients(nn.Flatten(), [(torch.randn(2, 1, 3, 3), None)])
     with pytest.raises(DataError, match="no calibration images"):
         projected_gradients(Two(), [])
+
+
+def test_an_exported_program_has_the_gradients_of_its_module() -> None:
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).eval()
+    program = torch.export.export(module, (torch.zeros(1, 3, 6, 6),)).module()
+    images: list[tuple[torch.Tensor | tuple[torch.Tensor, ...], torch.Tensor | None]] = [
+        (torch.randn(1, 3, 6, 6), None) for _ in range(2)
+    ]
+    found, wanted = projected_gradients(program, images), projected_gradients(module, images)
+    np.testing.assert_allclose(found.values["0.weight"], wanted.values["0.weight"], rtol=1e-5)

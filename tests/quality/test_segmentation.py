@@ -107,3 +107,14 @@ def test_masks_are_resized_to_the_nearest_pixel() -> None:
     assert resize_nearest(mask, (2, 4)).tolist() == mask.tolist()
     assert resize_nearest(mask, (1, 2)).tolist() == [[[5, 7]]]
     assert resize_nearest(mask, (4, 4)).tolist() == [[[0, 1, 2, 3], [0, 1, 2, 3], [4, 5, 6, 7], [4, 5, 6, 7]]]
+
+
+def test_with_masks_beside_the_photos_the_shape_of_an_output_is_enough() -> None:
+    noisy = NOISE.normal(size=(2, 3, *SIZE)).astype(np.float32)
+    single = NOISE.normal(size=(2, 1, *SIZE)).astype(np.float32)
+    outputs = {"aux": np.zeros((2, 3), np.float32), "out": noisy}
+    assert find_segmenter(outputs, SIZE) is None
+    assert find_segmenter(outputs, SIZE, is_told=True) == Segmenter("out", 1, None, SIZE)
+    assert find_segmenter({"out": single}, SIZE, is_told=True) == Segmenter("out", 1, 0.0, SIZE)
+    assert find_segmenter({"out": logits(5), "first": noisy}, SIZE, is_told=True) == Segmenter("out", 1, None, SIZE)
+    assert find_segmenter({"aux": outputs["aux"]}, SIZE, is_told=True) is None

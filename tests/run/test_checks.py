@@ -37,9 +37,16 @@ def refuse(spec: InputSpec = SPEC, labelled: bool = True, photos: bool = True, *
 def test_without_labels_nothing_counts_in_accuracy() -> None:
     text = "the images have no labels; give class folders"
     assert refuse(labelled=False, accuracy_on="device") == f"--accuracy-on device needs accuracy, and {text}"
-    assert refuse(labelled=False, recover="finetune") == (
-        f"--recover finetune trains on labels, and {text} or use --recover tune"
-    )
+
+
+def test_finetuning_needs_no_labels_and_for_other_networks_than_classifiers_no_plain_photos() -> None:
+    images = Images(range(4))
+    request, target = make_request(data="x", recover="finetune"), load_target("host")
+    boxed = InputSpec((3, 8, 8), (0.5,) * 3, (0.5,) * 3, resize="letterbox")
+    unlabelled: Any = SimpleNamespace(calibration=images, validation=images, labelled=False, holds_photos=True)
+    check_request(request, unlabelled, target, True, SPEC)
+    ready: Any = SimpleNamespace(calibration=images, validation=images, labelled=False, holds_photos=False)
+    check_request(request, ready, target, True, boxed, is_classifier=False)
 
 
 def test_ready_inputs_are_not_augmented_or_resized() -> None:

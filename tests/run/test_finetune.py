@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx.numpy_helper
 import pytest
@@ -19,11 +21,14 @@ from mm_edge.errors import UsageError
 from mm_edge.graph.layers import read_layers
 from mm_edge.graph.onnx_graph import read_raw
 from mm_edge.load.data import open_data
-from mm_edge.load.models import LoadedModel, LoadOptions, load_model
+from mm_edge.load.models import LoadedModel, LoadOptions, load_model, wrap_module
 from mm_edge.plan.ranges import apply_constraints, rule_ranges
 from mm_edge.plan.strategies import assign
 from mm_edge.progress import Stages
 from mm_edge.records import Candidate, DenseFigures, Latency, Report
+from mm_edge.recover.training import descent, tune
+from mm_edge.recover.training.finetune import Settings
+from mm_edge.run import finetune as stage
 from mm_edge.run.recover import worth_training
 from mm_edge.run.request import make_request
 
@@ -151,6 +156,47 @@ def test_what_cannot_be_trained_is_refused(files: Path, done: tuple[Path, Report
         make_request(**setting, recover="closed-form", epochs=3)
     with pytest.raises(UsageError, match=r"^--epochs 0 trains nothing; give at least 1$"):
         make_request(**setting, recover="finetune", epochs=0)
+
+
+class TwoOutputs(torch.nn.Module):
+    """A mask of the size of the image, and four numbers a position at a quarter of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter = torch.nn.Conv2d(3, 16, 3, 2, 1)
+        self.inner, self.norm = torch.nn.Conv2d(16, 32, 3, 2, 1), torch.nn.BatchNorm2d(32)
+        self.boxes, self.up = torch.nn.Conv2d(32, 4, 1), torch.nn.ConvTranspose2d(32, 2, 4, 4)
+
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        x = torch.relu(self.norm(self.inner(torch.relu(self.enter(images)))))
+        return {"boxes": self.boxes(x).flatten(2), "mask": torch.sigmoid(self.up(x))}
+
+
+@pytest.mark.parametrize("recover", ["finetune", "tune"])
+def test_the_dense_networks_outputs_teach_whatever_their_shape(
+    recover: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module, values in ((tune, {"STEPS": 40, "CHECK": 10}), (descent, {"CROPS": 64, "BATCH": 8, "WARM_UP": 5})):
+        for name, value in values.items():
+            monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(stage, "Settings", partial(Settings, batch=8, peak=1e-3))
+    torch.manual_seed(0)
+    np.save(tmp_path / "data.npy", np.random.default_rng(0).standard_normal((64, 3, 16, 16)).astype(np.float32))
+    request = make_request(
+        data=tmp_path / "data.npy", out=tmp_path / "run", bench=False, signals="magnitude", strategies="max_aggressive",
+        recover=recover, **({"epochs": 8} if recover == "finetune" else {}),
+    )  # fmt: skip
+    model = wrap_module(TwoOutputs().eval(), torch.zeros(1, 3, 16, 16), name="net")
+    report = run_job(lambda: model, request, Stages())
+    (trained,) = report.candidates
+    plain = run_job(lambda: model, replace(request, recover="closed-form", out=tmp_path / "closed"), Stages())
+    (solved,) = plain.candidates
+    assert trained.stopped is not None and "none was better" not in trained.stopped and "dropped" not in trained.stopped
+    assert trained.fidelity is not None and solved.fidelity is not None and len(trained.fidelity.outputs) == 2
+    mine, theirs = (
+        [item.nmse or 0.0 for item in found.outputs.values()] for found in (trained.fidelity, solved.fidelity)
+    )
+    assert np.mean(mine) < np.mean(theirs)
 
 
 def candidate(

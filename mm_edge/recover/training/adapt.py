@@ -5,7 +5,9 @@
 2. The tuned weights are taken over to the candidate's own size as far as images of that size find them better.
 3. Distilling (distil.py): the candidate learns the dense network's answers to the larger pictures.
 
-At the given size the first step is all; a candidate that keeps every index needs the last one only.
+At the given size the first step is all; a candidate that keeps every index needs the last one only. Boxes and masks of
+two input sizes are not compared number by number, so that a network that is no classifier is tuned at the candidate's
+own size, by the dense network there.
 """
 
 from __future__ import annotations
@@ -44,8 +46,8 @@ def tune_for(
     Raises:
         ValueError: a context has no module.
     """
-    if own is given:
-        return tune(given, keep, tensors, seed=seed, progress=progress)
+    if own is given or given.judged.class_scores is None:
+        return tune(own, keep, tensors, seed=seed, progress=progress)
     if all(kept.all() for kept in keep.values()):
         return distil(own, given, keep, tensors, seed=seed, progress=progress)
     tuned = _tune_at_given_size(own, given, keep, tensors, seed, _part(progress, 0))

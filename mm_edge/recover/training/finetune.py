@@ -5,6 +5,13 @@
     rate   = a linear rise to the peak, then half a cosine down to zero (schedule.py)
     e     <- d e + (1 - d) w,   d = min(1 - 1 / horizon, (1 + t) / (10 + t)),   horizon = steps / 20
 
+A network that is no classifier is taught by all outputs of the dense network instead, each channel c alike:
+
+    loss   = sum over outputs of mean_c [ mean (teacher_c - student_c)^2 / Var(teacher_c) ]
+
+Its images are those it takes, mirrored half of the time and not mixed. It stays in eval mode, because the code of many
+detectors answers otherwise in training mode.
+
 After every epoch the averaged weights e are judged on validation images, as the compact graph. The best state is kept;
 the state before training is one of the candidates. Half of the batches are mixed (mixup or cutmix), their labels too.
 
@@ -67,6 +74,8 @@ DECODED_BYTES = 512 * 2**20
 # From this width on a layer is faster in bfloat16: 1.8 times in a residual network, not at all in a transformer of
 # width 64.
 WIDE = 128
+# The least variance of a channel that an error is divided by.
+LEAST_VARIANCE = 1e-12
 
 
 @dataclass(frozen=True)
@@ -81,6 +90,7 @@ class Settings:
         weight_decay: of tensors with more than one axis; the others do not decay.
         temperature: T of the distillation.
         label_share: s; with 0 labels are not used.
+        by_outputs: whether all outputs of the dense network teach, and not its class scores.
         mixed: share of the batches that are mixed.
         patience: training stops after so many epochs without a better state.
         checkpoint_s: seconds between stored states; the end of every epoch stores one as well.
@@ -94,6 +104,7 @@ class Settings:
     weight_decay: float = 0.05
     temperature: float = 2.0
     label_share: float = 0.5
+    by_outputs: bool = False
     mixed: float = 0.5
     patience: int = 3
     checkpoint_s: float = 180.0
@@ -180,7 +191,7 @@ def finetune(
 
     Args:
         student: the pruned network and its teacher.
-        images: calibration images with their labels.
+        images: calibration images; their labels are read where the settings give labels a share.
         spec: the network's input.
         judge: scores a state on validation images. If there are none it returns None, and the last state is kept.
         settings: how to fine-tune.
@@ -333,7 +344,7 @@ class _Run:
         self._shrunk = shrink_(self._module, student.groups, _example(spec))
         for module in (self._teacher, self._module):
             module.to(device).to(memory_format=self._layout)  # type: ignore[call-overload]
-        self._module.train()
+        self._module.train(not settings.by_outputs)
         for name, parameter in self._module.named_parameters():
             parameter.requires_grad_(name in student.trainable)
         masks = {name: self._shrunk.take(name, mask) for name, mask in student.masks.items()}
@@ -343,9 +354,11 @@ class _Run:
         self._average = {name: tensor.detach().clone() for name, tensor in self._module.state_dict().items()}
         self._history: list[Score | None] = []
         self._best: Arrays | None = None
-        with torch.no_grad():
-            self._classes = len(_logits(self._teacher(torch.zeros(1, *spec.shape, device=device)))[0])
-        self._mixup = _make_mixup(settings, self._classes)
+        self._classes, self._mixup = 0, None
+        if not settings.by_outputs:
+            with torch.no_grad():
+                self._classes = len(_logits(self._teacher(torch.zeros(1, *spec.shape, device=device)))[0])
+            self._mixup = _make_mixup(settings, self._classes)
 
     @property
     def stopped(self) -> str | None:
@@ -391,6 +404,8 @@ class _Run:
         self._follow_()
 
     def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        if self.settings.by_outputs:
+            return self._error(images)
         images, targets = self._mix(images, labels)
         with self._autocast():
             with torch.no_grad():
@@ -405,6 +420,20 @@ class _Run:
         )
         loss = (1 - share) * heat**2 * distilled
         return loss + share * functional.cross_entropy(logits, targets) if share else loss
+
+    def _error(self, images: Tensor) -> Tensor:
+        """Return the squared error of all outputs over the variance of their channels in the batch."""
+        with self._autocast():
+            with torch.no_grad():
+                taught = output_tensors(self._teacher(images))
+            found = output_tensors(self._module(images))
+        total = torch.zeros((), device=self.device)
+        for theirs, own in zip(taught, found, strict=True):
+            if own.requires_grad:
+                wanted, given = (_by_channel(item) for item in (theirs, own))
+                variance = wanted.var(dim=(0, 2), correction=0).clamp_min(LEAST_VARIANCE)
+                total = total + ((wanted - given).square().mean(dim=(0, 2)) / variance).mean()
+        return total
 
     def _autocast(self) -> AbstractContextManager[object]:
         return nullcontext() if self._type is None else torch.autocast(self.device.type, self._type)
@@ -506,6 +535,11 @@ def _logits(output: object) -> Tensor:
     return output_tensors(output)[0]
 
 
+def _by_channel(output: Tensor) -> Tensor:
+    """Return an output as (images, channels, positions)."""
+    return output.float().flatten(2) if output.dim() > 2 else output.float().reshape(len(output), -1, 1)
+
+
 def _make_optimiser(named: Mapping[str, nn.Parameter], settings: Settings) -> torch.optim.Optimizer:
     """Return AdamW; tensors with one axis (biases, norms) do not decay."""
     several = [item for item in named.values() if item.ndim > 1]
@@ -564,6 +598,21 @@ class _Augmented(Dataset[Sample | None]):
         return found
 
 
+class _Mirrored(Dataset[Sample | None]):
+    """Inputs as the network takes them, with their labels, by (epoch, number); half of them mirrored."""
+
+    def __init__(self, images: ImageSet, seed: int) -> None:
+        self._images, self._seed = images, seed
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample | None:
+        found = self._images.input(key[1])
+        if found is None:
+            return None
+        flip = np.random.default_rng((self._seed, 2, *key)).random() < 0.5
+        array = np.ascontiguousarray(found[0][..., ::-1] if flip else found[0])
+        return torch.from_numpy(array), found[1]
+
+
 class _Order:
     """Yields the keys of the images of every part, from the step `first` on."""
 
@@ -582,11 +631,12 @@ class _Order:
 
 def _load_parts(images: ImageSet, run: _Run) -> Any:
     # On a CPU the workers would compete with training for the cores; other devices compute while images are prepared.
+    by_outputs, seed = run.settings.by_outputs, run.settings.seed
     workers = 0 if run.device.type == "cpu" else min(WORKERS, os.cpu_count() or 1)
     return DataLoader(
-        _Augmented(images, run.spec, run.settings.seed, DECODED_BYTES // max(1, workers)),
+        _Mirrored(images, seed) if by_outputs else _Augmented(images, run.spec, seed, DECODED_BYTES // max(1, workers)),
         batch_sampler=_Order(run.batching, run.step),
-        collate_fn=partial(_stack, run.spec),
+        collate_fn=_stack_inputs if by_outputs else partial(_stack, run.spec),
         num_workers=workers,
     )
 
@@ -602,6 +652,14 @@ def _stack(spec: InputSpec, samples: list[Sample | None]) -> tuple[Tensor, Tenso
     pixels = torch.stack([image for image, _ in read]).float().div_(255)
     mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (spec.mean, spec.std))
     return pixels.sub_(mean).div_(std), torch.tensor([label for _, label in read])
+
+
+def _stack_inputs(samples: list[Sample | None]) -> tuple[Tensor, Tensor] | None:
+    """Return inputs (n, ...) and their labels (n,), without those that could not be read; None if none is left."""
+    read = [sample for sample in samples if sample is not None]
+    if not read:
+        return None
+    return torch.stack([image for image, _ in read]), torch.tensor([label for _, label in read])
 
 
 def _seed_all(*numbers: int) -> None:

@@ -133,6 +133,8 @@ def find_span(context: RecoveryContext, traced: Traced, keep: Keep) -> Span | No
     # The narrowest position after the last reader would be the answer itself. The first single one ends the block.
     cuts += [cut for cut in range(readers[-1] + 1, len(traced.nodes) + 1) if descent.is_single(traced, cut)][:1]
     cuts = sorted({cut for cut in cuts if descent.is_single(traced, cut)})
+    if not cuts or cuts[-1] <= readers[-1]:
+        cuts.append(len(traced.nodes))  # several outputs, which no single tensor stands before
     starts = [cut for cut in (min(masked), *cuts) if traced.can_cut(cut)]
     start = next((cut for cut in starts if descent.is_affordable(traced, cut, cuts[-1])), None) if cuts else None
     if start is None or start >= cuts[-1]:
