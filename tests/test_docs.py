@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -40,3 +41,17 @@ def test_results_that_the_method_quotes_exist() -> None:
     named = re.findall(r"`([\w-]+\.json)`", (ROOT / "docs" / "method.md").read_text())
     results = {path.name for path in (ROOT / "benchmarks" / "results").glob("*.json")}
     assert set(named) - {"report.json"} <= results
+
+
+def test_the_figures_of_detectors_are_those_of_the_benchmark() -> None:
+    results = json.loads((ROOT / "benchmarks" / "results" / "detect.json").read_text())
+    measured = [
+        f"| {model} | {name} | {row['macs_fraction']:.3f} | {row['map50']:.3f} | {row['map']:.3f} |"
+        for model, entries in results.items()
+        for name, entry in entries.items()
+        for row in entry["rows"].values()
+        if "map50" in row
+    ]
+    text = (ROOT / "docs" / "method.md").read_text()
+    quoted = [line for line in text.splitlines() if line.startswith(tuple(f"| {model} |" for model in results))]
+    assert quoted == measured
