@@ -179,7 +179,8 @@ BAD: dict[str, tuple[object, str]] = {
     ),
     "a huge number": (
         change("annotations", 0, bbox=[1, 2, 10**19, 4]),
-        "annotations[0] has the bbox [1, 2, 10000000000000000000, 4]; it must be [x, y, width, height], finite and not negative",
+        "annotations[0] has the bbox [1, 2, 10000000000000000000, 4]; it must be [x, y, width, height], finite and not "
+        "negative",
     ),
     "a negative width": (
         change("annotations", 0, bbox=[1, 2, -3, 4]),
