@@ -79,6 +79,7 @@ LIMIT_S = int(os.environ.get("ATTACK_LIMIT_S", "60"))
 MEMORY_BYTES = 2 << 30
 STARTS = 3  # times as long for a whole process: on a loaded machine the imports alone take most of a minute
 CASES_PER_FORK = 25
+RECORDED_EVERY = 100
 CAP_BYTES = 6 << 30  # of address space, beyond what the process has when a case starts
 KINDS = ("executed", "network", "traceback", "slow", "memory", "touched", "code", "escape")
 LONGEST = 500
@@ -690,24 +691,65 @@ def show(number: int, area: str, case: Case, found: Found, longest: int) -> dict
     }
 
 
+@dataclass
+class Tally:
+    """What was counted so far."""
+
+    command: str
+    began: float
+    tried: Counter[str] = field(default_factory=Counter)
+    counts: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
+    codes: dict[str, Counter[int]] = field(default_factory=lambda: defaultdict(Counter))
+    failures: list[dict[str, Any]] = field(default_factory=list)
+    slowest_s: float = 0.0
+    largest_bytes: int = 0
+    wholes: int = 0
+
+    def add(self, area: str, found: Found, whole: bool, honest_bytes: int) -> None:
+        self.tried[area] += 1
+        self.wholes += whole
+        self.counts[area].update(found.counted)
+        self.codes[area][found.code] += 1
+        self.slowest_s = max(self.slowest_s, found.seconds)
+        self.largest_bytes = max(self.largest_bytes, found.peak_bytes - honest_bytes)
+
+    def summarise(self) -> dict[str, Any]:
+        total = Counter[str]()
+        for counter in self.counts.values():
+            total.update(counter)
+        return {
+            "command": self.command,
+            "cases": sum(self.tried.values()),
+            "as_whole_processes": self.wholes,
+            "counted": {kind: total[kind] for kind in KINDS},
+            "by_area": {
+                area: {
+                    "cases": self.tried[area],
+                    **{kind: self.counts[area][kind] for kind in KINDS},
+                    "exit_codes": {str(code): count for code, count in sorted(self.codes[area].items())},
+                }
+                for area in AREAS
+            },
+            "slowest_s": round(self.slowest_s, 1),
+            "largest_bytes_above_start": self.largest_bytes,
+            "seconds": round(time.monotonic() - self.began),
+            "machine": f"{platform.system()} {platform.machine()}, under other load",
+            "versions": {"mm_edge": mm_edge.__version__, "torch": torch.__version__, "onnx": onnx.__version__},
+            "failures": self.failures[:200],
+        }
+
+
 def run(work: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Run every case; the counts so far are written each RECORDED_EVERY cases."""
     honest = Honest(work)
     cli.commands.update(COMMANDS)
     warm_up(work, honest)
     gc.collect()
     gc.freeze()  # a collection in a fork would copy every page
-    baseline = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    runner = Runner(work, baseline)
+    runner = Runner(work, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
     names = [name for name, (_, share) in AREAS.items() for _ in range(share)]
-    tried: Counter[str] = Counter()
-    counts: dict[str, Counter[str]] = defaultdict(Counter)
-    codes: dict[str, Counter[int]] = defaultdict(Counter)
-    failures: list[dict[str, Any]] = []
-    slowest, largest, wholes = 0.0, 0, 0
-    began = time.monotonic()
-    for number in range(args.cases):
-        if args.only is not None and number not in args.only:
-            continue
+    tally = Tally(f"python benchmarks/attacks.py --cases {args.cases} --seed {args.seed}", time.monotonic())
+    for number in args.only or range(args.cases):
         rng = random.Random(f"{args.seed}:{number}")
         area = names[rng.randrange(len(names))]
         if args.area is not None and args.area not in area:
@@ -718,45 +760,16 @@ def run(work: Path, args: argparse.Namespace) -> dict[str, Any]:
         whole = is_whole(case, number, args.whole_every)
         found = run_case(case, folder, runner, whole=whole)
         shutil.rmtree(folder)
-        tried[area] += 1
-        wholes += whole
-        counts[area].update(found.counted)
-        codes[area][found.code] += 1
-        slowest, largest = max(slowest, found.seconds), max(largest, found.peak_bytes - baseline)
+        tally.add(area, found, whole, runner.honest_bytes)
         if found.counted or args.show:
             shown = show(number, area, case, found, args.keep_output)
-            failures += [shown] if found.counted else []
+            tally.failures += [shown] if found.counted else []
             print(json.dumps(shown), file=sys.stderr, flush=True)
-        if number % 500 == 499:
-            print(
-                f"{number + 1} cases, {time.monotonic() - began:.0f} s, {len(failures)} counted",
-                file=sys.stderr,
-                flush=True,
-            )
+        if number % RECORDED_EVERY == RECORDED_EVERY - 1:
+            print(f"{number + 1} cases, {len(tally.failures)} counted", file=sys.stderr, flush=True)
+            args.record.write_text(json.dumps(tally.summarise(), indent=1) + "\n")
     runner.stop()
-    total = Counter[str]()
-    for counter in counts.values():
-        total.update(counter)
-    return {
-        "command": f"python benchmarks/attacks.py --cases {args.cases} --seed {args.seed}",
-        "cases": sum(tried.values()),
-        "as_whole_processes": wholes,
-        "counted": {kind: total[kind] for kind in KINDS},
-        "by_area": {
-            area: {
-                "cases": tried[area],
-                **{kind: counts[area][kind] for kind in KINDS},
-                "exit_codes": {str(code): count for code, count in sorted(codes[area].items())},
-            }
-            for area in AREAS
-        },
-        "slowest_s": round(slowest, 1),
-        "largest_bytes_above_start": largest,
-        "seconds": round(time.monotonic() - began),
-        "machine": f"{platform.system()} {platform.machine()}, under other load",
-        "versions": {"mm_edge": mm_edge.__version__, "torch": torch.__version__, "onnx": onnx.__version__},
-        "failures": failures[:200],
-    }
+    return tally.summarise()
 
 
 def warm_up(work: Path, honest: Honest) -> None:

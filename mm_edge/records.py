@@ -553,7 +553,8 @@ def parse_json(text: str | bytes) -> Any:
     if len(text) > LONGEST_JSON:
         raise ValueError(f"{len(text):,} characters of JSON, more than {LONGEST_JSON:,}")
     try:
-        if (_LONG_DIGITS if isinstance(text, str) else _LONG_DIGIT_BYTES).search(text):  # type: ignore[attr-defined]
+        long = _LONG_DIGITS.search(text) if isinstance(text, str) else _LONG_DIGIT_BYTES.search(text)
+        if long is not None:
             return json.loads(text, parse_int=_whole)
         return json.loads(text)
     except RecursionError as error:

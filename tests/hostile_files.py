@@ -383,7 +383,8 @@ def hostile_onnx(rng: random.Random) -> bytes:
 
 
 def _one_weight(proto: onnx.ModelProto, rng: random.Random) -> onnx.TensorProto:
-    return rng.choice(list(proto.graph.initializer))
+    tensor: onnx.TensorProto = rng.choice(list(proto.graph.initializer))
+    return tensor
 
 
 def _change_dims(proto: onnx.ModelProto, rng: random.Random) -> None:

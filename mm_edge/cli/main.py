@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
 import logging
 import signal
@@ -16,7 +17,7 @@ import click
 from click.exceptions import NoArgsIsHelpError
 
 from mm_edge import __version__
-from mm_edge.errors import MMEdgeError, one_message
+from mm_edge.errors import MMEdgeError, UsageError, one_message
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ class Commands(click.Group):
         except OSError as error:
             where = f" '{error.filename}'" if error.filename else ""
             _say(f"error: the system refused{where}: {error.strerror or error}")
-            ctx.exit(1)
+            ctx.exit(UsageError.exit_code if error.errno == errno.ENAMETOOLONG else 1)
         except (KeyboardInterrupt, click.Abort):
             _say(_interruption(ctx))
             ctx.exit(1)

@@ -185,7 +185,7 @@ def _check_bytes(path: Path, total: int) -> None:
 
 
 def _megabytes(count: int) -> str:
-    return f"{count >> 20:,}" if count < 1 << 80 else "over 10^18"
+    return f"{count / 2**20:,.0f}" if count < 1 << 80 else "over 10^18"
 
 
 # ---- the user's code

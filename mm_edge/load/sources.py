@@ -239,7 +239,7 @@ def _check_tar(path: Path) -> None:
 def _check_members(path: Path, archive: tarfile.TarFile, size: int, depth: int) -> None:
     count = 0
     while (member := archive.next()) is not None:
-        archive.members.clear()  # else every header is kept
+        archive.members.clear()  # type: ignore[attr-defined]  # else every header is kept
         count += 1
         if count > MOST_FILES or depth > DEEPEST_TAR:
             raise DataError(f"'{path}' has more members than a tar of photos; give a folder or tar of photos")

@@ -217,7 +217,7 @@ def test_onnx_that_nobody_writes_is_one_line(tmp_path: Path, change: str) -> Non
     if change == "group":
         proto.graph.node[0].attribute.append(onnx.helper.make_attribute("group", 0))
     elif change == "scalar":
-        weight.CopyFrom(onnx.numpy_helper.from_array(np.float32(1).reshape(()), weight.name))
+        weight.CopyFrom(onnx.numpy_helper.from_array(np.ones((), np.float32), weight.name))
     elif change == "rank":
         weight.dims.extend([1] * 196)
     else:

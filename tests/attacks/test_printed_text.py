@@ -60,7 +60,9 @@ def test_a_report_of_hostile_names_prints_and_is_written(tmp_path: Path) -> None
     assert (tmp_path / "report.html").exists()
 
 
-@pytest.mark.parametrize("name", ["a\x1b[2Jb", "a\u202eb", "a\nmm-edge: all is well", os.fsdecode(b"a\xff")])
+@pytest.mark.parametrize(
+    "name", ["x" * 5000, "a\x1b[2Jb", "a\u202eb", "a\nmm-edge: all is well", os.fsdecode(b"a\xff")]
+)
 @pytest.mark.parametrize("command", ["inspect", "report", "bench"])
 def test_a_name_cannot_act_in_an_error(tmp_path: Path, name: str, command: str) -> None:
     done = CliRunner().invoke(main, [command, str(tmp_path / name)])

@@ -13,6 +13,7 @@ from mm_edge.bench.comparison import NOISE_INPUTS, Comparison, compare_models
 from mm_edge.bench.pattern import PatternLayer
 from mm_edge.bench.tables import print_comparison
 from mm_edge.bench.transport import LocalTransport
+from mm_edge.progress import Terminal
 from mm_edge.quality.parity import compare_with_outputs
 
 
@@ -38,7 +39,7 @@ def test_an_emulated_device_gives_outputs_and_no_times(tmp_path: Path, capsys: p
     for entry in document["models"]:
         assert entry["parity"].max_rel_err < 1e-5
         assert entry["parity"].inputs.count == NOISE_INPUTS
-    print_comparison(document)
+    print_comparison(document, Terminal(), Terminal(stderr=True))
     assert "small.onnx on emulated core: outputs within" in capsys.readouterr().out
 
 

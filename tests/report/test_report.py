@@ -353,7 +353,7 @@ def test_kind_and_precision_are_shown_where_they_differ() -> None:
 
 def test_a_name_cannot_command_the_terminal() -> None:
     evil = make_report(FAST, warnings=("\x1b[2J[bold]x[/bold]\x07",))
-    assert "warning:  [2J[bold]x[/bold] " in render(evil)
+    assert "warning: \\x1b[2J[bold]x[/bold]\\x07" in render(evil)
 
 
 def control(side: int, speedup: float, accuracy: float) -> Candidate:
