@@ -45,6 +45,7 @@ import traceback
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -60,13 +61,15 @@ from safetensors.torch import save
 from mm_edge.bench import session
 from mm_edge.bench.transport import LocalTransport
 from mm_edge.bench.worker import RESULT_MARK, describe_machine
-from mm_edge.cli.main import main as cli
 from mm_edge.load.annotations import BoxLabels, open_labels, require_photos
 from mm_edge.load.models import LoadOptions, load_model
 from mm_edge.load.presets import IMAGENET_MEAN, IMAGENET_STD
 from mm_edge.records import InputSpec, to_json
 
 ROOT = Path(__file__).resolve().parent.parent
+# The command as it is installed.
+(COMMAND,) = entry_points(group="console_scripts", name="mm-edge")
+cli = COMMAND.load()
 sys.path.insert(0, str(ROOT / "tests"))
 sys.path.insert(0, str(ROOT / "benchmarks"))
 

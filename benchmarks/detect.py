@@ -83,9 +83,17 @@ def read_photos(source: Path) -> Iterator[tuple[str, bytes]]:
 def prune(args: argparse.Namespace, seen: Path, out: Path) -> tuple[Report, float]:
     """Run prune-export as a user would; return its report and how many seconds it took."""
     started = time.monotonic()
-    program = ("-m", "mm_edge.cli") if args.walk else (str(ROOT / "benchmarks" / "without_walk.py"),)
-    command = [sys.executable, *program, "prune-export", str(args.model), "--data", str(seen)]
-    command += ["--out", str(out), "--macs", ",".join(map(str, args.macs)), "--recover", args.recover]
+    command = [sys.executable, "-m", "mm_edge.cli", "prune-export", str(args.model), "--data", str(seen)]
+    command += [
+        "--out",
+        str(out),
+        "--macs",
+        ",".join(map(str, args.macs)),
+        "--recover",
+        args.recover,
+        "--effort",
+        args.effort,
+    ]
     command += ["--signals", "magnitude", "--strategies", args.strategies, *args.rest]
     subprocess.run(command if args.bench else [*command, "--no-bench"], check=True)
     return from_json(Report, json.loads((out / "report.json").read_text())), time.monotonic() - started
@@ -180,7 +188,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "options": args.rest,
         "seconds": round(seconds, 1),
         "mm_edge": mm_edge.__version__,
-        "walked": args.walk,
+        "walked": args.effort != "quick",
         "rows": {},
     }
     by_id = {candidate.id: candidate for candidate in report.candidates}
@@ -216,7 +224,7 @@ def run_folder(args: argparse.Namespace) -> Path:
 
 
 def entry_name(args: argparse.Namespace) -> str:
-    return args.recover if args.walk else f"{args.recover}, screened"
+    return args.recover if args.effort != "quick" else f"{args.recover}, screened"
 
 
 def save(args: argparse.Namespace, key: str, entry: dict[str, Any]) -> None:
@@ -251,7 +259,7 @@ def main() -> None:
     parser.add_argument("--macs", type=float, nargs="+", default=FRACTIONS)
     parser.add_argument("--onnxsim", type=float, nargs="+", metavar="MACS", help="only what onnxsim keeps at these")
     parser.add_argument("--bench", action="store_true", help="measure speed-ups on this machine")
-    parser.add_argument("--walk", action=argparse.BooleanOptionalAction, default=True, help="see without_walk.py")
+    parser.add_argument("--effort", default="normal", help="of prune-export: quick leaves candidates screened")
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = sys.argv[1:]
     cut = arguments.index("--") if "--" in arguments else len(arguments)

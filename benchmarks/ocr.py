@@ -193,12 +193,11 @@ def read_pages(args: argparse.Namespace, model: Path | None) -> dict[str, Any]:
 def prune(args: argparse.Namespace, source: Path, photos: Path, out: Path) -> float:
     """Run prune-export as a user would; return how many seconds it took."""
     started = time.monotonic()
-    program = ("-m", "mm_edge.cli") if args.walk else (str(ROOT / "benchmarks" / "without_walk.py"),)
-    command = [sys.executable, *program, "prune-export", str(source), "--data", str(photos)]
+    command = [sys.executable, "-m", "mm_edge.cli", "prune-export", str(source), "--data", str(photos)]
     command += ["--out", str(out), "--input", "x=" + ",".join(map(str, args.input))]
     command += ["--preprocess", PRESETS[args.stage], "--macs", ",".join(map(str, args.macs))]
     command += ["--strategies", args.strategies, "--signals", "magnitude", "--input-sizes", "none", "--no-bench"]
-    subprocess.run([*command, "--split", args.split, "--recover", "closed-form"], check=True)
+    subprocess.run([*command, "--split", args.split, "--recover", "closed-form", "--effort", args.effort], check=True)
     return time.monotonic() - started
 
 
@@ -214,7 +213,7 @@ def measure(args: argparse.Namespace) -> None:
         "model": source.name,
         "rapidocr": rapidocr.__version__ if hasattr(rapidocr, "__version__") else None,
         "mm_edge": mm_edge.__version__,
-        "walked": args.walk,
+        "walked": args.effort != "quick",
         "input": list(args.input),
         "photos_seen": args.seen,
         "pages": args.pages,
@@ -256,7 +255,7 @@ def main() -> None:
     parser.add_argument("--strategies", default="min_conservative", help="made as well; only budgets count")
     parser.add_argument("--macs", type=float, nargs="+", default=FRACTIONS)
     parser.add_argument("--onnxsim", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--walk", action=argparse.BooleanOptionalAction, default=True, help="see without_walk.py")
+    parser.add_argument("--effort", default="normal", help="of prune-export: quick leaves candidates screened")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     args.input = args.input or {"det": (1, 3, 320, 320), "rec": (1, 3, 48, 320)}[args.stage]

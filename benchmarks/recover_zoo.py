@@ -25,7 +25,6 @@ import torch
 from rich.console import Console
 
 from mm_edge.api import run_job
-from mm_edge.errors import MMEdgeError
 from mm_edge.load.models import LoadOptions, load_model
 from mm_edge.progress import Stages
 from mm_edge.run.request import make_request

@@ -27,7 +27,7 @@ def expected_stages(job: Job) -> tuple[str, ...]:
         "plan budgets": bool(job.budgets),
         **{combining_stage(budget): _solves(job) and structured for budget in job.budgets},
         "candidates": True,
-        "walk the front": _solves(job) and structured,
+        "walk the front": _solves(job) and structured and job.request.effort != "quick",
         job.recovery.stage: job.recovery.improve is not None,
         "smaller numbers": job.request.precision != ("fp32",),
         "emulate": job.transport is not None and not timed,

@@ -60,6 +60,10 @@ RANGES: dict[str, Choice] = {
     "rules": Choice("by the role of the layer"),
     "observed": Choice("from the scores"),
 }
+EFFORTS: dict[str, Choice] = {
+    "quick": Choice("leaves out the closed form's second, slower step"),
+    "normal": Choice("takes it for the front and the budgets: seconds to minutes for each candidate"),
+}
 ALLOCATIONS: dict[str, Choice] = {
     "macs": Choice("multiply-adds"),
     "latency": Choice("a table measured per group on the device"),
@@ -318,6 +322,13 @@ class Request(ModelOptions):
         metavar="NAME",
         shown="auto with closed-form, tune and finetune, else signal",
         default_by=lambda values: "auto" if RECOVERIES[values["recover"]].from_moments else "signal",
+    )
+    effort: str = option(
+        "normal",
+        Name(EFFORTS),
+        help="How much is spent on recovery:",
+        section=RECOVERY,
+        metavar="NAME",
     )
     macs: tuple[float, ...] = option(
         (),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx.parser
 import onnx_ir as ir
@@ -45,7 +47,12 @@ def test_the_same_part_with_other_arrays_is_cut_out_once(monkeypatch: pytest.Mon
     graph = RunnableGraph(raw.model.clone())
     cut: list[object] = []
     original = partial._cut_out
-    monkeypatch.setattr(partial, "_cut_out", lambda *given: cut.append(given[1:]) or original(*given))
+
+    def cut_out(*given: Any) -> Any:
+        cut.append(given[1:])
+        return original(*given)
+
+    monkeypatch.setattr(partial, "_cut_out", cut_out)
     for network in (graph, graph.holding({"v": np.zeros((4, 2), np.float32)})):
         network.open(("a",), ("y",))
     network.open(("x",), ("y",))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -64,9 +65,12 @@ def test_of_many_class_scores_some_rows_give_the_scale(
     monkeypatch.setattr(judging, "SCALED_MOST", 1)
     monkeypatch.setattr(judging, "SCALED_SAMPLE", found[0].size // 2)
     searched: list[int] = []
-    monkeypatch.setattr(
-        judging, "best_scale", lambda wanted, own: searched.append(len(wanted)) or best_scale(wanted, own)
-    )
+
+    def search(wanted: Any, own: Any) -> Any:
+        searched.append(len(wanted))
+        return best_scale(wanted, own)
+
+    monkeypatch.setattr(judging, "best_scale", search)
     assert judge_answers(less_sure, found).scale == pytest.approx(0.5, rel=1e-3)
     assert searched == [math.ceil(len(found[0]) / 2)]
 
