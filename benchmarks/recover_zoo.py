@@ -62,7 +62,7 @@ def run(name: str, options: argparse.Namespace, work: Path) -> dict[str, Any]:
         try:
             quiet = Stages(Console(quiet=True))
             report = run_job(lambda: load_model(str(checkpoint), LoadOptions()), request, quiet)
-        except MMEdgeError as error:
+        except mm_edge.errors.MMEdgeError as error:
             row[recover] = {"error": str(error)}
             continue
         wanted = [item for item in report.candidates if item.strategy == "macs_0.7" and item.signal == "magnitude"]

@@ -34,7 +34,8 @@ def walk_front(
 ) -> list[Candidate]:
     """Take the closed form's second, slower step for the candidates on the front and for what the budgets asked for.
 
-    With --effort quick it is left out. Controls are not compared here, because this step may make a candidate better than a control.
+    With --effort quick it is left out. Controls are not compared here, because this step may make a candidate better
+    than a control.
     """
     if job.request.effort == "quick" or all(network.recovery is None for network in networks):
         return list(candidates)
