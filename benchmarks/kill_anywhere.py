@@ -1,12 +1,13 @@
-"""Kills a run of three candidates, fine-tuned for two epochs, at random moments, and finishes it each time.
+"""Kills small runs at random moments and finishes each: closed form, tune, fine-tune and measuring, on two networks.
 
 A trial starts the run in a process of its own, sends it SIGKILL after a random share of the processor time an unbroken
 run takes (under other load clock time would tell little of where it is), opens every file that lies in the run
 directory then, and runs the same again until it finishes. Its report must equal that of an unbroken run (seconds
-apart), and its artifacts must be the same byte for byte. A file under its own name that cannot be read to its end
-counts as half-written.
+apart), and its artifacts must be the same byte for byte. Where times are measured, they and what depends on them are
+not compared. A file under its own name that cannot be read to its end counts as half-written.
 
-The network is a few convolutions and the images are 32 pixels wide, so that a run takes seconds. Processes are forked
+The networks are a few convolutions, and attention on patches; the images are 32 pixels wide, so that a run takes
+seconds. Processes are forked
 from one that has imported everything and exported once: what is killed is work, not the start of Python.
 
     python benchmarks/kill_anywhere.py --times 50
@@ -28,7 +29,8 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +72,47 @@ class Net(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
+class Attention(nn.Module):
+    """One block of attention with two heads on patches of 8 pixels, and a hidden layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 16, 8, stride=8)
+        self.norm, self.qkv, self.out = nn.LayerNorm(16), nn.Linear(16, 48), nn.Linear(16, 16)
+        self.norm1, self.up, self.down = nn.LayerNorm(16), nn.Linear(16, 64), nn.Linear(64, 16)
+        self.head = nn.Linear(16, CLASSES)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = self.patches(images).flatten(2).transpose(1, 2)
+        q, k, v = self.qkv(self.norm(x)).reshape(-1, 16, 3, 2, 8).permute(2, 0, 3, 1, 4)
+        mixed = torch.softmax(q @ k.transpose(-2, -1) / 8**0.5, dim=-1) @ v
+        x = x + self.out(mixed.transpose(1, 2).reshape(-1, 16, 16))
+        x = x + self.down(nn.functional.gelu(self.up(self.norm1(x))))
+        return self.head(x.mean(1))
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a run does: the recovery, whether it measures, and the network."""
+
+    recover: str
+    bench: bool
+    network: type[nn.Module]
+
+    def __str__(self) -> str:
+        return f"{self.network.__name__} {self.recover}{' measured' if self.bench else ''}"
+
+
+KINDS = [
+    Kind(recover, bench, network)
+    for network in (Net, Attention)
+    for recover, bench in (("closed-form", False), ("tune", False), ("finetune", False), ("closed-form", True))
+]
+# What times decide, in the report and in each of its candidates.
+TIMED = ("environment", "chosen", "warnings", "layers", "dense")
+TIMED_OF_CANDIDATE = ("latency_ms", "dense_latency_ms", "speedup", "speedup_ci", "peak_memory_bytes", "pareto")
+
+
 def write_images(folder: Path) -> Path:
     """Write images of classes told apart by their colour."""
     generator = np.random.default_rng(0)
@@ -82,17 +125,16 @@ def write_images(folder: Path) -> Path:
     return folder
 
 
-def job(images: Path, out: Path) -> None:
-    """Run the whole job: three candidates, recovered in closed form, those on the front fine-tuned for two epochs."""
+def job(kind: Kind, images: Path, out: Path) -> None:
+    """Run the whole job: one strategy by every signal."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    setting = {"out": out, "data": str(images), "bench": False}
-    request = make_request(**setting, strategies=("balanced",), recover="finetune", epochs=2, input_sizes="none")
-    run_job(
-        lambda: wrap_module(Net(), torch.zeros(1, 3, SIDE, SIDE), name="net", mean=(0.5,), std=(0.25,)),
-        request,
-        Stages(),
-    )
+    setting = {"out": out, "data": str(images), "bench": kind.bench}
+    strategies = {"strategies": ("balanced",), "select": "signal", "input_sizes": "none"}
+    trained = {"epochs": 2} if kind.recover == "finetune" else {}
+    request = make_request(**setting, **strategies, **trained, recover=kind.recover)
+    shape = torch.zeros(1, 3, SIDE, SIDE)
+    run_job(lambda: wrap_module(kind.network(), shape, name="net", mean=(0.5,), std=(0.25,)), request, Stages())
 
 
 def spawn(work: Callable[[], None]) -> int:
@@ -171,25 +213,47 @@ READERS: dict[str, Callable[[Path], Any]] = {
 }
 
 
-def outcome(out: Path) -> dict[str, Any]:
+def outcome(kind: Kind, out: Path) -> dict[str, Any]:
     """Return the report without its seconds and command, and the digests of every artifact it names."""
     report = json.loads((out / "report.json").read_text())
     report.pop("seconds")
     report.pop("command")  # it names the run directory
+    if kind.bench:
+        report = {name: value for name, value in report.items() if name not in TIMED}
+        for row in report["candidates"]:
+            for name in TIMED_OF_CANDIDATE:
+                row.pop(name)
     names = [row[field] for row in report["candidates"] for field in ("artifact", "masked_state_dict")]
     return {"report": report, "files": {name: hash_file(out / name) for name in ["dense.onnx", *filter(None, names)]}}
 
 
-def trial(images: Path, out: Path, share: float, seconds: float, unbroken: dict[str, Any]) -> dict[str, Any]:
-    """Kill one run after `share` of `seconds`, finish it, and compare."""
-    killed = kill_after(spawn(lambda: job(images, out)), share * seconds)
+@dataclass(frozen=True)
+class Unbroken:
+    """How a run that nothing stops ends, and the processor time it takes."""
+
+    seconds: float
+    outcome: dict[str, Any]
+
+
+def run_unbroken(kind: Kind, images: Path, out: Path) -> Unbroken:
+    """Run once without a kill."""
+    code, seconds = finish(spawn(lambda: job(kind, images, out)))
+    if code:
+        raise SystemExit(f"the unbroken run of {kind} failed with exit code {code}")
+    return Unbroken(seconds, outcome(kind, out))
+
+
+def trial(kind: Kind, images: Path, out: Path, share: float, unbroken: Unbroken) -> dict[str, Any]:
+    """Kill one run after `share` of an unbroken run's time, finish it, and compare."""
+    killed = kill_after(spawn(lambda: job(kind, images, out)), share * unbroken.seconds)
     broken = half_written(out) if out.exists() else []
     kept = [path for path in (out / ".mm-edge").rglob("*") if path.suffix in (".json", ".safetensors")]
     newest = max(kept, key=lambda path: path.stat().st_mtime_ns, default=None)
-    code = finish(spawn(lambda: job(images, out)))[0] if killed else 0
-    same = code == 0 and outcome(out) == unbroken
+    code = finish(spawn(lambda: job(kind, images, out)))[0] if killed else 0
+    same = code == 0 and outcome(kind, out) == unbroken.outcome
     left = [str(path.relative_to(out)) for path in out.rglob(".*.tmp")]
     return {
+        "run": str(kind),
         "share": round(share, 4),
         "killed": killed,
         "stages_kept": len(kept),
@@ -201,29 +265,28 @@ def trial(images: Path, out: Path, share: float, seconds: float, unbroken: dict[
     }
 
 
-def measure(work: Path, times: int, seed: int, record: Path) -> dict[str, Any]:
+def measure(work: Path, kinds: Sequence[Kind], times: int, seed: int, record: Path) -> dict[str, Any]:
     """Return what `times` kills did, and write it to `record` after each; the shares come from `seed`."""
     images = write_images(work / "images")
-    export_raw(Net(), torch.zeros(1, 3, SIDE, SIDE))  # the exporter imports for seconds when it is first used
-    code, seconds = finish(spawn(lambda: job(images, work / "unbroken")))
-    if code:
-        raise SystemExit(f"the unbroken run failed with exit code {code}")
-    unbroken = outcome(work / "unbroken")
+    for network in (Net, Attention):  # the exporter imports for seconds when it is first used
+        export_raw(network(), torch.zeros(1, 3, SIDE, SIDE))
+    unbroken = {kind: run_unbroken(kind, images, work / str(kind).replace(" ", "-")) for kind in kinds}
     generator = np.random.default_rng(seed)
     trials: list[dict[str, Any]] = []
-    found = summarise(trials, unbroken, seed, seconds)
+    found = summarise(trials, unbroken, seed)
     while found["kills"] < times and len(trials) < 2 * times:
+        kind = kinds[len(trials) % len(kinds)]
         out = work / f"trial{len(trials)}"
-        trials.append(trial(images, out, float(generator.random()), seconds, unbroken))
+        trials.append(trial(kind, images, out, float(generator.random()), unbroken[kind]))
         shutil.rmtree(out)
         print(f"{len(trials)}: {json.dumps(trials[-1])}", file=sys.stderr, flush=True)
-        found = summarise(trials, unbroken, seed, seconds)
+        found = summarise(trials, unbroken, seed)
         record.write_text(json.dumps(found, indent=1) + "\n")
     return found
 
 
-def summarise(trials: list[dict[str, Any]], unbroken: dict[str, Any], seed: int, seconds: float) -> dict[str, Any]:
-    rows = [row for row in unbroken["report"]["candidates"] if row["kind"] != "dense"]
+def summarise(trials: list[dict[str, Any]], unbroken: Mapping[Kind, Unbroken], seed: int) -> dict[str, Any]:
+    rows = [row for item in unbroken.values() for row in item.outcome["report"]["candidates"]]
     kills = sum(item["killed"] for item in trials)
     return {
         "command": f"python benchmarks/kill_anywhere.py --times {kills} --seed {seed}",
@@ -233,9 +296,11 @@ def summarise(trials: list[dict[str, Any]], unbroken: dict[str, Any], seed: int,
         "killed_after_stage": dict(Counter(item["newest_stage"] or "none kept yet" for item in trials)),
         "half_written_files": sum(len(item["half_written"]) for item in trials),
         "temporary_files_left": sum(len(item["temporary_files_left"]) for item in trials),
+        "killed_runs": dict(Counter(item["run"] for item in trials if item["killed"])),
         "candidates": len(rows),
         "fine_tuned": sum(row["epochs"] is not None for row in rows),
-        "cpu_seconds_unbroken": round(seconds, 2),
+        "recovered_by": dict(Counter(row["recovered_by"] for row in rows)),
+        "cpu_seconds_unbroken": {str(kind): round(item.seconds, 2) for kind, item in unbroken.items()},
         "machine": f"{platform.system()} {platform.machine()}, under other load",
         "version": mm_edge.__version__,
         "trials": list(trials),
@@ -246,10 +311,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--times", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", default="", metavar="NAME", help="only runs with this in their name: Net finetune")
     parser.add_argument("--record", type=Path, default=ROOT / "benchmarks" / "results" / "kill_anywhere.json")
     args = parser.parse_args()
+    kinds = [kind for kind in KINDS if args.only in str(kind)]
+    if not kinds:
+        parser.error(f"--only names none of {', '.join(map(str, KINDS))}")
     with tempfile.TemporaryDirectory() as folder:
-        found = measure(Path(folder), args.times, args.seed, args.record)
+        found = measure(Path(folder), kinds, args.times, args.seed, args.record)
     whole = found["same_report_and_artifacts"] == len(found["trials"]) and not found["half_written_files"]
     print(json.dumps({name: value for name, value in found.items() if name != "trials"}, indent=1))
     if not whole:

@@ -16,7 +16,18 @@ SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "kill_anywhere.
 
 def test_killed_three_times_a_run_ends_as_an_unbroken_one(tmp_path: Path) -> None:
     record = tmp_path / "record.json"
-    command = [sys.executable, str(SCRIPT), "--times", "3", "--seed", "1", "--record", str(record)]
+    command = [
+        sys.executable,
+        str(SCRIPT),
+        "--times",
+        "3",
+        "--seed",
+        "1",
+        "--only",
+        "Net finetune",
+        "--record",
+        str(record),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(record.read_text())
