@@ -275,7 +275,8 @@ def test_a_module_of_two_inputs_takes_arrays_and_shapes_by_the_names_of_its_argu
     np.savez(tmp_path / "data.npz", **{name: array.astype(np.float32) for name, array in arrays.items()})  # type: ignore[arg-type]
     result = mm_edge.prune_export(
         TwoInputs(), (IMAGES, torch.zeros(1, 5)), data=tmp_path / "data.npz", out=tmp_path / "run", bench=False,
-        strategies="balanced", signals=("magnitude", "gradient"), inputs={"image": (1, 3, 16, 16), "state": [1, 5]},
+        strategies="balanced", signals=("magnitude", "gradient"), select="signal",
+        inputs={"image": (1, 3, 16, 16), "state": [1, 5]},
     )  # fmt: skip
     assert {candidate.signal for candidate in result.candidates} == {"magnitude", "gradient"}
     assert all(candidate.fidelity is not None for candidate in result.candidates)

@@ -63,22 +63,22 @@ def write_reference() -> str:
 
 
 def _commands() -> Iterator[str]:
-    context = click.Context(main, info_name="mm-edge")
+    context = main.context_class(main, info_name="mm-edge", **main.context_settings)
     for name in SUBCOMMANDS:
         command = main.get_command(context, name)
         assert command is not None
-        yield from _command(command, click.Context(command, info_name=f"mm-edge {name}"))
+        yield from _command(command, click.Context(command, parent=context, info_name=name))
 
 
 def _command(command: click.Command, context: click.Context) -> Iterator[str]:
     usage = " ".join(command.collect_usage_pieces(context))
-    yield f"### {context.info_name}\n\n    {context.info_name} {usage}\n"
+    yield f"### {context.command_path}\n\n    {context.command_path} {usage}\n"
     yield f"{inspect.cleandoc(command.help or '')}\n"
     if isinstance(command, click.Group):
         for name in command.list_commands(context):
             nested = command.get_command(context, name)
             assert nested is not None
-            yield from _command(nested, click.Context(nested, info_name=f"{context.info_name} {name}"))
+            yield from _command(nested, click.Context(nested, parent=context, info_name=name))
         return
     sections: dict[str, list[str]] = {}
     for parameter in command.get_params(context):

@@ -23,9 +23,10 @@ from mm_edge.load.weights import WeightsFile, quiet_timm, strip_prefixes
 
 # Input sides tried, in this order, where only the tensors tell what a network with a fixed input size was made for.
 _COMMON_SIDES = (224, 384, 256, 32, 64, 96, 128, 112, 160, 192, 240, 288, 320, 448, 512, 28, 48)
-# Networks tried on the meta device when an architecture does not fit, the nearest names first: so many, and so long.
+# Networks tried on the meta device when an architecture does not fit, the nearest names first: so many, and for so many
+# seconds of processor time.
 _SEARCHED_NETWORKS = 150
-_SEARCH_S = 8.0
+_SEARCH_S = 20.0
 
 
 def build_from_tensors(arch: str, content: WeightsFile, options: LoadOptions) -> BuiltNetwork:
@@ -226,9 +227,9 @@ def _fitting_names(arch: str, tensors: Mapping[str, torch.Tensor]) -> list[str]:
     family = timm.list_models(module=timm.models.model_entrypoint(base_name(arch)).__module__.rpartition(".")[2])
     candidates = dict.fromkeys([*nearest(arch, timm.list_models(), 8), *nearest(arch, family, len(family) or 1)])
     fitting: list[str] = []
-    deadline = time.monotonic() + _SEARCH_S
+    deadline = time.process_time() + _SEARCH_S
     for name in list(candidates)[:_SEARCHED_NETWORKS]:
-        if len(fitting) == 3 or time.monotonic() > deadline:
+        if len(fitting) == 3 or time.process_time() > deadline:
             break
         try:
             blank = create_timm(name, meta=True)

@@ -54,6 +54,9 @@ def test_a_machine_of_absurd_size_is_refused(key: str, value: Any) -> None:
 def test_signals_end_a_run_with_one_sentence(tmp_path: Path, kind: signal.Signals) -> None:
     code = (
         "import os, signal, sys, click\n"
+        # Started in the background, as under nohup, a process ignores these.
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from mm_edge.cli.main import main\n"
         "@click.command()\n"
         f"def wait():\n    os.kill(os.getpid(), {int(kind)})\n    __import__('time').sleep(60)\n"

@@ -23,7 +23,7 @@ PACKAGES: dict[str, set[str]] = {
     "pattern.py": {"numpy"},
     "session.py": {"numpy"},
     "stats.py": {"numpy"},
-    "tables.py": {"click", "rich"},
+    "tables.py": {"rich"},
     "target.py": {"click"},
     "worker.py": {"numpy", "onnxruntime", "torch"},  # on the device, and torch only for the products of GPUs
 }

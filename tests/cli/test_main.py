@@ -397,10 +397,10 @@ def test_ctrl_c_keeps_what_was_made_and_the_next_run_goes_on(files: Path) -> Non
     before = {path: path.stat().st_mtime_ns for path in Path("run").rglob("*") if path.is_file()}
     assert not [path for path in before if path.suffix == ".tmp"]
     made = [path for path in before if path.parent == kept]
-    assert 2 <= len(made) < 27
+    assert 2 <= len(made) < 9
     result = run(*arguments, "--input-size", "3,32,32")
     assert result.exit_code == 0, result.output
-    assert len(list(kept.glob("*.json"))) == 27
+    assert len(list(kept.glob("*.json"))) == 9
     finished = [kept.parent / "gradients.safetensors", *made]
     finished += [
         Path("run/candidates") / f"{path.stem}{suffix}" for path in made for suffix in (".onnx", ".safetensors")

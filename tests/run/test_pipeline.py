@@ -424,6 +424,7 @@ def test_prune_export_from_python(files: Path, tmp_path: Path, monkeypatch: pyte
         std=(0.25, 0.25, 0.25),
         bench=False,
         strategies=("balanced",),
+        select="signal",
         input_sizes="none",
     )
     assert ids(report) == [f"{signal}/balanced/structured/fp32" for signal in ("magnitude", "gradient", "product")]
