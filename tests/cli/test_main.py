@@ -401,7 +401,7 @@ def test_ctrl_c_keeps_what_was_made_and_the_next_run_goes_on(files: Path) -> Non
     result = run(*arguments, "--input-size", "3,32,32")
     assert result.exit_code == 0, result.output
     assert len(list(kept.glob("*.json"))) == 9
-    finished = [kept.parent / "gradients.safetensors", *made]
+    finished = [kept.parent / "sensitivities.safetensors", *made]
     finished += [
         Path("run/candidates") / f"{path.stem}{suffix}" for path in made for suffix in (".onnx", ".safetensors")
     ]
