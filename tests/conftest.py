@@ -16,11 +16,16 @@ import mm_edge  # noqa: F401
 import onnx_ir as ir
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from tiny_job import save_checkpoint, write_images
 from torch import nn
 from torch.onnx._internal.exporter import _registration
 
 from mm_edge.graph import export
+
+# On a busy machine a property may take any time.
+settings.register_profile("any time", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any time")
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # one process per core runs tests
