@@ -48,7 +48,7 @@ ALL = [(page.name, words) for page in PAGES for words in commands(page) if words
 
 @pytest.mark.parametrize(("page", "words"), ALL, ids=[f"{page}: {' '.join(words)[:60]}" for page, words in ALL])
 def test_a_documented_command_has_valid_options(page: str, words: list[str]) -> None:
-    context = click.Context(main, info_name="mm-edge")
+    context = main.context_class(main, info_name="mm-edge", **main.context_settings)
     name, *rest = words[1:]
     command = main.get_command(context, name)
     assert command is not None, f"{page} names an unknown command"
