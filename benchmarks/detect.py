@@ -84,16 +84,8 @@ def prune(args: argparse.Namespace, seen: Path, out: Path) -> tuple[Report, floa
     """Run prune-export as a user would; return its report and how many seconds it took."""
     started = time.monotonic()
     command = [sys.executable, "-m", "mm_edge.cli", "prune-export", str(args.model), "--data", str(seen)]
-    command += [
-        "--out",
-        str(out),
-        "--macs",
-        ",".join(map(str, args.macs)),
-        "--recover",
-        args.recover,
-        "--effort",
-        args.effort,
-    ]
+    command += ["--out", str(out), "--macs", ",".join(map(str, args.macs))]
+    command += ["--recover", args.recover, "--effort", args.effort]
     command += ["--signals", "magnitude", "--strategies", args.strategies, *args.rest]
     subprocess.run(command if args.bench else [*command, "--no-bench"], check=True)
     return from_json(Report, json.loads((out / "report.json").read_text())), time.monotonic() - started

@@ -7,8 +7,8 @@ apart), and its artifacts must be the same byte for byte. Where times are measur
 not compared. A file under its own name that cannot be read to its end counts as half-written.
 
 The networks are a few convolutions, and attention on patches; the images are 32 pixels wide, so that a run takes
-seconds. Processes are forked
-from one that has imported everything and exported once: what is killed is work, not the start of Python.
+seconds. Processes are forked from one that has imported everything and exported once: what is killed is work, not the
+start of Python.
 
     python benchmarks/kill_anywhere.py --times 50
 

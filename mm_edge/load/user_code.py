@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from mm_edge.errors import ModelError, first_line, unknown_name
+from mm_edge.errors import ModelError, UsageError, first_line, unknown_name
 from mm_edge.load.matching import Misfit, describe_misfits, fill_, find_misfits
 from mm_edge.load.network import INIT_SEED, as_module
 from mm_edge.load.weights import WeightsFile, strip_prefixes
+from mm_edge.store import hash_file
 
 USER_CODE = re.compile(r"(?P<file>.+\.py):(?P<callable>[A-Za-z_][\w.]*)$")
 
@@ -74,6 +75,18 @@ def import_callable(code: str, option: str = "--arch") -> Any:
         own = [key for key, item in vars(namespace).items() if callable(item) and not key.startswith("_")]
         raise ModelError(f"{option} {code}: {unknown_name('callable', name, own)}")
     return value
+
+
+def import_stated(code: str, option: str, example: str) -> tuple[Any, str]:
+    """Import the callable that `option` states as FILE.py:CALLABLE; return it and the hash of its file.
+
+    Raises:
+        UsageError: `code` is not written so, the file cannot be imported, or it has no such callable.
+    """
+    match = USER_CODE.match(code)
+    if match is None:
+        raise UsageError(f"{option} '{code}' is not FILE.py:CALLABLE; write for example {option} {example}")
+    return import_callable(code, option), hash_file(Path(match["file"]))
 
 
 def _call_builder(arch: str, builder: Any, arguments: dict[str, Any]) -> nn.Module:

@@ -12,17 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from mm_edge.errors import UsageError, first_line
 from mm_edge.load.data import ImageSet
-from mm_edge.load.user_code import USER_CODE, import_callable
+from mm_edge.load.user_code import import_stated
 from mm_edge.plan.scores import Inputs, Loss
 from mm_edge.run.options import type_name
-from mm_edge.store import hash_file
 
 
 @dataclass(frozen=True)
@@ -91,7 +89,4 @@ def open_loss(code: str) -> UserLoss:
     Raises:
         UsageError: `code` is not written so, the file cannot be imported, or it has no such callable.
     """
-    match = USER_CODE.match(code)
-    if match is None:
-        raise UsageError(f"--loss '{code}' is not FILE.py:CALLABLE; write for example --loss train.py:loss")
-    return UserLoss(code, import_callable(code, "--loss"), hash_file(Path(match["file"])))
+    return UserLoss(code, *import_stated(code, "--loss", "train.py:loss"))

@@ -21,10 +21,9 @@ import numpy as np
 
 from mm_edge.arrays import Array
 from mm_edge.errors import UsageError, first_line
-from mm_edge.load.user_code import USER_CODE, import_callable
+from mm_edge.load.user_code import import_stated
 from mm_edge.records import MetricValue
 from mm_edge.runtime import open_session
-from mm_edge.store import hash_file
 
 _FLOATS = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
 
@@ -103,14 +102,11 @@ def open_metric(code: str) -> UserMetric:
     Raises:
         UsageError: `code` is not written so, the file cannot be imported, or it has no such callable.
     """
-    match = USER_CODE.match(code)
-    if match is None:
-        raise UsageError(f"--metric '{code}' is not FILE.py:CALLABLE; write for example --metric score.py:accuracy")
-    function = import_callable(code, "--metric")
+    function, digest = import_stated(code, "--metric", "score.py:accuracy")
     higher = getattr(function, "higher_is_better", True)
     if not isinstance(higher, bool):
         raise UsageError(f"--metric {code}: its higher_is_better is {_shown(higher)}; give True or False")
-    return UserMetric(code, function, higher, hash_file(Path(match["file"])))
+    return UserMetric(code, function, higher, digest)
 
 
 def _read_figures(name: str, found: Any) -> dict[str, float] | None:
