@@ -152,7 +152,8 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def run_make(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    ours = ("MAKE", "MFLAGS", "TEST_EXTRAS", "TESTERS")  # what this test run was itself started with
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     command = ["make", "--no-print-directory", *arguments]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment, check=False)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from mm_edge.graph.onnx_graph import raw_from_onnx
 from mm_edge.load.models import LoadedModel, LoadOptions, load_model
 from mm_edge.plan.budgets import BudgetCheck, Draft, counts_of, meet, words_for
 from mm_edge.progress import Stages
-from mm_edge.records import Budget, Constraints, Report, asked_budgets
+from mm_edge.records import Budget, Constraints, Report, asked_budgets, from_json
 from mm_edge.run import networks
 from mm_edge.run import plan as planning
 from mm_edge.run.request import make_request
@@ -153,6 +154,14 @@ def run(files: Path, out: Path, bench: bool = False, **fields: Any) -> Report:
     return run_job(read, make_request(**setting, **asked), Stages())
 
 
+def run_timed(files: Path, out: Path, **fields: Any) -> Report:
+    """Run with real times. On a busy machine they may meet no limit; the report is written then too."""
+    try:
+        return run(files, out, bench=True, **fields)
+    except ConstraintError:
+        return from_json(Report, json.loads((out / "report.json").read_text()))
+
+
 @pytest.mark.slow
 def test_a_size_is_met_to_the_byte_and_the_report_says_who_won(
     files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -209,7 +218,7 @@ def test_time_is_measured_on_the_plan_and_corrected(
         return asked[-1]
 
     monkeypatch.setattr(DeviceTimer, "share", law)
-    report = run(files, tmp_path / "run", bench=True, recover="none", constraints=Constraints(speedup=1.3))
+    report = run_timed(files, tmp_path / "run", recover="none", constraints=Constraints(speedup=1.3))
     (row,) = [row for row in report.candidates if row.strategy == "speedup_1.3"]
     share = 1 / 3 + 2 / 3 * row.macs / report.dense.macs
     assert share in [pytest.approx(item, abs=1e-6) for item in asked]
@@ -285,7 +294,7 @@ def test_a_latency_table_is_measured_once_and_widths_are_taken_by_it(
     monkeypatch.setattr("mm_edge.run.start.resolve_host", with_wide_steps)
     limits = Constraints(speedup=1.3)
     fields: Any = {"recover": "closed-form", "constraints": limits, "macs": ()}
-    report = run(files, tmp_path, bench=True, allocate_by="latency", **fields)
+    report = run_timed(files, tmp_path, allocate_by="latency", **fields)
     (row,) = [row for row in report.candidates if row.signal == "sensitivity"]
     assert row.planned_by is not None and row.planned_by.startswith("latencies of its groups, measured at ")
     assert row.masked_state_dict is not None
