@@ -1,6 +1,6 @@
 """Whether times can be trusted on a loaded machine: speed-ups, their intervals and their verdicts under three loads.
 
-    python benchmarks/load.py DEMO [--loaded 100] [--pairs 120] [--minutes 14] [--out benchmarks/results/load.json]
+    python benchmarks/load.py DEMO [--loaded 100] [--pairs 200] [--minutes 14] [--out benchmarks/results/load.json]
 
 DEMO is a run folder of `mm-edge demo`. Three pairs are timed: the demo's dense network against one pruned candidate,
 against itself on smaller images, and two stacks of convolutions that are made here. In turn, round after round, this
@@ -42,7 +42,7 @@ from typing import Any
 import numpy as np
 from onnx import TensorProto, helper, numpy_helper, save
 
-from mm_edge.bench import stats
+from mm_edge.bench import MINIMUM_PAIRS, stats
 from mm_edge.bench.session import Measurement, measure_pair
 from mm_edge.bench.target import Target, load_target, resolve_host
 from mm_edge.bench.transport import LocalTransport
@@ -274,7 +274,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("demo", type=Path)
     parser.add_argument("--loaded", type=int, default=100, help="measurements under load")
-    parser.add_argument("--pairs", type=int, default=120)
+    parser.add_argument("--pairs", type=int, default=MINIMUM_PAIRS)
     parser.add_argument("--minutes", type=float, default=14.0, help="start no new round after this")
     parser.add_argument("--extend", action="store_true", help="add to the measurements in --out")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "load.json")

@@ -14,12 +14,12 @@ HOST = dataclasses.replace(resolve_host(load_target("host")), threads=1)
 
 
 class Scripted:
-    """A device that gives the same answer to every request and keeps the requests."""
+    """A device that gives its answers in turn, over and over, and keeps the requests."""
 
     name = "the board"
 
-    def __init__(self, reply: dict[str, Any], source: str = "device") -> None:
-        self.reply = reply
+    def __init__(self, *replies: dict[str, Any], source: str = "device") -> None:
+        self.replies = replies
         self.source = source
         self.asked: list[tuple[str, dict[str, Path], dict[str, Any]]] = []
 
@@ -27,7 +27,7 @@ class Scripted:
         self, command: str, files: Mapping[str, Path], options: Mapping[str, Any], timeout_s: float = 1.0
     ) -> dict[str, Any]:
         self.asked.append((command, dict(files), dict(options)))
-        return self.reply
+        return self.replies[(len(self.asked) - 1) % len(self.replies)]
 
     def __enter__(self) -> Self:
         return self

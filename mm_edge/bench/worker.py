@@ -28,7 +28,7 @@ between 8 and 23 ms instead of 3.4 ms. `session.force_spinning_stop` stops the s
 it during the run (3.7 ms); `session.intra_op.allow_spinning=0` forbids it during the run too (4.7 ms). The former is
 set unless the request says otherwise.
 
-Both models are loaded again for every eighth of the samples (a sitting), because the addresses of their memory change
+Both models are loaded again for every quarter of the samples (a sitting), because the addresses of their memory change
 the ratio by about 3 % from one loading to the next. Only the first sitting waits until the times have settled.
 
 What disturbs is watched. A run is disturbed if the kernel took a core from this process during it (an involuntary
@@ -61,7 +61,7 @@ except ImportError:  # not a Unix system
 PROTOCOL_VERSION = 1
 RESULT_MARK = "MM-EDGE-RESULT "
 BLOCK = 4  # timed runs of one model before the other model runs
-SITTINGS = 8  # how often a measurement loads both models
+SITTINGS = 4  # how often a measurement loads both models
 MOST_PAIRS = 2  # times as many pairs as were asked for are taken at most, where some are disturbed
 SUSTAIN_POINTS = 60  # points of the curve of a sustained run
 WARM_UP_WINDOW = 5  # warm-up is stable when the medians of two successive windows agree ...

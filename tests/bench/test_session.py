@@ -18,12 +18,13 @@ from mm_edge.errors import BenchError
 
 
 def samples(**changes: Any) -> dict[str, Any]:
+    """Return what each of the four processes of a measurement of 200 pairs sends."""
     state = {"frequency_khz": 1_800_000, "temperature_c": None, "throttled": None}
     return {
-        "dense_ns": [2_000_000] * 200,
-        "candidate_ns": [1_000_000] * 200,
-        "disturbed": [0] * 200,
-        "sittings": [25] * 8,
+        "dense_ns": [2_000_000] * 50,
+        "candidate_ns": [1_000_000] * 50,
+        "disturbed": [0] * 50,
+        "sittings": [25] * 2,
         "clocks_khz": [],
         "load": {"cores": 4, "others": 0.0, "stolen": 0.0},
         "block": 4,
@@ -62,7 +63,7 @@ def test_local_measurement(models: tuple[Path, Path]) -> None:
 
 
 def test_speedup_of_steady_times(models: tuple[Path, Path]) -> None:
-    device = Scripted(samples(candidate_ns=[500_000] * 200))
+    device = Scripted(samples(candidate_ns=[500_000] * 50))
     measured = session.measure_pair(*models, HOST, transport=device)
     assert measured.speedup == pytest.approx(4) and measured.speedup_ci == pytest.approx((4, 4))
     assert measured.verdict == measured.latency.verdict == measured.dense_latency.verdict == "stable"
@@ -70,6 +71,19 @@ def test_speedup_of_steady_times(models: tuple[Path, Path]) -> None:
     assert measured.dense_latency.source == "device"
     assert measured.latency.threads == 2
     assert measured.doubts == ()
+
+
+def test_a_pair_is_timed_in_several_processes(models: tuple[Path, Path]) -> None:
+    quick, slow = samples(), samples(candidate_ns=[1_100_000] * 50, warm_up_stable=False)
+    loads: list[dict[str, Any]] = [{"cores": 4, "others": busy, "stolen": 0.0} for busy in (0.0, 0.4)]
+    device = Scripted({**quick, "load": loads[0]}, {**slow, "load": loads[1]})
+    measured = session.measure_pair(*models, HOST, transport=device, pairs=200)
+    assert [options["pairs"] for _, _, options in device.asked] == [50] * 4
+    assert measured.ratio == pytest.approx(2 / 1.1**0.5)  # the mean of both, although each process was steady
+    assert measured.latency.samples == 200 and measured.verdict == "noisy"
+    assert [doubt.kind for doubt in measured.doubts] == ["warm-up"]
+    unknown = Scripted({**quick, "load": {**loads[0], "others": None}}, {**slow, "load": loads[1]})
+    assert session.measure_pair(*models, HOST, transport=unknown).ratio_ci is not None
 
 
 def test_emulated_times_are_not_even_taken(models: tuple[Path, Path]) -> None:
@@ -84,15 +98,15 @@ def test_emulated_times_are_not_even_taken(models: tuple[Path, Path]) -> None:
 
 
 def test_doubtful_runs_say_so_and_name_the_remedy(models: tuple[Path, Path]) -> None:
-    noisy = [1_000_000, 3_000_000] * 100
-    slowing = [1_000_000] * 100 + [1_200_000] * 100
     changes = {
-        "candidate_ns": noisy,
-        "dense_ns": slowing,
+        "candidate_ns": [1_000_000, 3_000_000] * 25,
         "after": {"frequency_khz": 900_000},
         "warm_up_stable": False,
     }
-    measured = session.measure_pair(*models, HOST, transport=Scripted(samples(**changes)))
+    replies = [
+        samples(**changes, dense_ns=[dense_ns] * 50) for dense_ns in (1_000_000, 1_000_000, 1_200_000, 1_200_000)
+    ]
+    measured = session.measure_pair(*models, HOST, transport=Scripted(*replies))
     text = "\n".join(doubt.text for doubt in measured.doubts)
     assert "the spread of the samples is 100% of their median: stop other programs" in text
     assert "ended 20% slower than it began" in text
@@ -101,8 +115,8 @@ def test_doubtful_runs_say_so_and_name_the_remedy(models: tuple[Path, Path]) -> 
 
 
 def sittings_of(*ratios: float) -> dict[str, Any]:
-    """Return samples of eight sittings whose ratios are `ratios` over and over."""
-    wanted = [ratios[index % len(ratios)] for index in range(8)]
+    """Return samples of two sittings of each process, whose ratios are `ratios` over and over."""
+    wanted = [ratios[index % len(ratios)] for index in range(2)]
     return samples(dense_ns=[round(1_000_000 * ratio) for ratio in wanted for _ in range(25)])
 
 
@@ -126,7 +140,7 @@ def test_verdicts_by_the_width_of_the_interval(models: tuple[Path, Path]) -> Non
     ("changes", "text"),
     [
         (
-            {"disturbed": [0, 1] * 100},
+            {"disturbed": [0, 1] * 25},
             "the device was busy while measuring: other programs kept 0.0 of 4 cores busy; 50% of the pairs were "
             "disturbed; stop other programs and measure again",
         ),
@@ -136,7 +150,7 @@ def test_verdicts_by_the_width_of_the_interval(models: tuple[Path, Path]) -> Non
             "of the pairs were disturbed; stop other programs and measure again",
         ),
         (
-            {"clocks_khz": [1_800_000] * 7 + [1_200_000]},
+            {"clocks_khz": [1_800_000, 1_200_000]},
             "the clock was between 1200 and 1800 MHz while measuring: let the device cool, or fix its clock",
         ),
         (
@@ -154,7 +168,7 @@ def test_what_disturbs_makes_a_measurement_noisy(models: tuple[Path, Path], chan
 
 def test_disturbed_pairs_do_not_count(models: tuple[Path, Path]) -> None:
     """Every tenth pair was disturbed, and its dense run took ten times as long."""
-    marks = [int(index % 10 == 0) for index in range(200)]
+    marks = [int(index % 10 == 0) for index in range(50)]
     slow = [20_000_000 if mark else 2_000_000 for mark in marks]
     measured = session.measure_pair(*models, HOST, transport=Scripted(samples(dense_ns=slow, disturbed=marks)))
     assert measured.verdict == "stable" and measured.speedup == pytest.approx(2)
@@ -170,7 +184,7 @@ def test_one_sentence_per_kind_of_doubt_the_worst_with_its_count(models: tuple[P
     def measure(**changes: Any) -> session.Measurement:
         return session.measure_pair(*models, HOST, transport=Scripted(samples(**changes)))
 
-    mild, wild = [1_000_000, 1_500_000] * 100, [1_000_000, 3_000_000] * 100
+    mild, wild = [1_000_000, 1_500_000] * 25, [1_000_000, 3_000_000] * 25
     rows = [measure(candidate_ns=mild), measure(candidate_ns=wild), measure(), measure(warm_up_stable=False)]
     spread, warm_up = session.merge_doubts(rows)
     assert spread.startswith("the spread of the samples is 100% of their median: stop other programs")
@@ -190,35 +204,35 @@ def test_samples_are_kept_and_reused_only_where_they_belong(models: tuple[Path, 
     first = measure()
     assert json.loads(raw.read_text())["result"]["dense_ns"] == [2_000_000] * 200
     assert measure() == first
-    assert len(device.asked) == 1
+    assert len(device.asked) == 4
     measure(fingerprint="machine-b")
-    assert len(device.asked) == 2
+    assert len(device.asked) == 8
     raw.write_text('{"samples_version": damaged')
     measure(fingerprint="machine-b")
-    assert len(device.asked) == 3
+    assert len(device.asked) == 12
     save_convs(models[1], 12)
     measure(fingerprint="machine-b")
-    assert len(device.asked) == 4
+    assert len(device.asked) == 16
     assert [p.name for p in raw.parent.iterdir()] == ["a.json"]
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"dense_ns": ["fast"] * 200}, "the board sent dense_ns that are not times; the answer was refused"),
-        ({"dense_ns": [-1] * 200}, "the board sent dense_ns that are not times"),
-        ({"dense_ns": [1] * 20}, "the board sent 20 dense_ns where 200 were asked for"),
-        ({"dense_ns": [1] * 100_000}, "the board sent 100000 dense_ns where 200 were asked for"),
-        ({"dense_ns": [1] * 204}, "the board sent unequal numbers of samples"),
+        ({"dense_ns": ["fast"] * 50}, "the board sent dense_ns that are not times; the answer was refused"),
+        ({"dense_ns": [-1] * 50}, "the board sent dense_ns that are not times"),
+        ({"dense_ns": [1] * 20}, "the board sent 20 dense_ns where 50 were asked for"),
+        ({"dense_ns": [1] * 100_000}, "the board sent 100000 dense_ns where 50 were asked for"),
+        ({"dense_ns": [1] * 54}, "the board sent unequal numbers of samples"),
         ({"block": 0}, "the board sent block 0"),
         ({"threads": "all"}, "the board sent threads 'all'"),
         ({"warm_up_stable": "yes"}, "the board sent no warm_up_stable"),
         ({"after": None}, "the board sent after 'no record'"),
         ({"after": {"throttled": -1}}, "the board sent after -1"),
-        ({"disturbed": [0] * 10}, "the board sent disturbed that does not mark 200 pairs; the answer was refused"),
-        ({"disturbed": [2] * 200}, "the board sent disturbed that does not mark 200 pairs"),
-        ({"sittings": [25] * 7}, r"the board sent sittings \[25, 25, 25, 25, 25, 25, 25\] for 200 pairs"),
-        ({"sittings": [200, 0]}, r"the board sent sittings \[200, 0\] for 200 pairs"),
+        ({"disturbed": [0] * 10}, "the board sent disturbed that does not mark 50 pairs; the answer was refused"),
+        ({"disturbed": [2] * 50}, "the board sent disturbed that does not mark 50 pairs"),
+        ({"sittings": [25] * 3}, r"the board sent sittings \[25, 25, 25\] for 50 pairs"),
+        ({"sittings": [50, 0]}, r"the board sent sittings \[50, 0\] for 50 pairs"),
         ({"clocks_khz": None}, "the board sent sittings"),
         ({"load": {"cores": 0}}, r"the board sent load \{'cores': 0\}; the answer was refused"),
         ({"load": {"cores": 2, "others": -1.0}}, "the board sent load"),
