@@ -158,7 +158,8 @@ def test_networks_with_several_outputs_prune_in_what_leads_to_them() -> None:
 
         def forward(self, x: torch.Tensor) -> dict[str, object]:
             x = torch.relu(self.stem(x))
-            return {"boxes": self.boxes(x), "more": (self.classes(x), {"mean": x.mean((2, 3))})}
+            boxes = self.boxes(x)
+            return {"boxes": boxes, "more": (self.classes(x), {"mean": boxes.mean((2, 3))})}
 
     raw = export_raw(Detector(), IMAGE)
     assert [value.name for value in raw.model.graph.outputs] == ["boxes", "more.0", "more.1.mean"]
