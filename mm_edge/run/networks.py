@@ -34,9 +34,16 @@ from mm_edge.quality.evaluation import Reference, compare_logits, refer_to_outpu
 from mm_edge.records import InputSpec, Layer
 from mm_edge.recover.closed_form.branches import MeasuredBranch, measure_branches
 from mm_edge.recover.closed_form.context import RecoveryContext, build_context
-from mm_edge.recover.closed_form.sensitivity import Sensitivity, from_arrays, measure_sensitivities, to_arrays
+from mm_edge.recover.closed_form.sensitivity import (
+    Sensitivity,
+    from_arrays,
+    measurable,
+    measure_sensitivities,
+    to_arrays,
+)
 from mm_edge.run.job import IMAGES_PER_BATCH, Job
 from mm_edge.run.labels import expect, score
+from mm_edge.run.reuse import now_and_then
 from mm_edge.runtime import cores
 
 CLOSED_FORM_IMAGES = 500
@@ -331,21 +338,28 @@ def _dense_moments(job: Job, network: Network, most: int = CLOSED_FORM_IMAGES) -
 
 
 def _sensitivities(job: Job, dense: Network) -> dict[Axis, Sensitivity]:
-    """Return each group's sensitivity, by which channels are selected and budgets are allocated."""
+    """Return each group's sensitivity, by which channels are selected and budgets are allocated.
+
+    They are stored while they are measured, which takes many minutes for a large network.
+    """
     if dense.recovery is None or "structured" not in job.request.kinds:
         return {}
     allowed = dense.allowed_widths(job)
     key = _key_of_measured(job, widths=[item.widths for item in allowed])
     stored = job.store.load_arrays("sensitivities", key)
-    if stored is not None:
-        found = from_arrays(dense.structure, stored)
-        # The orders take long to compute, and selections need them again.
-        dense.recovery.orders.update({leaf: item.surgeon for leaf, item in found.items()})
-        return found
+    known = {} if stored is None else from_arrays(dense.structure, stored)
+    # The orders take long to compute, and selections need them again.
+    dense.recovery.orders.update({leaf: item.surgeon for leaf, item in known.items()})
+    if stored is not None and known.keys() >= {group.leaf for group in measurable(dense.recovery, allowed)}:
+        return known
+
+    def save(found: Mapping[Axis, Sensitivity]) -> None:
+        job.store.save_arrays("sensitivities", key, to_arrays(dense.structure, found))
+
     with job.stages.stage("sensitivities") as advance:
-        found = measure_sensitivities(dense.recovery, allowed, advance)
-    job.store.save_arrays("sensitivities", key, to_arrays(dense.structure, found))
-    return found
+        known = measure_sensitivities(dense.recovery, allowed, advance, known, now_and_then(save))
+    save(known)
+    return known
 
 
 def _branches(job: Job, dense: Network) -> tuple[MeasuredBranch, ...]:
@@ -355,11 +369,14 @@ def _branches(job: Job, dense: Network) -> tuple[MeasuredBranch, ...]:
     found = find_branches(dense.raw.model, dense.structure)
     key = _key_of_measured(job, branches=[item.id for item in found])
     stored = job.store.load_json("branches", key)
-    if stored is None:
-        with job.stages.stage("blocks") as advance:
-            stored = [item.kl for item in measure_branches(dense.recovery, found, advance)]
-        job.store.save_json("branches", key, stored)
-    return tuple(MeasuredBranch(branch, float(kl)) for branch, kl in zip(found, stored, strict=True))
+    known = [float(kl) for kl in stored or ()]
+    if stored is not None and len(known) == len(found):
+        return tuple(MeasuredBranch(branch, kl) for branch, kl in zip(found, known, strict=True))
+    save = partial(job.store.save_json, "branches", key)
+    with job.stages.stage("blocks") as advance:
+        measured = measure_branches(dense.recovery, found, advance, known, now_and_then(save))
+    save([item.kl for item in measured])
+    return measured
 
 
 def _key_of_measured(job: Job, **parts: Any) -> dict[str, Any]:
