@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 import onnx_ir as ir
 
-from mm_edge.arrays import Float32Array, IntArray
+from mm_edge.arrays import Arrays, Float32Array, IntArray
 from mm_edge.errors import UsageError
 from mm_edge.formats.device_files import add_metadata_, write_model
 from mm_edge.graph.axes import Axis
@@ -45,10 +45,13 @@ from mm_edge.run.job import IMAGES_PER_BATCH, Job
 from mm_edge.run.labels import expect, score
 from mm_edge.run.reuse import now_and_then
 from mm_edge.runtime import cores
+from mm_edge.store import hash_file
 
 CLOSED_FORM_IMAGES = 500
 RECOVERY_IMAGES = 128
 PARITY_IMAGES = 8
+# The most bytes of the dense network's answers that are stored in the run directory.
+KEPT_BYTES = 256 << 20
 
 T = TypeVar("T")
 
@@ -412,13 +415,28 @@ def _write_dense(job: Job, dense: Network) -> Reference:
             done += batch
             advance(done, total)
 
+        batches = dense.images.validation()
         if dense.model.info.num_classes is None:
-            outputs = run_outputs(file, dense.images.validation(), cores(), count)
+            outputs = _load_or_run(job, job.data, lambda: run_outputs(file, batches, cores(), count))
             return _with_labels(job, refer_to_outputs(outputs, dense.spec.shape[1:], job.has_masks))
-        logits = run_onnx(file, dense.images.validation(), cores(), count)
+        logits = _load_or_run(job, job.data, lambda: {"logits": run_onnx(file, batches, cores(), count)})["logits"]
         # The labels are read after the images, because images that cannot be decoded are left out.
         labels = job.data.validation.labels
         return Reference(labels, logits, compare_logits(logits, labels, None).accuracy_top1)
+
+
+def _load_or_run(job: Job, data: DataSplits, run: Callable[[], Arrays]) -> Arrays:
+    """Return the dense network's answers on the validation images, those stored or those that `run` returns.
+
+    They are not stored beyond KEPT_BYTES, nor where an image could not be read, because only reading tells which.
+    """
+    key = job.key(data=job.data_key, artifact=hash_file(job.dense_file))
+    found = job.store.load_arrays("dense_answers", key)
+    if found is None:
+        found = run()
+        if data.all_readable and sum(array.nbytes for array in found.values()) <= KEPT_BYTES:
+            job.store.save_arrays("dense_answers", key, found)
+    return found
 
 
 def _with_labels(job: Job, reference: Reference) -> Reference:
