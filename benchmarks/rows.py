@@ -54,6 +54,7 @@ WELL_KNOWN = frozenset(
     "resnet vgg efficientnet mobilenetv3 densenet inception_v3 xception convnext regnet senet vision_transformer deit "
     "swin_transformer levit mobilevit efficientformer repvit fastvit res2net hrnet".split()
 )
+SHARE_DIGITS = 6
 # How many patterns of layer names stand in one cell.
 NAMES_SHOWN = 6
 
@@ -106,12 +107,13 @@ def measure_strategies(
     for assignment in assign(tuple(STRATEGIES), "magnitude", layers, ranges):
         goals = find_goals(structure, layers, assignment.sparsity, allowed)
         counts = round_widths(structure, layers, assignment.sparsity, allowed)
-        found[assignment.strategy] = {
+        shares = {
             "macs_asked": goals.macs / macs,
             "macs": structure.macs(dict(counts)) / macs,
             "sparsity_asked": (weights.total() - goals.weights) / count,
             "sparsity": (weights.total() - weights.total(dict(counts))) / count,
         }
+        found[assignment.strategy] = {name: round(share, SHARE_DIGITS) for name, share in shares.items()}
     return found
 
 
@@ -168,11 +170,35 @@ The first that applies is taken.
 |---|---|
 """
 
+READ = """## Read by eye
+
+The rows of the twenty best known families (resnet, vgg, efficientnet, mobilenetv3, densenet, inception_v3, xception,
+convnext, regnet, senet, vision_transformer, deit, swin_transformer, levit, mobilevit, efficientformer, repvit, fastvit,
+res2net, hrnet) were read layer by layer, and those of resnet50, efficientnet_b0, convnext_tiny, fastvit_sa12 and
+mobilevitv2_050 beside them. No role was wrong but the last one below. What may surprise:
+
+- The first 1x1 convolution of a bottleneck that halves the resolution (ResNet-50, Res2Net) still sees the larger map
+  and takes the row of the stage before. The stage is read from the size of the output.
+- An MLP of linear layers takes the MLP's row (30-60); one of 1x1 convolutions, as in convnext_zepto, EfficientFormer,
+  FastViT and RepViT, a convolution's (10-60). So ConvNeXt's MLPs have 30-60 in convnext_tiny.
+- A strided depthwise convolution takes the row of its kind and not that of down-sampling.
+- The second convolution of a stem is "downsample" where it is strided too (HRNet, EfficientFormer, RepViT). Where
+  tokens follow at once (LeViT) all of them are the patch embedding.
+- DenseNet's transitions are plain convolutions: a pooling follows them and shrinks their results, nothing of it is a
+  shortcut. MobileNetV3's last convolution, which reads pooled features, is a convolution too.
+- In HRNet down-sampling holds more than half of the multiply-adds: strided 3x3 convolutions join its resolutions, the
+  largest of them before the classifier.
+- MobileViT of the second version (mobilevitv2_*) weights values by a softmax and sums them without a matrix product.
+  Such attention is not recognised: its projections take a convolution's row. Networks that mix branches so (SKNet,
+  ResNeSt) hold no attention, and the operators are the same.
+"""
+
 
 def write_page(results: dict[str, Any]) -> str:
     """Return docs/rows.md."""
     introduction = INTRODUCTION.format(read=len(results["rows"]), families=results["families"])
-    parts = [introduction + "".join(f"| {role} | {how} |\n" for role, how in ROLES.items()), _write_order(results)]
+    roles = "".join(f"| {role} | {how} |\n" for role, how in ROLES.items())
+    parts = [introduction + roles, READ, _write_order(results)]
     for network in results["rows"]:
         lines = [f"## {network['family']}: {network['name']} ({network['class']})\n"]
         lines += ["| row | range | layers | MACs | which |", "|---|---|---|---|---|"]

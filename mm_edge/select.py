@@ -11,7 +11,8 @@ The choice, in this order:
     --max-drop alone    the fastest within it
     --latency, --speedup, --size (with or without --max-drop)    the most accurate that meets them all
 A speed-up is the ratio of times that the dense model and the candidate took in turn. Times in milliseconds were
-taken at different moments and are not compared. Candidates whose 95 % interval overlaps that of the largest speed-up
+taken at different moments and are not compared: for --latency a candidate's time is the dense model's p50 divided by
+the candidate's speed-up. Candidates whose 95 % interval overlaps that of the largest speed-up
 are as fast as it: accuracy decides among them, then MACs. Without speed-ups, also where every time is unusable, the
 fewest MACs stand in for the fastest.
 
@@ -107,7 +108,11 @@ def choose(dense: DenseFigures, candidates: Sequence[Candidate], constraints: Co
     only_drop = constraints == Constraints(max_drop=constraints.max_drop)
     best = _fastest(fitting) if only_drop else _most_accurate(fitting)
     kind = _fastest_words(fitting) if only_drop else _most_accurate_words(fitting)
-    return Chosen(best.id, f"the {kind} that meets {asked}: {_explain(dense, best, constraints.max_drop)}")
+    reason = f"the {kind} that meets {asked}: {_explain(dense, best, constraints.max_drop)}"
+    own = _usable_p50(best)
+    if constraints.latency_ms is not None and own is not None and own > constraints.latency_ms:
+        reason += f"; for --latency it takes {_describe_time(dense, best)}"
+    return Chosen(best.id, reason)
 
 
 def _choose_freely(dense: DenseFigures, candidates: Sequence[Candidate]) -> Chosen | None:
@@ -195,7 +200,7 @@ def _limits(dense: DenseFigures, candidates: Sequence[Candidate], asked: Constra
 def _limit_of(dense: DenseFigures, candidates: Sequence[Candidate], budget: Budget) -> _Limit:
     value = budget.value
     if budget.kind == "latency":
-        return _Limit(budget.asked, _describe_latency, lambda c: _over(_usable_p50(c), value))
+        return _Limit(budget.asked, lambda c: _describe_time(dense, c), lambda c: _over(_time_of(dense, c), value))
     if budget.kind == "size":
         return _Limit(budget.asked, _describe_size, lambda c: _over(c.file_bytes, value))
     if budget.kind == "macs":
@@ -305,6 +310,13 @@ def _usable_p50(c: Candidate) -> float | None:
     return None if c.is_unusable else c.latency_ms.p50
 
 
+def _time_of(dense: DenseFigures, c: Candidate) -> float | None:
+    """Return the milliseconds it takes where the dense model takes its p50; its own p50 without a speed-up."""
+    if c.speedup is None or dense.latency_ms.p50 is None:
+        return _usable_p50(c)
+    return dense.latency_ms.p50 / max(c.speedup, 1e-9)
+
+
 def _time_share(c: Candidate) -> float | None:
     """Return which share of the dense model's time it takes."""
     return None if c.speedup is None else 1 / max(c.speedup, 1e-9)
@@ -391,6 +403,13 @@ def _describe_latency(c: Candidate) -> str:
     if c.is_unusable:
         return "latency unusable"
     return "latency not measured" if c.latency_ms.p50 is None else f"p50 {c.latency_ms.p50:.3g} ms"
+
+
+def _describe_time(dense: DenseFigures, c: Candidate) -> str:
+    found = _time_of(dense, c)
+    if found is None or c.speedup is None or dense.latency_ms.p50 is None:
+        return _describe_latency(c)
+    return f"{found:.3g} ms (dense p50 {dense.latency_ms.p50:.3g} ms / {c.speedup:.2f})"
 
 
 def _describe_speedup(c: Candidate) -> str:

@@ -165,6 +165,29 @@ def test_the_reason_names_what_was_asked() -> None:
     )
 
 
+def test_a_limit_in_milliseconds_is_judged_by_the_speed_up_and_not_by_the_moment_it_was_measured_at() -> None:
+    """Both took 5.5 ms; beside `late` the dense model took 11 ms, beside `early` 8 ms. Its p50 in all is 10 ms."""
+    late = dataclasses.replace(candidate("late", 0.88, 5.5), speedup=11 / 5.5)
+    early = dataclasses.replace(candidate("early", 0.89, 5.5), speedup=8 / 5.5)
+    chosen = found((late, early), Constraints(latency_ms=5.2))
+    assert chosen == Chosen(
+        "late",
+        "the most accurate that meets --latency 5.2: speed-up 2.00x (p50 5.5 ms), accuracy 2.00 points below dense; "
+        "for --latency it takes 5 ms (dense p50 10 ms / 2.00)",
+    )
+    assert found((late, early), Constraints(latency_ms=7)).id == "early"
+    with pytest.raises(ConstraintError) as caught:
+        choose(DENSE, (late, early), Constraints(latency_ms=4))
+    assert "the nearest is late: 5 ms (dense p50 10 ms / 2.00); relax" in str(caught.value)
+
+
+def test_without_a_speed_up_a_limit_in_milliseconds_is_judged_by_the_p50() -> None:
+    alone = dataclasses.replace(MIDDLE, speedup=None)
+    assert found((alone,), Constraints(latency_ms=6)).id == "middle"
+    with pytest.raises(ConstraintError, match="the nearest is middle: p50 6 ms; relax"):
+        choose(DENSE, (alone,), Constraints(latency_ms=5))
+
+
 def test_none_fits_names_the_nearest_miss() -> None:
     with pytest.raises(ConstraintError) as caught:
         choose(DENSE, CANDIDATES, Constraints(max_drop=1.5, speedup=1.8))
@@ -191,8 +214,8 @@ def test_none_fits_names_the_nearest_miss() -> None:
         (
             Constraints(latency_ms=2, size_bytes=500),
             CANDIDATES,
-            "no candidate meets --latency 2 and --size 500; the nearest is fast-bad: p50 3 ms, 1000 bytes; "
-            "relax what it misses, or keep dense",
+            "no candidate meets --latency 2 and --size 500; the nearest is fast-bad: 3 ms (dense p50 10 ms / 3.33), "
+            "1000 bytes; relax what it misses, or keep dense",
         ),
         (Constraints(), [], "no candidate was made, so there is nothing to choose from"),
     ],

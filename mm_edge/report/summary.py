@@ -173,6 +173,8 @@ def _speed_sentence(report: Report, chosen: Candidate) -> str:
         if report.is_control(chosen):
             return f"{chosen.id} is no faster than dense ({chosen.speedup:.2f}x, {times})."
         return f"Pruning brought no speed-up: {chosen.id} runs at {chosen.speedup:.2f}x the dense speed ({times})."
+    if chosen.latency_ms.verdict == "noisy" and chosen.speedup_ci is not None:
+        times += f"; noisy, 95 % interval {chosen.speedup_ci[0]:.2f}x to {chosen.speedup_ci[1]:.2f}x"
     return f"{chosen.id} is {chosen.speedup:.2f}x faster than dense ({times})."
 
 

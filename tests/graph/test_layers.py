@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional
 
 import mm_edge  # noqa: F401  makes timm importable beside CPU-only torch
+from mm_edge.demo import MODEL
 from mm_edge.errors import ModelError
 from mm_edge.graph.export import RawGraph, export_raw
 from mm_edge.graph.layers import ROLES, read_layer_weights, read_layers
@@ -256,6 +257,50 @@ def test_a_deep_stem_and_pooled_shortcuts_of_resnet_d() -> None:
     assert [rows[f"layer{i}.1.conv1.weight"] for i in (1, 2, 3, 4)] == [
         f"rule ResNet: conv, stage row {i}" for i in (1, 2, 3, 4)
     ]
+
+
+def rows_of(layers: tuple[Layer, ...]) -> dict[str, str]:
+    """Return the row of each layer of a ResNet, without the words that all share."""
+    ranges = rule_ranges(layers, "ResNet")
+    return {fqn.removesuffix(".weight"): found.reason.removeprefix("rule ResNet: ") for fqn, found in ranges.items()}
+
+
+def test_the_rows_of_the_demo() -> None:
+    """A ResNet with a deep stem, pooled shortcuts and one bottleneck, whose first convolution sees the larger map."""
+    import timm
+
+    module = timm.create_model(f"local-dir:{MODEL}").eval()
+    assert rows_of(read_layers(export_raw(module, torch.zeros(1, 1, 32, 32)))) == {
+        "conv1.0": "stem",
+        "conv1.3": "deep_stem",
+        "conv1.6": "deep_stem",
+        "layer1.0.conv1": "conv, stage row 1",
+        "layer1.0.conv2": "conv, stage row 1",
+        "layer2.0.conv1": "downsample",
+        "layer2.0.conv2": "conv, stage row 2",
+        "layer2.0.downsample.1": "downsample",
+        "layer3.0.conv1": "conv, stage row 2",
+        "layer3.0.conv2": "downsample",
+        "layer3.0.conv3": "conv, stage row 3",
+        "layer3.0.downsample.1": "downsample",
+        "layer4.0.conv1": "downsample",
+        "layer4.0.conv2": "conv, stage row 4",
+        "layer4.0.downsample.1": "downsample",
+        "fc": "classifier",
+    }
+
+
+@pytest.mark.slow
+def test_the_rows_of_bottlenecks() -> None:
+    """ResNet-50 with two blocks a stage: the 1x1 before the strided 3x3 sees the stage before."""
+    rows = rows_of(timm_layers("resnet50", 64, layers=(2, 2, 2, 2)))
+    for stage in (1, 2, 3, 4):
+        later = {rows[f"layer{stage}.0.conv3"], *(rows[f"layer{stage}.1.conv{i}"] for i in (1, 2, 3))}
+        assert later == {f"conv, stage row {stage}"}
+        assert rows[f"layer{stage}.0.conv1"] == f"conv, stage row {max(1, stage - 1)}"
+        strided = {rows[f"layer{stage}.0.conv2"], rows[f"layer{stage}.0.downsample.0"]}
+        assert strided == ({"downsample"} if stage > 1 else {"conv, stage row 1"})
+    assert (rows["conv1"], rows["fc"]) == ("stem", "classifier")
 
 
 @pytest.mark.slow

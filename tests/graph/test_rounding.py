@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 
 import mm_edge  # noqa: F401  before timm, which it makes importable beside CPU-only torch
 
@@ -27,6 +29,7 @@ from mm_edge.plan.strategies import STRATEGIES, assign
 from mm_edge.plan.target_widths import allowed_widths_on
 from mm_edge.records import Layer
 
+ROOT = Path(__file__).resolve().parents[2]
 # The strategies that place every layer at one share of its range, from the least to the most that is removed.
 LADDER = ("min_conservative", "lower_30th", "balanced", "upper_70th", "upper_90th", "max_aggressive")
 
@@ -76,6 +79,15 @@ def test_strategies_keep_their_order_and_stay_one_step_from_what_e7_asks_for(pla
         if (width := item.above(least[item.leaf]) or item.below(least[item.leaf])) is not None
     ]
     assert abs(macs["min_conservative"] - goals["min_conservative"].macs) <= max(steps)
+
+
+def test_the_strategies_of_the_zoo_s_networks_were_read_in_order() -> None:
+    """What benchmarks/rows.py read of the zoo; reading it again takes an hour."""
+    rows = json.loads((ROOT / "benchmarks" / "results" / "rows.json").read_text())["rows"]
+    assert len(rows) > 0
+    for row in rows:
+        for less, more in pairwise(row["strategies"][name] for name in LADDER):
+            assert less["macs"] >= more["macs"] and less["sparsity"] <= more["sparsity"], row["name"]
 
 
 def assert_next_to(counts: dict[Axis, int], goals: WidthGoals, allowed: tuple[AllowedWidths, ...]) -> None:

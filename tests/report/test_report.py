@@ -212,6 +212,9 @@ def test_unusable_times_come_first_and_no_speed_is_stated() -> None:
     assert "not measured (unusable)" in write_markdown(make_report(unusable))
     noisy = dataclasses.replace(FAST, latency_ms=dataclasses.replace(FAST.latency_ms, verdict="noisy"))
     assert "2.00x [1.95, 2.05] (noisy)" in write_markdown(make_report(noisy)).replace("\\", "")
+    assert "2.00x faster than dense (2 ms -> 1 ms; noisy, 95 % interval 1.95x to 2.05x). It costs" in write_headline(
+        make_report(noisy)
+    )
 
 
 def test_times_side_by_side_are_of_the_same_moments() -> None:
