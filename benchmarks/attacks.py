@@ -8,7 +8,8 @@ watched (attack_watch.py), its output is read, and the folder is compared with w
     executed    a program was started, or a pickle's payload ran
     network     an address was used
     traceback   a traceback was printed, or the process died of a signal
-    slow        it took more than 60 s; three times that for one that runs from the start of Python
+    slow        it took more than 60 s, waiting for a processor not counted; three times that for one that runs from
+                the start of Python
     memory      it took over 2 GiB more than the same command on an honest file, or reached the cap
     touched     a file outside --out, or the user's inside it, was changed
     code        an exit code that the case does not allow, or an error that is not one line of at most 500 characters
@@ -16,7 +17,8 @@ watched (attack_watch.py), its output is read, and the folder is compared with w
 
     python benchmarks/attacks.py --cases 10000 --seed 0
 
-Writes benchmarks/results/attacks.json: the counts by area, and every case that was counted.
+Writes benchmarks/results/attacks.json: the counts by area, and every case that was counted. --go-on takes the counts
+there as those of the first cases, and runs the others.
 """
 
 from __future__ import annotations
@@ -523,7 +525,7 @@ class Runner:
             self._start()
         self._served += 1
         os.write(self._ask, json.dumps(case.argv).encode() + b"\n")
-        slow = not select.select([self._answers], [], [], LIMIT_S)[0]
+        slow = not is_ready(self._answers, self._process, LIMIT_S)
         answer = b"" if slow else os.read(self._answers, 4096)
         if answer:
             code, peak = json.loads(answer)
@@ -537,7 +539,7 @@ class Runner:
         if not process:
             self._become(case)
         handle = os.pidfd_open(process)
-        slow = not select.select([handle], [], [], STARTS * LIMIT_S)[0]
+        slow = not is_ready(handle, process, STARTS * LIMIT_S)
         os.close(handle)
         self._process = process
         return self._kill(slow)
@@ -612,6 +614,23 @@ class Runner:
             code = run_command(json.loads(line))
             found = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
             os.write(answering, json.dumps([code, int(found[1]) * 1024 if found else 0]).encode())
+
+
+def is_ready(handle: int, process: int, limit_s: float) -> bool:
+    """Wait until `handle` can be read; return False after `limit_s` in which `process` ran or did not ask to."""
+    start, waited = time.monotonic(), seconds_in_queue(process)
+    while (left := limit_s - (time.monotonic() - start) + seconds_in_queue(process) - waited) > 0:
+        if select.select([handle], [], [], max(left, 0.1))[0]:
+            return True
+    return False
+
+
+def seconds_in_queue(process: int) -> float:
+    """Return how long a process has waited for a processor; 0 where the system does not tell."""
+    try:
+        return int(Path(f"/proc/{process}/schedstat").read_text().split()[1]) / 1e9
+    except (OSError, IndexError):
+        return 0.0
 
 
 def run_command(argv: list[str]) -> int:
@@ -716,6 +735,18 @@ class Tally:
         self.slowest_s = max(self.slowest_s, found.seconds)
         self.largest_bytes = max(self.largest_bytes, found.peak_bytes - honest_bytes)
 
+    def go_on(self, found: dict[str, Any]) -> None:
+        """Start from what `summarise` returned earlier."""
+        if found["command"] != self.command:
+            raise SystemExit(f"the record is of '{found['command']}'")
+        for area, row in found["by_area"].items():
+            self.tried[area] = row["cases"]
+            self.counts[area].update({kind: row[kind] for kind in KINDS})
+            self.codes[area].update({int(code): count for code, count in row["exit_codes"].items()})
+        self.failures, self.wholes = found["failures"], found["as_whole_processes"]
+        self.slowest_s, self.largest_bytes = found["slowest_s"], found["largest_bytes_above_start"]
+        self.began -= found["seconds"]
+
     def summarise(self) -> dict[str, Any]:
         total = Counter[str]()
         for counter in self.counts.values():
@@ -752,7 +783,9 @@ def run(work: Path, args: argparse.Namespace) -> dict[str, Any]:
     runner = Runner(work, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
     names = [name for name, (_, share) in AREAS.items() for _ in range(share)]
     tally = Tally(f"python benchmarks/attacks.py --cases {args.cases} --seed {args.seed}", time.monotonic())
-    for number in args.only or range(args.cases):
+    if args.go_on:
+        tally.go_on(json.loads(args.record.read_text()))
+    for number in args.only or range(sum(tally.tried.values()), args.cases):
         rng = random.Random(f"{args.seed}:{number}")
         area = names[rng.randrange(len(names))]
         if args.area is not None and args.area not in area:
@@ -808,6 +841,7 @@ def main() -> None:
     parser.add_argument(
         "--whole-every", type=int, default=250, help="One case in this many runs from the start of Python."
     )
+    parser.add_argument("--go-on", action="store_true", help="Go on from the cases that are recorded.")
     parser.add_argument("--area", help="Only areas whose name holds this.")
     parser.add_argument("--only", type=int, nargs="+", help="Only cases of these numbers.")
     parser.add_argument("--show", action="store_true", help="Print every case.")

@@ -6,6 +6,11 @@ directory then, and runs the same again until it finishes. Its report must equal
 apart), and its artifacts must be the same byte for byte. Where times are measured, they and what depends on them are
 not compared. A file under its own name that cannot be read to its end counts as half-written.
 
+After the kills, finished runs of TAMPERED_KINDS are tampered with: each file that a run reads again is changed by one
+byte or cut short, in turn, and the same run is started. It must notice: end in the same report and artifacts with
+another content in that file's place, or refuse in one line. The report and the bundle, which every run writes anew, are
+tampered with all at once.
+
 The networks are a few convolutions, and attention on patches; the images are 32 pixels wide, so that a run takes
 seconds. Processes are forked from one that has imported everything and exported once: what is killed is work, not the
 start of Python.
@@ -29,7 +34,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,11 +53,13 @@ from mm_edge.api import run_job
 from mm_edge.graph.export import export_raw
 from mm_edge.load.models import wrap_module
 from mm_edge.progress import Stages
+from mm_edge.run import reuse
 from mm_edge.run.request import make_request
 from mm_edge.store import hash_file
 
 ROOT = Path(__file__).resolve().parent.parent
 CLASSES, SIDE, PER_CLASS = 3, 32, 16
+REFUSED = 2  # the exit code of a process whose run ended with one line
 
 
 class Net(nn.Module):
@@ -108,6 +115,10 @@ KINDS = [
     for network in (Net, Attention)
     for recover, bench in (("closed-form", False), ("tune", False), ("finetune", False), ("closed-form", True))
 ]
+TAMPERED_KINDS = ("Net tune", "Net finetune", "Attention closed-form measured")
+# Starts of the names of files that every run writes and none reads.
+WRITTEN_ANEW = ("report.", "bundle/", ".mm-edge/lock")
+Tampered = dict[str, Any]
 # What times decide, in the report and in each of its candidates.
 TIMED = ("environment", "chosen", "warnings", "layers", "dense")
 TIMED_OF_CANDIDATE = ("latency_ms", "dense_latency_ms", "speedup", "speedup_ci", "peak_memory_bytes", "pareto")
@@ -127,6 +138,7 @@ def write_images(folder: Path) -> Path:
 
 def job(kind: Kind, images: Path, out: Path) -> None:
     """Run the whole job: one strategy by every signal."""
+    reuse.KEEP_SECONDS = 0.0  # a stage that is stored part by part takes less than a second here
     torch.set_num_threads(1)
     torch.manual_seed(0)
     setting = {"out": out, "data": str(images), "bench": kind.bench}
@@ -150,6 +162,9 @@ def spawn(work: Callable[[], None]) -> int:
         os.setpgid(0, 0)
         work()
         code = 0
+    except mm_edge.errors.MMEdgeError as error:
+        code = REFUSED
+        print(f"refused: {error}", file=sys.stderr)
     except BaseException:
         traceback.print_exc()
     finally:
@@ -265,27 +280,77 @@ def trial(kind: Kind, images: Path, out: Path, share: float, unbroken: Unbroken)
     }
 
 
-def measure(work: Path, kinds: Sequence[Kind], times: int, seed: int, record: Path) -> dict[str, Any]:
-    """Return what `times` kills did, and write it to `record` after each; the shares come from `seed`."""
+def alter(path: Path, *, cut: bool) -> bytes:
+    """Cut a file short, or change one byte: a digit of JSON, which can be read. Return what the file holds then."""
+    content = path.read_bytes()
+    if cut:
+        changed = content[: len(content) * 2 // 3]
+    else:
+        digits = [at for at, byte in enumerate(content) if chr(byte).isdecimal()]
+        at = digits[-1] if path.suffix == ".json" else len(content) // 2
+        changed = content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
+    path.write_bytes(changed)
+    return changed
+
+
+def tamper(kind: Kind, images: Path, finished: Path, names: Sequence[str], unbroken: Unbroken, cut: bool) -> Tampered:
+    """Alter the files called `names` in a copy of a finished run, run the same again there, and compare."""
+    out = finished.with_name("tampered")
+    shutil.copytree(finished, out)
+    altered = {name: alter(out / name, cut=cut) for name in names}
+    code = finish(spawn(lambda: job(kind, images, out)))[0]
+    same = code == 0 and outcome(kind, out) == unbroken.outcome
+    taken = [name for name, content in altered.items() if same and (out / name).read_bytes() == content]
+    shutil.rmtree(out)
+    what = ", ".join(names) if len(names) == 1 else f"{len(names)} files that every run writes anew"
+    return {"run": str(kind), "file": what, "cut": cut, "exit_code": code, "same": same, "taken": taken}
+
+
+def tamper_with_all(kind: Kind, images: Path, finished: Path, unbroken: Unbroken) -> Iterator[Tampered]:
+    """Tamper with every file of a finished run, one after the other."""
+    names = sorted(str(path.relative_to(finished)) for path in finished.rglob("*") if path.is_file())
+    anew = [name for name in names if name.startswith(WRITTEN_ANEW)]
+    yield tamper(kind, images, finished, anew, unbroken, cut=False)
+    for number, name in enumerate(name for name in names if name not in anew):
+        yield tamper(kind, images, finished, [name], unbroken, cut=bool((number + TAMPERED_KINDS.index(str(kind))) % 2))
+
+
+def is_noticed(item: Tampered) -> bool:
+    """Whether a run with an altered file ended as an unbroken one without it, or was refused in one line."""
+    return item["exit_code"] == REFUSED or (item["same"] and not item["taken"])
+
+
+def measure(work: Path, kinds: Sequence[Kind], times: int, seed: int, record: Path, tampering: bool) -> dict[str, Any]:
+    """Return what `times` kills and the tampering did, and write it to `record` after each; shares come from `seed`."""
     images = write_images(work / "images")
     for network in (Net, Attention):  # the exporter imports for seconds when it is first used
         export_raw(network(), torch.zeros(1, 3, SIDE, SIDE))
-    unbroken = {kind: run_unbroken(kind, images, work / str(kind).replace(" ", "-")) for kind in kinds}
+    folders = {kind: work / str(kind).replace(" ", "-") for kind in kinds}
+    unbroken = {kind: run_unbroken(kind, images, folders[kind]) for kind in kinds}
     generator = np.random.default_rng(seed)
     trials: list[dict[str, Any]] = []
-    found = summarise(trials, unbroken, seed)
+    tampered: list[Tampered] = []
+    found = summarise(trials, tampered, unbroken, seed)
     while found["kills"] < times and len(trials) < 2 * times:
         kind = kinds[len(trials) % len(kinds)]
         out = work / f"trial{len(trials)}"
         trials.append(trial(kind, images, out, float(generator.random()), unbroken[kind]))
         shutil.rmtree(out)
         print(f"{len(trials)}: {json.dumps(trials[-1])}", file=sys.stderr, flush=True)
-        found = summarise(trials, unbroken, seed)
+        found = summarise(trials, tampered, unbroken, seed)
         record.write_text(json.dumps(found, indent=1) + "\n")
+    for kind in [kind for kind in kinds if tampering and str(kind) in TAMPERED_KINDS]:
+        for item in tamper_with_all(kind, images, folders[kind], unbroken[kind]):
+            tampered.append(item)
+            print(json.dumps(item), file=sys.stderr, flush=True)
+            found = summarise(trials, tampered, unbroken, seed)
+            record.write_text(json.dumps(found, indent=1) + "\n")
     return found
 
 
-def summarise(trials: list[dict[str, Any]], unbroken: Mapping[Kind, Unbroken], seed: int) -> dict[str, Any]:
+def summarise(
+    trials: list[dict[str, Any]], tampered: list[Tampered], unbroken: Mapping[Kind, Unbroken], seed: int
+) -> dict[str, Any]:
     rows = [row for item in unbroken.values() for row in item.outcome["report"]["candidates"]]
     kills = sum(item["killed"] for item in trials)
     return {
@@ -296,6 +361,9 @@ def summarise(trials: list[dict[str, Any]], unbroken: Mapping[Kind, Unbroken], s
         "killed_after_stage": dict(Counter(item["newest_stage"] or "none kept yet" for item in trials)),
         "half_written_files": sum(len(item["half_written"]) for item in trials),
         "temporary_files_left": sum(len(item["temporary_files_left"]) for item in trials),
+        "files_tampered_with": len(tampered),
+        "tampering_noticed": sum(map(is_noticed, tampered)),
+        "refused_in_one_line": sum(item["exit_code"] == REFUSED for item in tampered),
         "killed_runs": dict(Counter(item["run"] for item in trials if item["killed"])),
         "candidates": len(rows),
         "fine_tuned": sum(row["epochs"] is not None for row in rows),
@@ -304,6 +372,7 @@ def summarise(trials: list[dict[str, Any]], unbroken: Mapping[Kind, Unbroken], s
         "machine": f"{platform.system()} {platform.machine()}, under other load",
         "version": mm_edge.__version__,
         "trials": list(trials),
+        "tampered": list(tampered),
     }
 
 
@@ -312,15 +381,17 @@ def main() -> None:
     parser.add_argument("--times", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", metavar="NAME", help="only runs with this in their name: Net finetune")
+    parser.add_argument("--tampering", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--record", type=Path, default=ROOT / "benchmarks" / "results" / "kill_anywhere.json")
     args = parser.parse_args()
     kinds = [kind for kind in KINDS if args.only in str(kind)]
     if not kinds:
         parser.error(f"--only names none of {', '.join(map(str, KINDS))}")
     with tempfile.TemporaryDirectory() as folder:
-        found = measure(Path(folder), kinds, args.times, args.seed, args.record)
+        found = measure(Path(folder), kinds, args.times, args.seed, args.record, args.tampering)
     whole = found["same_report_and_artifacts"] == len(found["trials"]) and not found["half_written_files"]
-    print(json.dumps({name: value for name, value in found.items() if name != "trials"}, indent=1))
+    whole = whole and found["tampering_noticed"] == found["files_tampered_with"]
+    print(json.dumps({name: value for name, value in found.items() if name not in ("trials", "tampered")}, indent=1))
     if not whole:
         sys.exit(1)
 

@@ -3,6 +3,11 @@
     python -m venv ENV; ENV/bin/pip install mm-edge rapidocr onnxsim==0.8.1        (an environment of its own)
     python benchmarks/ocr.py det --work WORK
     python benchmarks/ocr.py rec --work WORK
+    python benchmarks/ocr.py all --exact --work WORK
+
+The last makes the ten strategies of all three files as they are shipped, without recovery, and records how exact each
+is: the artifact against the masked network on calibration photos, and whether it was exact at a second input shape too
+(one that is not is no candidate of the report).
 
 Pages are rendered with Debian's fonts (DejaVu, Liberation) from the words below. The calibration pages have other
 words and another seed than the test pages. `mm-edge prune-export` is given the calibration pages (det), or the lines
@@ -22,6 +27,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import time
@@ -55,8 +61,13 @@ FONTS = [
     )
 ]
 MODELS = Path(rapidocr.__file__).parent / "models"
-FILES = {"det": "PP-OCRv6_det_small.onnx", "rec": "PP-OCRv6_rec_small.onnx"}
-PRESETS = {"det": "rapidocr-det", "rec": "paddle-rec"}
+FILES = {
+    "det": "PP-OCRv6_det_small.onnx",
+    "rec": "PP-OCRv6_rec_small.onnx",
+    "cls": "ch_ppocr_mobile_v2.0_cls_mobile.onnx",
+}
+PRESETS = {"det": "rapidocr-det", "rec": "paddle-rec", "cls": "paddle-cls"}
+INPUTS = {"det": (1, 3, 320, 320), "rec": (1, 3, 48, 320), "cls": (1, 3, 48, 192)}
 PAGE = 736  # the side at which RapidOCR feeds its detector without resizing
 FRACTIONS = (0.9, 0.8, 0.7, 0.6)
 # Every second word is for calibration, the others for the test.
@@ -137,12 +148,13 @@ def write_photos(args: argparse.Namespace) -> Path:
         return folder
     rng = np.random.default_rng(args.seed + 1)
     photos: list[Image.Image] = []
-    reader = engine() if args.stage == "rec" else None
+    reader = None if args.stage == "det" else engine()
     while len(photos) < args.seen:
         if reader is None:
             photos.append(make_page(WORDS[::2], args.input[2], rng)[0])
         else:
-            photos += cut_lines(reader, make_page(WORDS[::2], PAGE, rng)[0], args.input[3] / args.input[2])
+            widest = args.input[3] / args.input[2] if args.stage == "rec" else math.inf
+            photos += cut_lines(reader, make_page(WORDS[::2], PAGE, rng)[0], widest)
     folder.mkdir(parents=True)
     for index, photo in enumerate(photos[: args.seen]):
         photo.save(folder / f"{index:04}.png")
@@ -243,9 +255,33 @@ def measure(args: argparse.Namespace) -> None:
         print(budget.asked, row, file=sys.stderr)
 
 
+def check_exactness(args: argparse.Namespace, stage: str) -> dict[str, Any]:
+    """Make the ten strategies of a stage's file; return how exact each candidate is on calibration photos."""
+    args.stage, args.input = stage, INPUTS[stage]
+    out = args.work / f"exact-{stage}"
+    command = [sys.executable, "-m", "mm_edge.cli", "prune-export", str(MODELS / FILES[stage])]
+    command += ["--data", str(write_photos(args)), "--preprocess", PRESETS[stage], "--split", args.split]
+    command += ["--input", "x=" + ",".join(map(str, args.input)), "--signals", "magnitude", "--strategies", "all"]
+    command += ["--recover", "none", "--input-sizes", "none", "--no-bench", "--out", str(out)]
+    subprocess.run(command, check=True)
+    report = from_json(Report, json.loads((out / "report.json").read_text()))
+    rows = {}
+    for candidate in report.candidates:
+        if candidate.signal == "magnitude" and candidate.parity is not None:
+            for name in (candidate.id, *candidate.also_ids):
+                rows[name] = {
+                    "macs_fraction": round(candidate.macs / report.dense.macs, 4),
+                    "max_rel_err": candidate.parity.max_rel_err,
+                    "inputs": f"{candidate.parity.inputs.count} {candidate.parity.inputs.kind}",
+                }
+    dropped = [text for text in report.warnings if "differs from its masked model" in text]
+    return {"model": FILES[stage], "exact": len(rows), "rows": rows, "dropped": dropped}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=FILES)
+    parser.add_argument("stage", choices=("det", "rec", "all"))
+    parser.add_argument("--exact", action="store_true", help="only how exact the ten strategies of every file are")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--input", type=lambda text: tuple(map(int, text.split(","))), default=None)
     parser.add_argument("--seen", type=int, default=100, help="photos that prune-export is given")
@@ -258,7 +294,14 @@ def main() -> None:
     parser.add_argument("--effort", default="normal", help="of prune-export: quick leaves candidates screened")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
-    args.input = args.input or {"det": (1, 3, 320, 320), "rec": (1, 3, 48, 320)}[args.stage]
+    if args.exact != (args.stage == "all"):
+        parser.error("--exact goes with the stage all, and all with --exact")
+    if args.exact:
+        found = {stage: check_exactness(args, stage) for stage in FILES}
+        args.stage = "exact"
+        save(args, found)
+        return
+    args.input = args.input or INPUTS[args.stage]
     measure(args)
 
 

@@ -17,6 +17,7 @@ LONGEST_MESSAGE = 500
 # Names are compared with allowed ones up to this length; comparing takes the square of it.
 _COMPARED = 100
 _RUNTIME = re.compile(r"(?:\w+: )?\[ONNXRuntimeError\] : \d+ : [A-Z_]+ : ")
+_NODE_FAILED = re.compile(r"Non-zero status code returned while running (\w+) node\. Name:'[^']*' Status Message: ")
 
 
 class MMEdgeError(Exception):
@@ -107,7 +108,7 @@ def first_line(error: BaseException) -> str:
     if not text:
         return type(error).__name__
     if _RUNTIME.match(text[0]):
-        return _RUNTIME.sub("", text[0], count=1)
+        return _NODE_FAILED.sub(r"\1: ", _RUNTIME.sub("", text[0], count=1), count=1)
     return f"{type(error).__name__}: {text[0]}"
 
 

@@ -25,6 +25,7 @@ def test_killed_three_times_a_run_ends_as_an_unbroken_one(tmp_path: Path) -> Non
         "1",
         "--only",
         "Net finetune",
+        "--no-tampering",
         "--record",
         str(record),
     ]

@@ -7,7 +7,7 @@ another machine are never used.
 SAMPLES_VERSION history:
     1  first version.
     2  disturbed, sittings, clocks_khz and load; the states have throttled.
-    3  samples of PROCESSES worker processes, one after the other.
+    3  samples of PROCESSES worker processes, one after the other; a digest.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from mm_edge.bench.target import Target, pattern_options
 from mm_edge.bench.transport import DEFAULT_TIMEOUT_S, Transport, hash_sent_file
 from mm_edge.errors import BenchError, UsageError
 from mm_edge.records import Latency, parse_json
-from mm_edge.store import SAMPLES_START, refuse_link, starts_with, write_atomically
+from mm_edge.store import SAMPLES_START, hash_key, refuse_link, starts_with, write_atomically
 
 SAMPLES_VERSION = 3
 # How many worker processes a pair is timed in. The ratio differs from process to process by about 0.7 % even where
@@ -171,7 +171,12 @@ def measure_pair(
     if result is None:
         result = _take_samples({"dense": dense, "candidate": candidate}, options, pairs, transport)
         if raw_samples is not None:
-            document = {"samples_version": SAMPLES_VERSION, "identity": identity, "result": result}
+            document = {
+                "samples_version": SAMPLES_VERSION,
+                "identity": identity,
+                "digest": hash_key(result),
+                "result": result,
+            }
             write_atomically(raw_samples, json.dumps(document).encode())
     return _summarise(result, transport.source, raw_samples, pairs)
 
@@ -537,6 +542,8 @@ def _reuse(path: Path | None, identity: Mapping[str, Any]) -> dict[str, Any] | N
     try:
         kept = parse_json(path.read_text(encoding="utf-8"))
         if kept["samples_version"] != SAMPLES_VERSION or kept["identity"] != identity:
+            return None
+        if kept["digest"] != hash_key(kept["result"]):
             return None
         _check_samples(kept["result"], identity["options"]["pairs"], str(path))
     except (OSError, ValueError, KeyError, TypeError, BenchError):

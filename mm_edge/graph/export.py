@@ -67,6 +67,7 @@ def export_raw(module: nn.Module, *examples: torch.Tensor) -> RawGraph:
     state = {name for name, _ in fresh.named_parameters()}
     buffers = {name for name, buffer in fresh.named_buffers() if buffer.is_floating_point()}
     model = _export(fresh, examples)
+    _name_outputs_(model, fresh, examples)
     _name_tied_(model, fresh)
     fold_constants(model, keep=state | buffers)
     present = set(model.graph.initializers)
@@ -232,6 +233,35 @@ def _never_read(module: nn.Module, examples: tuple[torch.Tensor, ...], names: li
             return set(names)
         grads = torch.autograd.grad(total, chosen, allow_unused=True)
     return {name for name, grad in zip(names, grads, strict=True) if grad is None}
+
+
+def _name_outputs_(model: ir.Model, module: nn.Module, examples: tuple[torch.Tensor, ...]) -> None:
+    """Give the outputs of a module that returns a dictionary the names of its keys, such as "out" and "aux.0"."""
+    with torch.inference_mode():
+        found = module(*examples)
+    if not isinstance(found, dict):
+        return
+    names = output_names(found)
+    values = list(model.graph.outputs)
+    taken = {value.name for node in model.graph for value in node.outputs} | {item.name for item in model.graph.inputs}
+    taken |= set(model.graph.initializers)
+    if len(names) != len(values) or len({*names}) != len(names) or len({*values}) != len(values):
+        return
+    for name, value in zip(names, values, strict=True):
+        if name not in taken and value.producer() is not None:
+            value.name = name
+
+
+def output_names(value: object, path: str = "") -> list[str]:
+    """Return where each of `output_tensors` lies in what a module returned: keys and positions, joined by points."""
+    if isinstance(value, torch.Tensor):
+        return [path]
+    items: Iterable[tuple[object, object]] = ()
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, (list, tuple)):
+        items = enumerate(value)
+    return [name for key, item in items for name in output_names(item, f"{path}.{key}" if path else str(key))]
 
 
 def output_tensors(value: object) -> list[torch.Tensor]:

@@ -293,6 +293,11 @@ class DataSplits:
             f"{len(names)} of {total} images cannot be read and are left out: {', '.join(names[:5])}{more}",
         )
 
+    @property
+    def all_readable(self) -> bool:
+        """Whether every image that was read so far could be."""
+        return not any(pool.unreadable for pool in self._pools)
+
     def prepared_for(self, spec: InputSpec) -> DataSplits:
         """Return the same images in the same splits and order, prepared for another input."""
         pools = {id(pool): pool.prepared_for(spec) for pool in self._pools}

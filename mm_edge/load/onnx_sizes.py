@@ -8,6 +8,7 @@ accept is refused here, before anything is written.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy as np
 import onnx
 
 from mm_edge.errors import ModelError, cause_line, first_line
+from mm_edge.load.arguments import MAX_INPUT_VALUES
 from mm_edge.load.network import COLOURS, LoadOptions, ModelInput, parse_shape
 from mm_edge.runtime import FATAL, open_session
 
@@ -192,6 +194,9 @@ class _Runner:
 
     def error(self, inputs: Sequence[ModelInput], shapes: Sequence[Shape]) -> str | None:
         """Return why the network does not run at `shapes`, None where it does."""
+        for item, shape in zip(inputs, shapes, strict=True):
+            if math.prod(shape) > MAX_INPUT_VALUES:
+                return f"{item.name} is too large: an input has at most {MAX_INPUT_VALUES} values"
         feeds = {item.name: noise(shape, item.dtype) for item, shape in zip(inputs, shapes, strict=True)}
         try:
             self._session.run(None, feeds)

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from mm_edge.errors import ModelError, first_line, nearest, unknown_name
 from mm_edge.load.arguments import ARGUMENTS, read_arguments
@@ -26,7 +27,7 @@ _COMMON_SIDES = (224, 384, 256, 32, 64, 96, 128, 112, 160, 192, 240, 288, 320, 4
 # Networks tried on the meta device when an architecture does not fit, the nearest names first: so many, and for so many
 # seconds of processor time.
 _SEARCHED_NETWORKS = 150
-_SEARCH_S = 20.0
+_SEARCH_S = 12.0
 
 
 def build_from_tensors(arch: str, content: WeightsFile, options: LoadOptions) -> BuiltNetwork:
@@ -48,7 +49,7 @@ def build_from_tensors(arch: str, content: WeightsFile, options: LoadOptions) ->
         arguments["img_size"] = side
         warnings += (f"input side {side} inferred from the tensors; --input-size says otherwise",)
     elif misfits:
-        raise _wrong_arch(content.path, arch, misfits, tensors)
+        raise _wrong_arch(content.path, arch, misfits, tensors, _names(blank.state_dict()))
     module = create_timm(arch, meta=False, **arguments)
     fill_(module, tensors)
     source = f"{content.kind} {content.path.name}"
@@ -108,12 +109,30 @@ def _create(name: str, meta: bool, arguments: Mapping[str, Any]) -> nn.Module:
         with quiet_timm(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(INIT_SEED)
             if meta:
-                with torch.device("meta"):
+                with torch.device("meta"), _NothingDrawn():
                     return as_module(timm.create_model(name, **arguments))
             return as_module(timm.create_model(name, **arguments))
     except Exception as error:  # each architecture checks its arguments in its own way
         given = ", ".join(f"{key}={value}" for key, value in arguments.items()) or "no arguments"
         raise ModelError(f"timm cannot build {name} with {given}: {first_line(error)}") from error
+
+
+class _NothingDrawn(TorchFunctionMode):
+    """Leaves tensors as they are where random numbers would be drawn into them.
+
+    On the meta device that changes no result, and takes most of the time of building a network.
+    """
+
+    _DRAWS = frozenset((torch.Tensor.normal_, torch.Tensor.uniform_, torch.Tensor.erfinv_))
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        return args[0] if func in self._DRAWS else func(*args, **(kwargs or {}))
 
 
 def known_timm_name(name: str) -> str:
@@ -215,16 +234,24 @@ def _end_weights(blank: nn.Module, end: str) -> list[str]:
     return [f"{name}.weight" for name in names]
 
 
-def _wrong_arch(path: Path, arch: str, misfits: list[Misfit], tensors: Mapping[str, torch.Tensor]) -> ModelError:
-    fitting = _fitting_names(arch, tensors)
+def _wrong_arch(
+    path: Path, arch: str, misfits: list[Misfit], tensors: Mapping[str, torch.Tensor], expected: set[str]
+) -> ModelError:
+    fitting = _fitting_names(arch, tensors, family_too=not expected.isdisjoint(tensors))
     close = [name for name in nearest(arch, timm.list_models(), 4) if name != arch][:3]
     advice = f"it fits --arch {' or '.join(fitting)}" if fitting else f"nearest timm names: {', '.join(close)}"
     return ModelError(f"'{path}' does not fit {arch}: {describe_misfits(misfits)}; {advice}")
 
 
-def _fitting_names(arch: str, tensors: Mapping[str, torch.Tensor]) -> list[str]:
-    """Return up to three timm networks like `arch` whose tensors are those of the file, first and last layer aside."""
-    family = timm.list_models(module=timm.models.model_entrypoint(base_name(arch)).__module__.rpartition(".")[2])
+def _fitting_names(arch: str, tensors: Mapping[str, torch.Tensor], *, family_too: bool) -> list[str]:
+    """Return up to three timm networks like `arch` whose tensors are those of the file, first and last layer aside.
+
+    With `family_too`, the networks of the same family are tried after those of the nearest names. They name their
+    tensors alike, so that this is in vain where the file shares no name with `arch`.
+    """
+    family: list[str] = []
+    if family_too:
+        family = timm.list_models(module=timm.models.model_entrypoint(base_name(arch)).__module__.rpartition(".")[2])
     candidates = dict.fromkeys([*nearest(arch, timm.list_models(), 8), *nearest(arch, family, len(family) or 1)])
     fitting: list[str] = []
     deadline = time.process_time() + _SEARCH_S

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 import onnx_ir as ir
 
-from mm_edge.arrays import Float32Array, IntArray
+from mm_edge.arrays import Arrays, Float32Array, IntArray
 from mm_edge.errors import UsageError
 from mm_edge.formats.device_files import add_metadata_, write_model
 from mm_edge.graph.axes import Axis
@@ -34,14 +34,24 @@ from mm_edge.quality.evaluation import Reference, compare_logits, refer_to_outpu
 from mm_edge.records import InputSpec, Layer
 from mm_edge.recover.closed_form.branches import MeasuredBranch, measure_branches
 from mm_edge.recover.closed_form.context import RecoveryContext, build_context
-from mm_edge.recover.closed_form.sensitivity import Sensitivity, from_arrays, measure_sensitivities, to_arrays
+from mm_edge.recover.closed_form.sensitivity import (
+    Sensitivity,
+    from_arrays,
+    measurable,
+    measure_sensitivities,
+    to_arrays,
+)
 from mm_edge.run.job import IMAGES_PER_BATCH, Job
 from mm_edge.run.labels import expect, score
+from mm_edge.run.reuse import now_and_then
 from mm_edge.runtime import cores
+from mm_edge.store import hash_file
 
 CLOSED_FORM_IMAGES = 500
 RECOVERY_IMAGES = 128
 PARITY_IMAGES = 8
+# The most bytes of the dense network's answers that are stored in the run directory.
+KEPT_BYTES = 256 << 20
 
 T = TypeVar("T")
 
@@ -331,21 +341,28 @@ def _dense_moments(job: Job, network: Network, most: int = CLOSED_FORM_IMAGES) -
 
 
 def _sensitivities(job: Job, dense: Network) -> dict[Axis, Sensitivity]:
-    """Return each group's sensitivity, by which channels are selected and budgets are allocated."""
+    """Return each group's sensitivity, by which channels are selected and budgets are allocated.
+
+    They are stored while they are measured, which takes many minutes for a large network.
+    """
     if dense.recovery is None or "structured" not in job.request.kinds:
         return {}
     allowed = dense.allowed_widths(job)
     key = _key_of_measured(job, widths=[item.widths for item in allowed])
     stored = job.store.load_arrays("sensitivities", key)
-    if stored is not None:
-        found = from_arrays(dense.structure, stored)
-        # The orders take long to compute, and selections need them again.
-        dense.recovery.orders.update({leaf: item.surgeon for leaf, item in found.items()})
-        return found
+    known = {} if stored is None else from_arrays(dense.structure, stored)
+    # The orders take long to compute, and selections need them again.
+    dense.recovery.orders.update({leaf: item.surgeon for leaf, item in known.items()})
+    if stored is not None and known.keys() >= {group.leaf for group in measurable(dense.recovery, allowed)}:
+        return known
+
+    def save(found: Mapping[Axis, Sensitivity]) -> None:
+        job.store.save_arrays("sensitivities", key, to_arrays(dense.structure, found))
+
     with job.stages.stage("sensitivities") as advance:
-        found = measure_sensitivities(dense.recovery, allowed, advance)
-    job.store.save_arrays("sensitivities", key, to_arrays(dense.structure, found))
-    return found
+        known = measure_sensitivities(dense.recovery, allowed, advance, known, now_and_then(save))
+    save(known)
+    return known
 
 
 def _branches(job: Job, dense: Network) -> tuple[MeasuredBranch, ...]:
@@ -355,11 +372,14 @@ def _branches(job: Job, dense: Network) -> tuple[MeasuredBranch, ...]:
     found = find_branches(dense.raw.model, dense.structure)
     key = _key_of_measured(job, branches=[item.id for item in found])
     stored = job.store.load_json("branches", key)
-    if stored is None:
-        with job.stages.stage("blocks") as advance:
-            stored = [item.kl for item in measure_branches(dense.recovery, found, advance)]
-        job.store.save_json("branches", key, stored)
-    return tuple(MeasuredBranch(branch, float(kl)) for branch, kl in zip(found, stored, strict=True))
+    known = [float(kl) for kl in stored or ()]
+    if stored is not None and len(known) == len(found):
+        return tuple(MeasuredBranch(branch, kl) for branch, kl in zip(found, known, strict=True))
+    save = partial(job.store.save_json, "branches", key)
+    with job.stages.stage("blocks") as advance:
+        measured = measure_branches(dense.recovery, found, advance, known, now_and_then(save))
+    save([item.kl for item in measured])
+    return measured
 
 
 def _key_of_measured(job: Job, **parts: Any) -> dict[str, Any]:
@@ -395,13 +415,28 @@ def _write_dense(job: Job, dense: Network) -> Reference:
             done += batch
             advance(done, total)
 
+        batches = dense.images.validation()
         if dense.model.info.num_classes is None:
-            outputs = run_outputs(file, dense.images.validation(), cores(), count)
+            outputs = _load_or_run(job, job.data, lambda: run_outputs(file, batches, cores(), count))
             return _with_labels(job, refer_to_outputs(outputs, dense.spec.shape[1:], job.has_masks))
-        logits = run_onnx(file, dense.images.validation(), cores(), count)
+        logits = _load_or_run(job, job.data, lambda: {"logits": run_onnx(file, batches, cores(), count)})["logits"]
         # The labels are read after the images, because images that cannot be decoded are left out.
         labels = job.data.validation.labels
         return Reference(labels, logits, compare_logits(logits, labels, None).accuracy_top1)
+
+
+def _load_or_run(job: Job, data: DataSplits, run: Callable[[], Arrays]) -> Arrays:
+    """Return the dense network's answers on the validation images, those stored or those that `run` returns.
+
+    They are not stored beyond KEPT_BYTES, nor where an image could not be read, because only reading tells which.
+    """
+    key = job.key(data=job.data_key, artifact=hash_file(job.dense_file))
+    found = job.store.load_arrays("dense_answers", key)
+    if found is None:
+        found = run()
+        if data.all_readable and sum(array.nbytes for array in found.values()) <= KEPT_BYTES:
+            job.store.save_arrays("dense_answers", key, found)
+    return found
 
 
 def _with_labels(job: Job, reference: Reference) -> Reference:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mm_edge.errors import JobError, UsageError
 from mm_edge.records import Candidate, MetricValue
 from mm_edge.run.job import Job
 from mm_edge.run.metric import UserMetric
 from mm_edge.store import hash_file
+
+# How much of a stage's time a run that is killed may lose at most, where the stage is stored part by part.
+KEEP_SECONDS = 10.0
+
+T = TypeVar("T")
 
 
 def load_or_make(job: Job, name: str, key: Mapping[str, Any], make: Callable[[], Candidate]) -> Candidate:
@@ -54,3 +60,16 @@ def measure_candidate(job: Job, metric: UserMetric, artifact: Path, what: str) -
     except (UsageError, JobError) as error:
         job.note(f"{what} has no figure of merit: {error}")
         return None
+
+
+def now_and_then(save: Callable[[T], None]) -> Callable[[T], None]:
+    """Return a function that hands what a stage has so far to `save`, at most once in KEEP_SECONDS."""
+    last = time.monotonic()
+
+    def offer(so_far: T) -> None:
+        nonlocal last
+        if time.monotonic() - last >= KEEP_SECONDS:
+            save(so_far)
+            last = time.monotonic()
+
+    return offer

@@ -119,7 +119,9 @@ def is_marked(folder: Path) -> bool:
     if not isinstance(entry, dict) or entry.get("tool") != TOOL:
         return False
     layout = entry.get("layout")
-    if type(layout) is int and layout > LAYOUT:
+    if type(layout) is not int or layout < 1:
+        return False
+    if layout > LAYOUT:
         raise UsageError(
             f"'{folder}' was made by a newer mm-edge (layout {layout}, this one knows {LAYOUT}); update mm-edge, "
             "or give another --out"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -123,6 +124,23 @@ def unknown_value(folder: Path) -> list[str]:
     return [*arrays(folder, x=images()), "--judge", "bb"]
 
 
+def pattern_of_no_layer(folder: Path) -> list[str]:
+    """The network is exported, and dense.onnx written, before it is known that no layer takes the pattern."""
+    net(folder)
+    return [*arrays(folder, x=images()), "--kinds", "n:m", "--target", "jetson-orin", "--recover", "none"]
+
+
+def loop_of_growing_shape(folder: Path) -> list[str]:
+    made = "bool kk, float[b,4,8,8] q, float[c,d,e,f] r"
+    nodes = "kk = Identity(k) q = Concat<axis=0>(p, p) r = Relu(q)"
+    body = f"l (int64 i, bool k, float[a,4,8,8] p) => ({made}) {{ {nodes} }}"
+    text = f"(float[1,3,8,8] x) {{ a = Conv(x, w) b, z = Loop(n, yes, a) <body = {body}> y = Conv(b, v) }}"
+    constants = {"n": np.array(2), "yes": np.array(True)}
+    kernels = {"w": (4, 3, 1, 1), "v": (4, 4, 1, 1)}
+    write(folder / "net.onnx", text, kernels, constants, outputs="float[a,4,8,8] y")
+    return []
+
+
 CASES: list[tuple[Callable[[Path], list[str]], str]] = [
     (not_onnx, "is not a valid ONNX model"),
     (no_weights, "keeps its weights in 'net.data', which is not beside it"),
@@ -137,6 +155,8 @@ CASES: list[tuple[Callable[[Path], list[str]], str]] = [
     (metric("raises"), "failed for the dense network: RuntimeError: no such board"),
     (metric("text"), "returned 'good' for the dense network"),
     (unknown_value, "--judge bb is no floating-point value of the network"),
+    (pattern_of_no_layer, "--kinds n:m: no layer of this network takes 2:4: "),
+    (loop_of_growing_shape, "does not run at x=1,3,8,8: Loop: Inconsistent shape in loop output"),
 ]
 
 
@@ -152,3 +172,31 @@ def test_what_cannot_be_used_is_one_line_and_leaves_nothing(
     assert line.startswith("mm-edge: error: ") and text in line
     assert result.stderr.splitlines()[-1] == line
     assert not (tmp_path / "run").exists()
+
+
+def test_branches_twelve_deep_are_read_in_seconds(tmp_path: Path) -> None:
+    """Each level doubled the time before."""
+    inner = "o = Identity(a)"
+    for level in range(12):
+        then = f"t{level} () => (float[1,4,8,8] {f'o{level - 1}' if level else 'o'}) {{ {inner} }}"
+        other = f"e{level} () => (float[1,4,8,8] q{level}) {{ q{level} = Relu(a) }}"
+        inner = f"o{level} = If(c) <then_branch = {then}, else_branch = {other}>"
+    body = f"a = Conv(x, w) m = ReduceMean<keepdims=0>(a) c = Greater(m, zero) {inner} y = Conv(o11, v)"
+    kernels = {"w": (4, 3, 1, 1), "v": (4, 4, 1, 1)}
+    path = write(tmp_path / "net.onnx", f"(float[1,3,8,8] x) {{ {body} }}", kernels, {"zero": np.zeros((), np.float32)})
+    started = time.process_time()
+    result = CliRunner().invoke(main, ["inspect", str(path)])
+    assert result.exit_code == 0, result.output
+    assert time.process_time() - started < 20
+
+
+def test_a_host_that_cannot_be_reached_ends_with_exit_code_1(tmp_path: Path) -> None:
+    """The files are fine and the device is not: exit code 1, unlike a --host that is none."""
+    path = str(net(tmp_path))
+    for host, code, text in (
+        ("nobody@127.0.0.1:1", 1, "cannot connect: "),
+        ("ssh://nobody@127.0.0.1", 2, "is not USER@HOST[:PORT] or an ssh alias"),
+    ):
+        result = CliRunner().invoke(main, ["bench", path, "--host", host])
+        (line,) = result.stderr.splitlines()
+        assert (result.exit_code, text in line) == (code, True), line

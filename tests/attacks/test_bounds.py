@@ -6,6 +6,7 @@ import json
 import zipfile
 from pathlib import Path
 
+import hostile_files as hostile
 import numpy as np
 import onnx
 import onnx.helper
@@ -98,3 +99,15 @@ def test_expressions_that_take_time_or_run_code_are_not(bad: str) -> None:
 
 def test_json_of_this_size_is_read() -> None:
     assert len(parse_json(json.dumps(list(range(10_000))))) == 10_000
+
+
+def test_an_input_of_petabytes_is_refused_before_it_is_made(tmp_path: Path) -> None:
+    proto = hostile.make_onnx()
+    del proto.graph.initializer[:], proto.graph.node[:], proto.graph.output[:]
+    proto.graph.node.append(onnx.helper.make_node("Relu", [proto.graph.input[0].name], ["y"]))
+    proto.graph.output.append(onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, None))
+    for dimension, size in zip(proto.graph.input[0].type.tensor_type.shape.dim, (1, 1 << 40, 16, 16), strict=True):
+        dimension.dim_value = size
+    (tmp_path / "net.onnx").write_bytes(proto.SerializeToString())
+    with pytest.raises(ModelError, match=r"images is too large: an input has at most 67108864 values; give other"):
+        load_model(str(tmp_path / "net.onnx"), LoadOptions())

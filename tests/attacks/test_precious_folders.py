@@ -143,7 +143,18 @@ def test_a_folder_of_a_newer_version_is_refused(tmp_path: Path) -> None:
     assert "made by a newer mm-edge (layout 2, this one knows 1); update mm-edge" in refuse(tmp_path / "run")
 
 
-@pytest.mark.parametrize("text", ['{"tool": "other"}', "[]", "{", "[" * 100_000, '{"layout": 1}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"tool": "other"}',
+        "[]",
+        "{",
+        "[" * 100_000,
+        '{"layout": 1}',
+        '{"tool": "mm-edge", "layout": 0}',
+        '{"tool": "mm-edge"}',
+    ],
+)
 def test_a_marker_of_something_else_makes_no_run_folder(tmp_path: Path, text: str) -> None:
     put(tmp_path, "x", ".mm-edge/settings")
     (tmp_path / ".mm-edge" / "run.json").write_text(text)

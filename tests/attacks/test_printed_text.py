@@ -87,3 +87,5 @@ def test_onnx_runtime_speaks_without_its_codes() -> None:
     error = RuntimeError("[ONNXRuntimeError] : 1 : FAIL : Load model failed")
     assert first_line(error) == "Load model failed"
     assert first_line(ValueError("other")) == "ValueError: other"
+    told = "Non-zero status code returned while running Loop node. Name:'l' Status Message: Inconsistent shape"
+    assert first_line(RuntimeError(f"[ONNXRuntimeError] : 1 : FAIL : {told}")) == "Loop: Inconsistent shape"

@@ -213,6 +213,9 @@ def test_samples_are_kept_and_reused_only_where_they_belong(models: tuple[Path, 
     save_convs(models[1], 12)
     measure(fingerprint="machine-b")
     assert len(device.asked) == 16
+    raw.write_text(raw.read_text().replace("2000000", "2000001", 1))
+    measure(fingerprint="machine-b")
+    assert len(device.asked) == 20
     assert [p.name for p in raw.parent.iterdir()] == ["a.json"]
 
 

@@ -156,11 +156,14 @@ def test_networks_with_several_outputs_prune_in_what_leads_to_them() -> None:
             self.boxes = nn.Conv2d(8, 4, 1)
             self.classes = nn.Conv2d(8, 5, 1)
 
-        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        def forward(self, x: torch.Tensor) -> dict[str, object]:
             x = torch.relu(self.stem(x))
-            return {"boxes": self.boxes(x), "classes": self.classes(x)}
+            boxes = self.boxes(x)
+            return {"boxes": boxes, "more": (self.classes(x), {"mean": boxes.mean((2, 3))})}
 
-    structure = read_structure(export_raw(Detector(), IMAGE))
+    raw = export_raw(Detector(), IMAGE)
+    assert [value.name for value in raw.model.graph.outputs] == ["boxes", "more.0", "more.1.mean"]
+    structure = read_structure(raw)
     assert [group.id for group in structure.groups] == ["stem.weight:0"]
     assert {item.id: item.reason for item in structure.pinned}["boxes.weight:0"] == "output of the model"
 

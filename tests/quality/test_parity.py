@@ -40,6 +40,21 @@ def test_every_output_counts_on_its_own_scale_and_the_worst_input_decides() -> N
     assert parity.max_rel_err == 1.0
 
 
+def test_an_input_with_small_outputs_is_held_to_the_scale_of_all_inputs() -> None:
+    """A sigmoid is exact to about 1e-7, whether it is 1 or 1e-4."""
+
+    def probability(error: float) -> Run:
+        return lambda inputs: [np.array([[1.0 if inputs[0, 0] else 1e-4 + error]], np.float32)]
+
+    inputs = np.array([[0], [1]], np.float32)
+    assert compare(probability(1e-7), probability(0.0), inputs, "images").max_rel_err == pytest.approx(1e-7, rel=0.1)
+    assert compare(probability(1e-3), probability(0.0), inputs, "images").max_rel_err == pytest.approx(1e-3, rel=0.1)
+    small = np.array([[0]], np.float32)
+    assert compare(probability(1e-7), probability(0.0), small, "images").max_rel_err <= 1e-4
+    assert compare(probability(1e-6), probability(0.0), small, "images").max_rel_err > 1e-4
+    assert compare(always([-1e-4 + 1e-7]), always([-1e-4]), small, "images").max_rel_err > 5e-4
+
+
 def test_top1_counts_ties_to_rounding_as_the_same_answer() -> None:
     assert compare(always([1.0, 2.0]), always([2.0, 1.0]), ZEROS, "noise").top1_agreement == 0.0
     assert compare(always([2.00001, 2.0]), always([2.0, 2.00001]), ZEROS, "noise").top1_agreement == 1.0

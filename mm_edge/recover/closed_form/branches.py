@@ -46,24 +46,36 @@ def empty(structure: Structure, branches: Iterable[Branch]) -> Keep:
 
 
 def measure_branches(
-    context: RecoveryContext, branches: Sequence[Branch], progress: Advance | None = None
+    context: RecoveryContext,
+    branches: Sequence[Branch],
+    progress: Advance | None = None,
+    known: Sequence[float] = (),
+    keep: Callable[[Sequence[float]], None] | None = None,
 ) -> tuple[MeasuredBranch, ...]:
     """Return each branch with the divergence of the network without it, in the order of `branches`.
 
-    `branches` are in graph order; `progress` is called with (branches measured, of how many).
+    Args:
+        context: of the dense network.
+        branches: in the order of the graph.
+        progress: called with (branches measured, of how many).
+        known: the divergences of the first branches, which were measured before and are not measured again.
+        keep: called after each measured branch with the divergences of all up to it.
     """
     graph = context.graph
     frontier = Frontier(graph, context.images, context.held_back)
-    found = []
+    found = list(known)
     for done, branch in enumerate(branches):
         first = min(at for name in branch.tensors for at in graph.read_at.get(name, [len(graph.nodes)]))
         frontier.advance_(graph, narrowest(graph, frontier.position, max(first, frontier.position)), context.threads)
-        keep = empty(context.structure, (branch,))
-        pruned = pruned_graph(context, keep, screen(context, keep))
-        found.append(MeasuredBranch(branch, divergence(context, pruned, frontier)))
+        if done >= len(known):
+            left = empty(context.structure, (branch,))
+            pruned = pruned_graph(context, left, screen(context, left))
+            found.append(divergence(context, pruned, frontier))
+            if keep is not None:
+                keep(found)
         if progress is not None:
             progress(done + 1, len(branches))
-    return tuple(found)
+    return tuple(MeasuredBranch(branch, kl) for branch, kl in zip(branches, found, strict=True))
 
 
 def offers(measured: Sequence[MeasuredBranch], saved: Callable[[Branch], float]) -> list[tuple[Branch, ...]]:

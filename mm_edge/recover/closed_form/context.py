@@ -17,6 +17,7 @@ from mm_edge.graph.groups import Structure
 from mm_edge.graph.partial import Frontier, RunnableGraph, narrowest
 from mm_edge.progress import Advance
 from mm_edge.recover.closed_form.consumers import Consumer, read_consumers, read_product_path
+from mm_edge.recover.closed_form.emphasis import Emphasis, find_emphasis
 from mm_edge.recover.closed_form.moments import DenseMoments, collect_dense
 from mm_edge.recover.closed_form.surgeon import Order
 
@@ -50,6 +51,7 @@ class RecoveryContext:
         dense: the dense network's own moments, and what its consumers should put out.
         judged: which values are compared with the dense network's.
         answers: the dense network's answers to the held-back images, by kind of `judged`.
+        emphasis: which positions of an image moments are mostly drawn from; None where all are alike.
         answering: names of the weight and bias of the layer that alone makes the class scores, where these alone are
             compared; empty otherwise. The scores grow in proportion when both are multiplied by one number.
         threads: how many images are run at a time.
@@ -69,6 +71,7 @@ class RecoveryContext:
     dense: DenseMoments
     judged: AnswerViews
     answers: AnswerArrays
+    emphasis: Emphasis | None = None
     answering: tuple[str, ...] = ()
     threads: int = 1
     orders: dict[Axis, Order] = field(default_factory=dict)
@@ -134,7 +137,8 @@ def build_context(
     fitted = tuple(range(len(images) - held))
     held_back = tuple(range(len(images) - held, len(images)))
     everything = Frontier(graph, images, range(len(images)))
-    dense = collect_dense(graph, tuple(consumers.values()), everything, fitted, held_back, threads, progress)
+    emphasis = find_emphasis(graph, judged, everything.run(graph, judged.values, tuple(range(len(images))), threads))
+    dense = collect_dense(graph, tuple(consumers.values()), everything, fitted, held_back, threads, progress, emphasis)
     return RecoveryContext(
         raw=raw,
         structure=structure,
@@ -146,6 +150,7 @@ def build_context(
         dense=dense,
         judged=judged,
         answers=answers(graph, judged, everything, held_back, threads),
+        emphasis=emphasis,
         answering=_answering(graph, found, judged.class_scores),
         threads=threads,
         module=module,

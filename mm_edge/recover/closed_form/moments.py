@@ -2,9 +2,10 @@
 
     mean = sum_i h_i / n,      covariance = sum_i h_i h_i^T / n - mean mean^T,      cross = sum_i h_i y_i^T / n - ...
 
-The sums run over at most `POSITIONS` random output positions per image. Those positions are the same for the dense
-network and for every candidate, so that the pruned network's inputs h can be paired with the dense network's outputs y.
-No moments are kept of a consumer with more than `WIDEST` inputs per output: the matrix would be too large.
+The sums run over at most `POSITIONS` random output positions per image; emphasis.py says which are likelier. Those
+positions are the same for the dense network and for every candidate, so that the pruned network's inputs h can be
+paired with the dense network's outputs y. No moments are kept of a consumer with more than `WIDEST` inputs per output:
+the matrix would be too large.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from mm_edge.recover.closed_form.consumers import (
     input_of,
     read_product_path,
 )
+from mm_edge.recover.closed_form.emphasis import Emphasis
 
 POSITIONS = 49
 WIDEST = 8192
@@ -105,13 +107,20 @@ class Accumulator:
         self._rows, self._waiting = [], 0
 
 
-def sample_positions(graph: RunnableGraph, consumer: Consumer, image: int) -> IntArray:
-    """Return the output positions that are used of image number `image`: all, or a fixed sample of `POSITIONS`."""
+def sample_positions(
+    graph: RunnableGraph, consumer: Consumer, image: int, emphasis: Emphasis | None = None
+) -> IntArray:
+    """Return the output positions that are used of image number `image`: all, or a fixed sample of `POSITIONS`.
+
+    They are drawn evenly without `emphasis`, and where the outputs are no map.
+    """
     total = count_positions(graph, consumer)
     if total <= POSITIONS:
         return np.arange(total)
     generator = np.random.default_rng([image, zlib.crc32(consumer.node.encode()), total])
-    return generator.choice(total, POSITIONS, replace=False, shuffle=False)
+    grid = graph.shapes[graph.node(consumer.node).output[0]][2:]
+    chances = None if emphasis is None or consumer.window is None or len(grid) != 2 else emphasis.chances(image, grid)
+    return generator.choice(total, POSITIONS, replace=False, shuffle=False, p=chances)
 
 
 @dataclass(frozen=True)
@@ -135,6 +144,7 @@ def collect_dense(
     others: Sequence[int] = (),
     threads: int = 1,
     advance: Callable[[int, int], None] | None = None,
+    emphasis: Emphasis | None = None,
 ) -> DenseMoments:
     """Return the moments of the dense `graph` on the images `fitted`, and its results on `fitted` and `others`.
 
@@ -153,7 +163,7 @@ def collect_dense(
         wanted = [name for item in part for name in (input_of(graph, item), paths[item.node].result)]
         for done, (image, values) in enumerate(frontier.run(graph, wanted, numbers, threads)):
             for item in part:
-                where = sample_positions(graph, item, image)
+                where = sample_positions(graph, item, image, emphasis)
                 if image in in_moments and width(graph, item) <= WIDEST:
                     sums[item.node].add(columns(values[input_of(graph, item)], item, where))
                 kept[item.node].append(_at(values, paths[item.node].result, paths[item.node].index[where]))
@@ -171,6 +181,7 @@ def collect_paired(
     numbers: Sequence[int],
     results: Float32Array,
     threads: int = 1,
+    emphasis: Emphasis | None = None,
 ) -> Moments:
     """Return moments of what `consumer` reads in the pruned `graph`, paired with the outputs it should have.
 
@@ -183,7 +194,7 @@ def collect_paired(
     sums = Accumulator()
     wanted = [data] if path.skip is None else [data, path.skip]
     for image, values in frontier.run(graph, wanted, numbers, threads):
-        where = sample_positions(graph, consumer, image)
+        where = sample_positions(graph, consumer, image, emphasis)
         target = results[image].astype(np.float64) - path.offset
         if path.skip is not None:
             target = target - _at(values, path.skip, path.index[where])

@@ -15,7 +15,7 @@ candidate uses the one that was better at the measured width nearest to its own.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -100,22 +100,41 @@ class Sensitivity:
         return order.keep(count)
 
 
-def measure_sensitivities(
-    context: RecoveryContext, allowed: Sequence[AllowedWidths], progress: Advance | None = None
-) -> dict[Axis, Sensitivity]:
-    """Return the sensitivity of every group that has readers and more than one allowed width.
+def measurable(context: RecoveryContext, allowed: Sequence[AllowedWidths]) -> list[Group]:
+    """Return the groups that have readers and more than one allowed width, in the order of the graph."""
+    several = {item.leaf for item in allowed if len(item.widths) > 1}
+    groups = [item for item in context.structure.groups if item.leaf in several and readers_of(context, item)]
+    return sorted(groups, key=lambda group: first_use(context.graph, group))
 
-    `allowed` are the allowed widths of the groups; `progress` is called with (groups measured, of how many).
+
+def measure_sensitivities(
+    context: RecoveryContext,
+    allowed: Sequence[AllowedWidths],
+    progress: Advance | None = None,
+    known: Mapping[Axis, Sensitivity] | None = None,
+    keep: Callable[[Mapping[Axis, Sensitivity]], None] | None = None,
+) -> dict[Axis, Sensitivity]:
+    """Return the sensitivity of every group that is `measurable`.
+
+    Args:
+        context: of the dense network.
+        allowed: the allowed widths of the groups.
+        progress: called with (groups measured, of how many).
+        known: sensitivities that were measured before and are not measured again.
+        keep: called after each measured group with all that is known by then.
     """
     graph = context.graph
     widths = {item.leaf: item.widths for item in allowed}
-    groups = [group for group in context.structure.groups if len(widths.get(group.leaf, ())) > 1]
-    groups = sorted((group for group in groups if readers_of(context, group)), key=lambda g: first_use(graph, g))
+    groups = measurable(context, allowed)
     frontier = Frontier(graph, context.images, context.held_back)
-    found: dict[Axis, Sensitivity] = {}
+    found = dict(known or {})
     for done, group in enumerate(groups):
+        # Known groups are walked through too, so that the others are measured from the same positions as ever.
         frontier.advance_(graph, narrowest(graph, frontier.position, first_use(graph, group)), context.threads)
-        found[group.leaf] = _measure(context, group, widths[group.leaf], frontier)
+        if group.leaf not in found:
+            found[group.leaf] = _measure(context, group, widths[group.leaf], frontier)
+            if keep is not None:
+                keep(found)
         if progress is not None:
             progress(done + 1, len(groups))
     return found

@@ -212,7 +212,7 @@ def _pose(
     start = consumer.matrix(context.graph.arrays[consumer.weight])
     start = start[kept.groups][:, kept.outputs][:, :, kept.columns]
     consumer = replace(consumer, groups=len(start))
-    moments = collect_paired(pruned, consumer, images, images.numbers, results, context.threads)
+    moments = collect_paired(pruned, consumer, images, images.numbers, results, context.threads, context.emphasis)
     path = read_product_path(pruned, consumer)
     live = is_live(path).reshape(start.shape[:2])
     changed = [consumer.weight] if consumer.shift is None else [consumer.weight, consumer.shift.tensor]
