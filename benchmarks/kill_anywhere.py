@@ -50,7 +50,6 @@ from PIL import Image
 from torch import nn
 
 from mm_edge.api import run_job
-from mm_edge.errors import MMEdgeError
 from mm_edge.graph.export import export_raw
 from mm_edge.load.models import wrap_module
 from mm_edge.progress import Stages
@@ -163,7 +162,7 @@ def spawn(work: Callable[[], None]) -> int:
         os.setpgid(0, 0)
         work()
         code = 0
-    except MMEdgeError as error:
+    except mm_edge.errors.MMEdgeError as error:
         code = REFUSED
         print(f"refused: {error}", file=sys.stderr)
     except BaseException:

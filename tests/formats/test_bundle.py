@@ -128,6 +128,14 @@ def test_verify_finds_the_model_good_and_times_it(classifier: Path) -> None:
     assert "time in the report: median 1 ms" in done.stdout
 
 
+def test_an_emulator_s_time_is_not_taken(classifier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MM_EDGE_EMULATED", "1")
+    done = run_script(classifier, "verify.py", "--seconds", "0.05")
+    assert done.returncode == 0
+    times = [line for line in done.stdout.splitlines() if line.startswith("time")]
+    assert times == ["time: not taken, because this processor is emulated", "time in the report: median 1 ms"]
+
+
 def test_verify_finds_a_changed_file_and_a_wrong_answer(classifier: Path) -> None:
     model = onnx.load(classifier / "net.onnx")
     model.graph.initializer[0].CopyFrom(numpy_helper.from_array(np.full(3, 4.1, np.float32), "gain"))
