@@ -36,10 +36,10 @@ from mm_edge.load.models import LoadOptions, load_model
 ROOT = Path(__file__).resolve().parent.parent
 ARCH = "resnet50"
 FILES = {"net.pt": "", "net.safetensors": ARCH, "net.onnx": "", "net.pt2": ""}
-# Every check of a file's size, archive, tensors, arguments, operators and external data; none returns anything.
+# The checks of a file's size, archive, tensors, arguments and external data; none returns anything.
 CHECKS = (
     (weights, ("check_file", "check_expansion", "check_sums", "check_plain")),
-    (exported, ("check_file", "_check_archive")),
+    (exported, ("check_file", "check_expansion", "check_sums")),
     (models, ("check_name", "check_sizes")),
     (onnx_file, ("check_file", "_refuse_quantised", "_check_external_data")),
 )

@@ -15,6 +15,7 @@ from torch import nn
 from mm_edge.api import run_job
 from mm_edge.load.models import wrap_module
 from mm_edge.progress import Stages
+from mm_edge.quality.evaluation import compare_logits, run_onnx
 from mm_edge.recover.closed_form import branches, sensitivity
 from mm_edge.run import networks, reuse
 from mm_edge.run.request import make_request
@@ -103,12 +104,12 @@ def test_the_dense_networks_answers_are_kept_as_soon_as_they_are_known(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unbroken: dict[str, Any]
 ) -> None:
     done: list[int] = []
-    monkeypatch.setattr(networks, "run_onnx", stop_after(1, networks.run_onnx, done))
-    monkeypatch.setattr(networks, "compare_logits", stop_after(0, networks.compare_logits, []))
+    monkeypatch.setattr(networks, "run_onnx", stop_after(1, run_onnx, done))
+    monkeypatch.setattr(networks, "compare_logits", stop_after(0, compare_logits, []))
     with pytest.raises(KeyboardInterrupt):
         prune(images, tmp_path / "run")
     monkeypatch.undo()
-    monkeypatch.setattr(networks, "run_onnx", stop_after(1, networks.run_onnx, done))
+    monkeypatch.setattr(networks, "run_onnx", stop_after(1, run_onnx, done))
     assert prune(images, tmp_path / "run") == unbroken
     assert len(done) == 1
 
@@ -128,7 +129,7 @@ def test_answers_are_not_kept_where_an_image_cannot_be_read(
 
 def test_a_stage_is_stored_no_more_often_than_so_many_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [100.0]
-    monkeypatch.setattr(reuse.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr("mm_edge.run.reuse.time.monotonic", lambda: clock[0])
     kept: list[str] = []
     offer = reuse.now_and_then(kept.append)
     for seconds, name in ((9.9, "a"), (0.1, "b"), (9.0, "c"), (1.0, "d")):
