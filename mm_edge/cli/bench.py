@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from mm_edge.bench import MINIMUM_PAIRS
-from mm_edge.errors import UsageError, visible
+from mm_edge.errors import UsageError, reading, visible
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,6 +49,7 @@ def bench(
             raise UsageError(f"model '{model}' does not exist")
         if not model.stat().st_size:
             raise UsageError(f"model '{model}' is empty; write it again")
+        _refuse_foreign(model)
 
     from rich.markup import escape
 
@@ -76,6 +77,16 @@ def bench(
         click.echo(json.dumps(to_json(document), indent=2))
     else:
         print_comparison(document, Terminal(), Terminal(stderr=True))
+
+
+def _refuse_foreign(model: Path) -> None:
+    """Raise UsageError unless a file is an ONNX model, before a device is asked for anything."""
+    import onnx
+
+    with reading(f"model '{model}'", UsageError, "bench takes .onnx files"):
+        proto = onnx.load(model, load_external_data=False)
+    if not proto.graph.output:
+        raise UsageError(f"model '{model}' is no ONNX model: it has no output; bench takes .onnx files")
 
 
 def _tell(line: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import random
+import re
 import tarfile
 import zipfile
 from collections.abc import Callable
@@ -235,6 +236,26 @@ def test_bench_of_an_empty_file_is_a_usage_error(tmp_path: Path) -> None:
     done = CliRunner().invoke(main, ["bench", str(tmp_path / "net.onnx")])
     assert done.exit_code == 2
     assert done.stderr.endswith("net.onnx' is empty; write it again\n")
+
+
+@pytest.mark.parametrize(
+    ("content", "error"),
+    [
+        (b"\xff" * 100, r"cannot be used \(DecodeError: .*\); bench takes \.onnx files"),
+        (b"\x08\x08", "is no ONNX model: it has no output; bench takes .onnx files"),
+    ],
+)
+def test_bench_of_what_is_no_onnx_starts_no_worker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, error: str
+) -> None:
+    def refuse(*arguments: object, **options: object) -> None:
+        raise AssertionError("a program was started")
+
+    monkeypatch.setattr("subprocess.Popen", refuse)
+    (tmp_path / "net.onnx").write_bytes(content)
+    done = CliRunner().invoke(main, ["bench", str(tmp_path / "net.onnx")])
+    assert done.exit_code == 2, done.output
+    assert re.search(error, done.stderr)
 
 
 def test_an_archive_of_photos_named_npz_is_one_line(tmp_path: Path) -> None:
