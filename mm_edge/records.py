@@ -15,6 +15,7 @@ SCHEMA_VERSION history (fields are added under a raised version, never renamed):
        Latencies: verdict. chosen: dense_accuracy_top1_test, fidelity_test; null where nothing was compared. Report:
        sustained, layers, command. data: labelled, kind, preprocessing.
     6  layers: time_before, time_after. model: licence.
+    7  fidelity: boxes.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-SCHEMA_VERSION = 6
+SCHEMA_VERSION = 7
+# With fewer boxes than these mean average precision says nothing: candidates are compared by their outputs.
+FEWEST_BOXES = 30
 # The longest JSON text that is read, in characters. Reports of some hundred rows take less than a million.
 LONGEST_JSON = 1 << 28
 # The longest whole number that is read: any of 64 bits with its sign. Longer ones are looked for first, because
@@ -205,13 +208,39 @@ class Fidelity:
 
     `map50_to_dense` and `map_to_dense` are the mean average precision of the detected boxes against those that the
     dense network detects, at an overlap of 0.5 and over the overlaps from 0.5 to 0.95. `miou_to_dense` is the mean
-    intersection over union of the segmented classes against the dense network's.
+    intersection over union of the segmented classes against the dense network's. `boxes` is how many boxes the dense
+    network detects on these inputs.
     """
 
     outputs: dict[str, OutputFidelity] = field(default_factory=dict)
     map50_to_dense: float | None = None
     map_to_dense: float | None = None
     miou_to_dense: float | None = None
+    boxes: int | None = None
+
+    @property
+    def has_enough_boxes(self) -> bool:
+        """Whether mean average precision may rank candidates."""
+        return self.map50_to_dense is not None and (self.boxes is None or self.boxes >= FEWEST_BOXES)
+
+    @property
+    def likeness(self) -> float | None:
+        """1 less the mean error of the outputs over their variance; None where an output has no error."""
+        errors = [item.nmse for item in self.outputs.values()]
+        known = [error for error in errors if error is not None]
+        return None if not known or len(known) < len(errors) else 1 - sum(known) / len(known)
+
+    @property
+    def invisible_loss(self) -> float | None:
+        """The loss, in points, that so few boxes can hide; None where it is below one point.
+
+        By the rule of three: where none of n boxes is lost, up to 3 / n of all may be lost (95 % bound). A loss that is
+        seen is no more certain than that.
+        """
+        if not self.boxes or not self.has_enough_boxes:
+            return None
+        points = min(100.0, 300 / self.boxes)
+        return points if points > 1 else None
 
 
 @dataclass(frozen=True)
@@ -334,17 +363,15 @@ class Candidate:
     def likeness(self) -> tuple[float, str] | None:
         """How like the dense network it answers, 1 for the same, and by what it was compared; None if it was not."""
         found = self.fidelity
-        if found is not None and found.map50_to_dense is not None:
+        if found is not None and found.map50_to_dense is not None and found.has_enough_boxes:
             return found.map50_to_dense, "mAP50 on the dense network's boxes"
         if found is not None and found.miou_to_dense is not None:
             return found.miou_to_dense, "mIoU with the dense network's masks"
         if self.agreement_top1 is not None:
             return self.agreement_top1, "agreement with dense"
-        errors = [] if found is None else [item.nmse for item in found.outputs.values()]
-        known = [error for error in errors if error is not None]
-        if not known or len(known) < len(errors):
+        if found is None or found.likeness is None:
             return None
-        return 1 - sum(known) / len(known), "likeness of the outputs"
+        return found.likeness, "likeness of the outputs"
 
     @property
     def merit(self) -> float | None:

@@ -142,7 +142,7 @@ def _choose_by_merit(dense: DenseFigures, compared: Sequence[Candidate]) -> Chos
     else:
         best = max(compared, key=quality)
         kind = f"none is within {unit} of dense by {by}, so the best"
-    return Chosen(best.id, f"{kind}, accuracy not measured: {_describe(dense, best)}")
+    return Chosen(best.id, f"{kind}, accuracy not measured: {_explain(dense, best, None)}")
 
 
 def _merit_name(c: Candidate) -> str:
@@ -156,11 +156,25 @@ def _merit_name(c: Candidate) -> str:
 
 def _explain(dense: DenseFigures, best: Candidate, limit: float | None) -> str:
     """Describe a choice, and say what is not known about it; `limit` is on its loss, in points."""
-    doubt = None if best.was_compared else _ITSELF_UNCOMPARED
+    doubt = doubt_boxes(best) if best.was_compared else _ITSELF_UNCOMPARED
     if limit is not None and best.drop_ci is not None and best.accuracy_drop is not None:
         doubt = doubt_loss(best.accuracy_drop, best.drop_ci, dense.accuracy_images, limit)
     described = _describe(dense, best)
     return described if doubt is None else f"{described}; {doubt}"
+
+
+def doubt_boxes(c: Candidate) -> str | None:
+    """Return what the few boxes that a detector was judged by cannot tell; None where they are enough."""
+    found = c.fidelity
+    if found is None or found.map50_to_dense is None or c.metric is not None:
+        return None
+    more = "more photos, or a larger validation share with --split, would"
+    boxes = f"the dense network detects {found.boxes} box{'' if found.boxes == 1 else 'es'} there, "
+    if not found.has_enough_boxes:
+        return f"{boxes}too few to tell candidates apart by, so their outputs were compared; {more}"
+    if found.invisible_loss is None:
+        return None
+    return f"{boxes}which cannot show a loss below about {found.invisible_loss:.0f} points; {more}"
 
 
 def doubt_loss(drop: float, interval: tuple[float, float], images: int | None, limit: float) -> str | None:
@@ -250,8 +264,9 @@ def quality(c: Candidate) -> tuple[float, float]:
 
     Of boxes, mAP50-95 says what mAP50 leaves open: few photos hold few boxes, and many candidates find all of them.
     """
-    if c.kl_to_dense is None and c.fidelity is not None and c.fidelity.map_to_dense is not None:
-        return (_merit(c), c.fidelity.map_to_dense)
+    found = c.fidelity
+    if c.kl_to_dense is None and found is not None and found.map_to_dense is not None and found.has_enough_boxes:
+        return (_merit(c), found.map_to_dense)
     return (_merit(c), -(c.kl_to_dense if c.kl_to_dense is not None else float("inf")))
 
 

@@ -22,7 +22,7 @@ from mm_edge.records import (
     MetricValue,
     OutputFidelity,
 )
-from mm_edge.select import choose, doubt_loss, judge_budget, mark_pareto, quality
+from mm_edge.select import choose, doubt_boxes, doubt_loss, judge_budget, mark_pareto, quality
 
 DENSE = DenseFigures(
     accuracy_top1=0.90,
@@ -347,6 +347,46 @@ def test_boxes_masks_and_outputs_decide_where_there_are_no_classes() -> None:
     assert chosen is not None and chosen.id == "better"
     chosen = choose(UNLABELLED, [boxes, better], Constraints(max_drop=5))
     assert chosen is not None and chosen.id == "boxes"
+
+
+@pytest.mark.parametrize(
+    ("boxes", "doubt"),
+    [
+        (1, "1 box there, too few to tell candidates apart by, so their outputs were compared"),
+        (29, "29 boxes there, too few to tell candidates apart by, so their outputs were compared"),
+        (30, "30 boxes there, which cannot show a loss below about 10 points"),
+        (299, "299 boxes there, which cannot show a loss below about 1 points"),
+        (300, None),
+        (None, None),
+    ],
+)
+def test_few_boxes_are_said_to_show_little(boxes: int | None, doubt: str | None) -> None:
+    """With none of n boxes lost, up to 3 / n of all may be lost (95 %)."""
+    outputs = {"y": OutputFidelity(0.01, 0.99)}
+    row = compared("boxes", 5.0, fidelity=Fidelity(outputs, map50_to_dense=1.0, map_to_dense=0.6, boxes=boxes))
+    chosen = choose(UNLABELLED, [row], Constraints())
+    assert chosen is not None
+    assert ("the dense network detects" in chosen.reason) == (doubt is not None)
+    if doubt is not None:
+        end = "; more photos, or a larger validation share with --split, would"
+        assert chosen.reason.endswith(f"the dense network detects {doubt}{end}")
+    metric = dataclasses.replace(row, metric=MetricValue("mAP", 0.5, is_fraction=True))
+    assert doubt_boxes(metric) is None
+
+
+def test_outputs_decide_where_the_boxes_are_too_few() -> None:
+    """Six photos with five boxes preferred a face detector with twice the error of another."""
+
+    def row(name: str, map50: float, error: float, boxes: int) -> Candidate:
+        found = Fidelity({"y": OutputFidelity(error, 0.9)}, map50_to_dense=map50, map_to_dense=map50, boxes=boxes)
+        return compared(name, 5.0, fidelity=found)
+
+    def best(boxes: int) -> str:
+        return max([row("lucky", 0.83, 0.30, boxes), row("near", 0.33, 0.13, boxes)], key=quality).id
+
+    assert (best(5), best(30)) == ("near", "lucky")
+    assert row("near", 0.33, 0.25, 5).likeness == (0.75, "likeness of the outputs")
+    assert row("near", 0.33, 0.13, 30).likeness == (0.33, "mAP50 on the dense network's boxes")
 
 
 def test_equal_boxes_at_half_overlap_are_told_apart_by_larger_overlaps() -> None:

@@ -140,7 +140,7 @@ def compare_outputs(
     if reference.reader is None or reference.answers is None:
         return Fidelity(same)
     likeness = compare_answers(reference.reader.read(found) if answers is None else answers, reference.answers)
-    return Fidelity(same, likeness.map50_to_dense, likeness.map_to_dense, likeness.miou_to_dense)
+    return Fidelity(same, likeness.map50_to_dense, likeness.map_to_dense, likeness.miou_to_dense, boxes=likeness.boxes)
 
 
 def _fidelity(dense: Float32Array, found: Float32Array) -> OutputFidelity:

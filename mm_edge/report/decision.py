@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mm_edge.records import Report
+from mm_edge.records import Candidate, Report
 from mm_edge.report.figures import Overview, Row
 from mm_edge.report.summary import control_sentence, find_chosen
 from mm_edge.report.values import show_bytes, show_ms, show_percent, show_ratio
@@ -78,8 +78,9 @@ def _doubts(report: Report, overview: Overview) -> tuple[str, ...]:
     beaten = control_sentence(report)
     if beaten is not None:
         found.append(beaten)
-    if chosen is not None:
-        found += _doubts_about(chosen)
+    candidate = find_chosen(report)
+    if chosen is not None and candidate is not None:
+        found += [*_doubts_about(chosen), *_doubts_about_boxes(candidate)]
     found += report.warnings
     return tuple(dict.fromkeys(found))
 
@@ -95,6 +96,20 @@ def _doubts_about(row: Row) -> list[str]:
     if row.loses_by_chance:
         found.append("The interval of the loss holds 0: there are too few images to tell it from the dense network.")
     return found
+
+
+def _doubts_about_boxes(candidate: Candidate) -> list[str]:
+    found = candidate.fidelity
+    if found is None or found.map50_to_dense is None or candidate.metric is not None:
+        return []
+    boxes = f"{found.boxes} box{'' if found.boxes == 1 else 'es'}"
+    more = "Give more photos, or a larger validation share with --split."
+    if not found.has_enough_boxes:
+        return [f"The dense network detects {boxes} in the validation images: too few to compare candidates by. {more}"]
+    if found.invisible_loss is None:
+        return []
+    loss = f"a loss below about {found.invisible_loss:.0f} points would not show"
+    return [f"Its boxes were compared with {boxes} of the dense network: {loss}. {more}"]
 
 
 def sentence_on_test(report: Report) -> str | None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mm_edge.records import Report, to_json
+from mm_edge.records import FEWEST_BOXES, Fidelity, Report, from_json, to_json
 
 DENSE = "dense"
 CONTROL = "control"
@@ -181,11 +181,22 @@ def _inside(figures: Figures, section: str, name: str) -> float | None:
     return found if isinstance(found, (int, float)) and not isinstance(found, bool) else None
 
 
+def _read_map50(figures: Figures) -> float | None:
+    boxes = _inside(figures, "fidelity", "boxes")
+    return _inside(figures, "fidelity", "map50_to_dense") if boxes is None or boxes >= FEWEST_BOXES else None
+
+
+def _read_likeness(figures: Figures) -> float | None:
+    section = figures.get("fidelity")
+    return from_json(Fidelity, section).likeness if section else None
+
+
 _FIXED = (
     Quality("top-1", "accuracy_ci", True, True, lambda figures: figures.get("accuracy_top1")),
-    Quality("mAP50 to dense", None, True, True, lambda figures: _inside(figures, "fidelity", "map50_to_dense"), 1.0),
+    Quality("mAP50 to dense", None, True, True, _read_map50, 1.0),
     Quality("mIoU to dense", None, True, True, lambda figures: _inside(figures, "fidelity", "miou_to_dense"), 1.0),
     Quality("agreement with dense", None, True, True, lambda figures: figures.get("agreement_top1"), 1.0),
+    Quality("likeness of the outputs to dense", None, True, True, _read_likeness, 1.0),
 )
 
 

@@ -188,7 +188,9 @@ def _likeness_sentence(report: Report, chosen: Candidate) -> str:
     sentence = f"Its {what} is {value:.3f} on validation images; accuracy was not measured"
     test = None if report.chosen is None or report.chosen.fidelity_test is None else report.chosen.fidelity_test
     found = None if test is None else replace(chosen, fidelity=test).likeness
-    return f"{sentence}." if found is None else f"{sentence}. On the test images it is {found[0]:.3f}."
+    if found is None:
+        return f"{sentence}."
+    return f"{sentence}. On the test images {'it' if found[1] == what else f'the {found[1]}'} is {found[0]:.3f}."
 
 
 def _accuracy_sentence(report: Report, chosen: Candidate) -> str:

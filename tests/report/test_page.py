@@ -14,7 +14,16 @@ import pytest
 from browser import open_page
 from reports import FAST, UNMEASURED, candidate, make_report
 
-from mm_edge.records import Candidate, Constraints, LayerPicture, Report, Sustained, SustainedPoint
+from mm_edge.records import (
+    Candidate,
+    Constraints,
+    Fidelity,
+    LayerPicture,
+    OutputFidelity,
+    Report,
+    Sustained,
+    SustainedPoint,
+)
 from mm_edge.report.decision import decide
 from mm_edge.report.figures import CHOSEN, CONTROL, DENSE, OTHER, read_overview
 from mm_edge.report.page import write_page
@@ -77,6 +86,17 @@ def test_doubts_come_from_intervals_and_verdicts() -> None:
     assert doubts[0] == ("The interval of the speed-up holds 1: the measurement cannot tell it from the dense network.")
     slower = make_report(dataclasses.replace(FAST, speedup=0.9, speedup_ci=(0.8, 0.95)))
     assert decide(slower, read_overview(slower)).doubts[0] == "It is no faster than the dense network."
+    few = make_report(dataclasses.replace(FAST, fidelity=Fidelity({}, map50_to_dense=1.0, boxes=100)))
+    assert decide(few, read_overview(few)).doubts[0] == (
+        "Its boxes were compared with 100 boxes of the dense network: a loss below about 3 points would not show. "
+        "Give more photos, or a larger validation share with --split."
+    )
+    outputs = {"y": OutputFidelity(0.25, 0.9)}
+    fewer = make_report(dataclasses.replace(FAST, fidelity=Fidelity(outputs, map50_to_dense=1.0, boxes=10)))
+    assert decide(fewer, read_overview(fewer)).doubts[0] == (
+        "The dense network detects 10 boxes in the validation images: too few to compare candidates by. "
+        "Give more photos, or a larger validation share with --split."
+    )
 
 
 def test_without_a_choice_the_dense_network_is_shipped() -> None:

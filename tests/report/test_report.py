@@ -105,7 +105,7 @@ def test_report_json_has_the_fields_of_the_contract(tmp_path: Path) -> None:
         for step in filter(None, place.split(".")):
             value = value[int(step) if step.isdigit() else step]
         assert set(value) == set(fields.split()), place
-    assert data["schema_version"] == 6
+    assert data["schema_version"] == 7
     assert data["candidates"][0]["parity"]["inputs"] == {"count": 8, "kind": "images"}
     assert data["candidates"][0]["kl_to_dense"] is None
 
@@ -154,8 +154,8 @@ def test_reading_refuses_in_one_line(tmp_path: Path) -> None:
     file.write_text("[]")
     assert message() == f"'{file}' is not a report of mm-edge: Report: expected an object"
     data = to_json(make_report(FAST))
-    file.write_text(json.dumps({**data, "schema_version": 7}))
-    assert message() == f"'{file}' has schema_version 7 and this mm-edge reads up to 6; update mm-edge"
+    file.write_text(json.dumps({**data, "schema_version": 8}))
+    assert message() == f"'{file}' has schema_version 8 and this mm-edge reads up to 7; update mm-edge"
     file.write_text(json.dumps({**data, "dense": {**data["dense"], "macs": "many"}}))
     assert message() == f"'{file}' is not a report of mm-edge: Report.dense.macs: expected int"
     file.write_text(json.dumps({**data, "seconds": {"score": float("inf")}}))

@@ -77,7 +77,7 @@ def done(files: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, R
 
 def test_candidates_say_how_long_and_why(done: tuple[Path, Report]) -> None:
     _, report = done
-    assert report.schema_version == 6
+    assert report.schema_version == 7
     tuned = [item for item in report.candidates if item.epochs is not None]
     assert {item.kind for item in tuned} == {"structured", "unstructured"}
     assert any(item.recovered_by == "finetune" for item in tuned)

@@ -119,7 +119,7 @@ def test_the_report_is_what_was_asked_for_and_round_trips(done: Finished) -> Non
     document = json.loads((done.out / "report.json").read_text())
     assert from_json(Report, document) == done.report
     assert to_json(done.report) == document
-    assert document["schema_version"] == 6
+    assert document["schema_version"] == 7
     assert (document["model"]["name"], document["model"]["num_classes"]) == ("test_resnet", CLASSES)
     data = document["data"]
     assert (data["calibration"], data["validation"], data["test"]) == (24, 12, 12)

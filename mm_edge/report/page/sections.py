@@ -273,8 +273,8 @@ def layers(page: Page) -> Html | None:
             cells += [NOT_MEASURED if share is None else show_percent(share) for share in _shares(layer)]
         table.add(*cells)
     note = (
-        "Sensitivity is the divergence from dense in nats with a quarter of the layer's channels removed and nothing "
-        "else."
+        "Sensitivity is the divergence from dense with a quarter of the layer's channels removed and nothing else: in "
+        "nats for class scores, otherwise in shares of the outputs' variance."
     )
     caption = "Output channels of every layer of the chosen network: the part that is kept, before the whole width."
     figure = page.place_(
