@@ -87,7 +87,7 @@ CONTRACT = {
         "masked_state_dict stored_file input_shape also_named also_ids removed_blocks planned_by "
         "fidelity metric accuracy_ci drop_ci dense_latency_ms"
     ),
-    "candidates.0.fidelity": "outputs map50_to_dense map_to_dense miou_to_dense",
+    "candidates.0.fidelity": "outputs map50_to_dense map_to_dense miou_to_dense boxes",
     "candidates.0.fidelity.outputs.boxes": "nmse cosine",
     "candidates.0.metric": "name value higher_is_better is_fraction others",
     "candidates.0.parity": "max_abs_err max_rel_err top1_agreement inputs",
