@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import (
@@ -30,6 +31,14 @@ SHOWN = 3  # stages to come that are shown by name beside the current one
 
 class Terminal(Console):
     """A console on which text cannot act: what does not print is shown as an escape, apart from ends of lines."""
+
+    def __init__(self, **settings: Any) -> None:
+        """Take the settings of a rich console.
+
+        Numbers and paths in text are not coloured: finding them takes the square of the text's length, which the name
+        in somebody's file can make minutes.
+        """
+        super().__init__(**{"highlight": False, **settings})
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
         """Yield the segments of a renderable with visible text; those of rich that move the cursor stay."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import time
 from pathlib import Path
 
 import hostile_files as hostile
@@ -48,6 +49,16 @@ def test_tables_and_lines_of_a_terminal_are_visible() -> None:
     console.print(table)
     console.print(HOSTILE, markup=False)
     assert out.getvalue().replace("\n", "").isprintable()
+
+
+@pytest.mark.parametrize("text", ["1", "a", "<", "a.", "[x]"])
+def test_long_text_is_printed_in_a_time_that_grows_with_its_length(text: str) -> None:
+    """Rich looks for numbers and paths to colour in the square of the length: 13 s for 8,000 digits, minutes for this."""
+    out = io.StringIO()
+    started = time.process_time()
+    Terminal(file=out, width=80).print(text * (100_000 // len(text)), markup=False)
+    assert time.process_time() - started < 20
+    assert len(out.getvalue().replace("\n", "")) >= 99_000
 
 
 def test_a_report_of_hostile_names_prints_and_is_written(tmp_path: Path) -> None:
