@@ -53,7 +53,7 @@ def test_tables_and_lines_of_a_terminal_are_visible() -> None:
 
 @pytest.mark.parametrize("text", ["1", "a", "<", "a.", "[x]"])
 def test_long_text_is_printed_in_a_time_that_grows_with_its_length(text: str) -> None:
-    """Rich looks for numbers and paths to colour in the square of the length: 13 s for 8,000 digits, minutes for this."""
+    """Rich looks for numbers and paths to colour in the square of the length: 13 s for 8,000 digits."""
     out = io.StringIO()
     started = time.process_time()
     Terminal(file=out, width=80).print(text * (100_000 // len(text)), markup=False)
