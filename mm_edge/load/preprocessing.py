@@ -27,6 +27,11 @@ _LARGEST = 1e6
 _Config = Mapping[str, Any]
 
 
+# A photo's short side is fitted to the input's divided by the share that is kept: a share of a millionth would take
+# terabytes. The least that timm states is 0.875.
+LEAST_CROP = 0.5
+
+
 def read_preprocessing(
     shape: ImageShape, options: LoadOptions, config: _Config, own_config: _Config, layout: str = "NCHW"
 ) -> tuple[InputSpec, tuple[str, ...]]:
@@ -56,7 +61,9 @@ def read_preprocessing(
         mean=mean,
         std=std,
         interpolation=_first(sources, "interpolation", lambda value: value in RESAMPLING) or "bicubic",
-        crop_pct=float(_first(sources, "crop_pct", lambda value: _is_number(value) and 0 < value <= 1) or 0.875),
+        crop_pct=float(
+            _first(sources, "crop_pct", lambda value: _is_number(value) and LEAST_CROP <= value <= 1) or 0.875
+        ),
         layout=found_layout,
         colours=options.colours or _first(sources, "colours", lambda value: value in COLOURS) or "RGB",
         scale=float(options.scale or _first(sources, "scale", lambda value: _is_number(value) and value > 0) or BYTE),

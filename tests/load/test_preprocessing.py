@@ -66,6 +66,12 @@ def test_options_come_before_presets_and_presets_before_files() -> None:
     assert read(timm=TIMM).crop_pct == 0.9
 
 
+@pytest.mark.parametrize(("stated", "taken"), [(0.5, 0.5), (1.0, 1.0), (1e-6, 0.875), (0.49, 0.875), (-1.0, 0.875)])
+def test_a_crop_that_would_blow_photos_up_is_not_taken(stated: float, taken: float) -> None:
+    """The short side is fitted to the input's divided by it: a millionth ended in a MemoryError."""
+    assert read({**TIMM, "crop_pct": stated}).crop_pct == taken
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_states_everything_and_survives_an_artifact(name: str) -> None:
     spec = read(preprocess=name)
