@@ -24,6 +24,7 @@ from PIL import Image
 from timm.data import create_transform
 
 from mm_edge.arrays import Float32Array
+from mm_edge.errors import DataError
 from mm_edge.load.presets import RESIZES
 from mm_edge.records import InputSpec
 
@@ -70,8 +71,23 @@ def _ordered(pixels: Bytes, reverse: bool) -> Bytes:
 # ---- one function for each entry of RESIZES
 
 
+# The longer side of an input that photos are cropped to: 1 GiB of pixels before the centre is kept.
+LONGEST_CROPPED = 1 << 14
+
+
 def crop(spec: InputSpec) -> Fit:
-    """Fit the short side to the size divided by crop_pct and keep the centre, through timm's own transform."""
+    """Fit the short side to the size divided by crop_pct and keep the centre, through timm's own transform.
+
+    Raises:
+        DataError: the longer side of the input is above LONGEST_CROPPED. The fitted photo has about its square of
+            pixels before the centre is kept.
+    """
+    height, width = spec.shape[1:]
+    if max(height, width) > LONGEST_CROPPED:
+        raise DataError(
+            f"photos cannot be cropped to {height} x {width}: at most {LONGEST_CROPPED} on the longer side; give "
+            "--resize stretch"
+        )
     transform = create_transform(
         input_size=spec.shape,
         interpolation=spec.interpolation,

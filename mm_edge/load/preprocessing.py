@@ -32,6 +32,10 @@ _Config = Mapping[str, Any]
 LEAST_CROP = 0.5
 
 
+def _is_crop(value: Any) -> bool:
+    return _is_number(value) and LEAST_CROP <= value <= 1
+
+
 def read_preprocessing(
     shape: ImageShape, options: LoadOptions, config: _Config, own_config: _Config, layout: str = "NCHW"
 ) -> tuple[InputSpec, tuple[str, ...]]:

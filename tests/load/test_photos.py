@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mm_edge.load.photos import normalise, pixels_of
+from mm_edge.errors import DataError
+from mm_edge.load.photos import LONGEST_CROPPED, crop, normalise, pixels_of
 from mm_edge.load.presets import PRESETS, RESIZES
 from mm_edge.records import InputSpec, from_json, to_json
 
@@ -135,3 +136,12 @@ def test_a_stored_specification_without_the_newer_fields_is_read() -> None:
     assert spec == InputSpec((3, 8, 8), (0.5,), (0.5,), "bicubic", 0.9)
     assert (spec.layout, spec.colours, spec.scale, spec.resize, spec.assumed) == ("NCHW", "RGB", 1 / 255, "crop", ())
     assert from_json(InputSpec, to_json(spec)) == spec
+
+
+def test_an_input_too_long_to_crop_photos_to_is_refused() -> None:
+    """A file may state 16 x 1048576: the photo would be fitted to 1.2 million pixels both ways."""
+    crop(InputSpec((3, 16, LONGEST_CROPPED), (0.0,) * 3, (1.0,) * 3))
+    with pytest.raises(
+        DataError, match=r"^photos cannot be cropped to 16 x 1048576: at most 16384 on the longer side; "
+    ):
+        crop(InputSpec((3, 16, 1 << 20), (0.0,) * 3, (1.0,) * 3))
