@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -241,7 +241,7 @@ def _name_outputs_(model: ir.Model, module: nn.Module, examples: tuple[torch.Ten
         found = module(*examples)
     if not isinstance(found, dict):
         return
-    names = output_names(found)
+    names = [name for name, _ in _named_tensors(found)]
     values = list(model.graph.outputs)
     taken = {value.name for node in model.graph for value in node.outputs} | {item.name for item in model.graph.inputs}
     taken |= set(model.graph.initializers)
@@ -252,27 +252,22 @@ def _name_outputs_(model: ir.Model, module: nn.Module, examples: tuple[torch.Ten
             value.name = name
 
 
-def output_names(value: object, path: str = "") -> list[str]:
-    """Return where each of `output_tensors` lies in what a module returned: keys and positions, joined by points."""
+def output_tensors(value: object) -> list[torch.Tensor]:
+    """Return the tensors in what a module returned, in the order an export lists them."""
+    return [tensor for _, tensor in _named_tensors(value)]
+
+
+def _named_tensors(value: object, path: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the tensors in what a module returned with where they lie: keys and positions, joined by points."""
     if isinstance(value, torch.Tensor):
-        return [path]
+        yield path, value
     items: Iterable[tuple[object, object]] = ()
     if isinstance(value, dict):
         items = value.items()
     elif isinstance(value, (list, tuple)):
         items = enumerate(value)
-    return [name for key, item in items for name in output_names(item, f"{path}.{key}" if path else str(key))]
-
-
-def output_tensors(value: object) -> list[torch.Tensor]:
-    """Return the tensors in what a module returned, in the order an export lists them."""
-    if isinstance(value, torch.Tensor):
-        return [value]
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, (list, tuple)):
-        return [tensor for item in value for tensor in output_tensors(item)]
-    return []
+    for key, item in items:
+        yield from _named_tensors(item, f"{path}.{key}" if path else str(key))
 
 
 def split_shared_constants(model: ir.Model, keep: set[str]) -> None:

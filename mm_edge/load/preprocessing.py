@@ -32,10 +32,6 @@ _Config = Mapping[str, Any]
 LEAST_CROP = 0.5
 
 
-def _is_crop(value: Any) -> bool:
-    return _is_number(value) and LEAST_CROP <= value <= 1
-
-
 def read_preprocessing(
     shape: ImageShape, options: LoadOptions, config: _Config, own_config: _Config, layout: str = "NCHW"
 ) -> tuple[InputSpec, tuple[str, ...]]:
@@ -65,9 +61,7 @@ def read_preprocessing(
         mean=mean,
         std=std,
         interpolation=_first(sources, "interpolation", lambda value: value in RESAMPLING) or "bicubic",
-        crop_pct=float(
-            _first(sources, "crop_pct", lambda value: _is_number(value) and LEAST_CROP <= value <= 1) or 0.875
-        ),
+        crop_pct=float(_first(sources, "crop_pct", _is_crop) or 0.875),
         layout=found_layout,
         colours=options.colours or _first(sources, "colours", lambda value: value in COLOURS) or "RGB",
         scale=float(options.scale or _first(sources, "scale", lambda value: _is_number(value) and value > 0) or BYTE),
@@ -141,6 +135,10 @@ def _first(sources: Sequence[_Config], key: str, usable: Any) -> Any:
         if isinstance(value, (str, int, float)) and not isinstance(value, bool) and usable(value):
             return value
     return None
+
+
+def _is_crop(value: Any) -> bool:
+    return _is_number(value) and LEAST_CROP <= value <= 1
 
 
 def _is_number(value: Any) -> bool:

@@ -37,9 +37,7 @@ def compare(run: Run, reference: Run, inputs: Float32Array, kind: str, batch: in
     Raises:
         ParityError: the number or the shapes of the outputs differ.
     """
-    errors: dict[int, float] = {}
-    scales: dict[int, float] = {}
-    others: set[int] = set()
+    seen: list[list[tuple[float, float, float]]] = []
     agreed = 0
     for start in range(0, len(inputs), batch):
         examples = inputs[start : start + batch]
@@ -47,17 +45,15 @@ def compare(run: Run, reference: Run, inputs: Float32Array, kind: str, batch: in
         shapes, wanted = [item.shape for item in outputs], [item.shape for item in expected]
         if shapes != wanted:
             raise ParityError(f"outputs have the shapes {shapes}, the masked model's {wanted}")
-        for number, (got, want) in enumerate(zip(outputs, expected, strict=True)):
-            # np.maximum keeps NaN, which must fail the check; max would drop it.
-            errors[number] = float(np.maximum(errors.get(number, 0.0), np.abs(got - want).max()))
-            scales[number] = float(np.maximum(scales.get(number, 1e-30), np.abs(want).max()))
-            if not (want.min() >= 0 and want.max() <= 1):
-                others.add(number)
+        pairs = zip(outputs, expected, strict=True)
+        seen.append([(float(np.abs(got - want).max()), float(want.min()), float(want.max())) for got, want in pairs])
         agreed += len(examples) * _same_answer(outputs[0], expected[0])
-    least = {number: 0.0 if number in others else PROBABILITY_ERROR / TOLERANCE for number in errors}
-    relative = [error / max(scales[number], least[number]) for number, error in errors.items()]
-    abs_err, rel_err = (float(np.maximum.reduce(found, initial=0.0)) for found in (list(errors.values()), relative))
-    return Parity(abs_err, rel_err, agreed / len(inputs), ParityInputs(len(inputs), kind))
+    table = np.asarray(seen)  # (batches, outputs, 3); NumPy's maxima keep NaN, which must fail the check
+    errors, low, high = table[..., 0].max(axis=0), table[..., 1].min(axis=0), table[..., 2].max(axis=0)
+    least = np.where((low >= 0) & (high <= 1), PROBABILITY_ERROR / TOLERANCE, 1e-30)
+    with np.errstate(invalid="ignore"):
+        relative = errors / np.maximum(np.maximum(np.abs(low), np.abs(high)), least)
+    return Parity(float(errors.max()), float(relative.max()), agreed / len(inputs), ParityInputs(len(inputs), kind))
 
 
 def compare_with_outputs(model: Path, outputs: Float32Array, images: Float32Array, kind: str) -> Parity:

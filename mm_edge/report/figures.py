@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mm_edge.records import FEWEST_BOXES, Fidelity, Report, from_json, to_json
+from mm_edge.records import Fidelity, Report, from_json, to_json
 
 DENSE = "dense"
 CONTROL = "control"
@@ -181,14 +181,13 @@ def _inside(figures: Figures, section: str, name: str) -> float | None:
     return found if isinstance(found, (int, float)) and not isinstance(found, bool) else None
 
 
+def _fidelity(figures: Figures) -> Fidelity:
+    return from_json(Fidelity, figures.get("fidelity") or {})
+
+
 def _read_map50(figures: Figures) -> float | None:
-    boxes = _inside(figures, "fidelity", "boxes")
-    return _inside(figures, "fidelity", "map50_to_dense") if boxes is None or boxes >= FEWEST_BOXES else None
-
-
-def _read_likeness(figures: Figures) -> float | None:
-    section = figures.get("fidelity")
-    return from_json(Fidelity, section).likeness if section else None
+    found = _fidelity(figures)
+    return found.map50_to_dense if found.has_enough_boxes else None
 
 
 _FIXED = (
@@ -196,7 +195,7 @@ _FIXED = (
     Quality("mAP50 to dense", None, True, True, _read_map50, 1.0),
     Quality("mIoU to dense", None, True, True, lambda figures: _inside(figures, "fidelity", "miou_to_dense"), 1.0),
     Quality("agreement with dense", None, True, True, lambda figures: figures.get("agreement_top1"), 1.0),
-    Quality("likeness of the outputs to dense", None, True, True, _read_likeness, 1.0),
+    Quality("likeness of the outputs to dense", None, True, True, lambda figures: _fidelity(figures).likeness, 1.0),
 )
 
 
